@@ -1,0 +1,53 @@
+"""Evaluate a GC ViT, each sample counted once on any number of processes.
+
+    python evaluate.py runs/demo-fsdp --data_dir data/digits
+    torchrun --nproc-per-node 8 evaluate.py runs/gc_vit_large_fsdp --data_dir /data/imagenet-wds
+    python evaluate.py --model gc_vit_tiny --checkpoint gcvit_1k_tiny.pth.tar --data_dir DIR --batch-size 128
+
+The last line of standard output is JSON: top1 and top5 in percent, loss, num_samples, correct_top1, correct_top5.
+"""
+
+import argparse
+import json
+
+from gcvit.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN_OR_CHECKPOINT", help="runs/TAG (its best) or a checkpoint in it")
+    parser.add_argument("--model", metavar="NAME", help="a variant, for a --checkpoint without a run")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights in any layout, with --model")
+    parser.add_argument("--weights", choices=["ema", "model"], help="of a run; default: ema where there is one")
+    parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder with the split")
+    parser.add_argument("--split", default="val", help="folder below DIR (val)")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=64, metavar="N", help="per device (64)")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if (arguments.run is None) == (arguments.model is None) or (arguments.model is None) != (arguments.checkpoint is None):
+        raise UserError("what to evaluate?", allowed="RUN_OR_CHECKPOINT, or --model NAME --checkpoint FILE")
+
+    from gcvit.data.source import open_source
+    from gcvit.evaluator import evaluate, load_file, load_run  # loads torch: --help is quicker without
+    from gcvit.parallel.world import join_world
+
+    source = open_source(arguments.data_dir, arguments.split)
+    if arguments.run:
+        model, config = load_run(arguments.run, arguments.weights)
+    else:
+        model, config = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
+    with join_world() as world:
+        model.eval().to(world.device)
+        result = evaluate(model, source, config, world, batch_size=arguments.batch_size)
+        if world.is_first:
+            print(json.dumps(result.as_dict()), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,361 @@
+"""Every knob of a run, typed, with a sentence under each; defaults < file < command line.
+
+A config is one YAML file without inheritance. Unknown keys, wrong types and knobs that would have no effect in the
+chosen mode are refused. Absent is `None`: a section such as `ema` or `zero` that is not there is off. Durations are
+texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.schedule`.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gcvit.errors import UserError
+
+DURATION = re.compile(r"^(?P<amount>\d+(\.\d+)?([eE][+-]?\d+)?) (?P<unit>epoch|step|sample)s?$")
+
+
+def _check_duration(text: str) -> str:
+    if not DURATION.match(text):
+        raise ValueError('a duration is a number and a unit, such as "20 epochs", "500 steps" or "1e6 samples"')
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_check_duration)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A node of the config tree: frozen, no unknown keys, the sentence under each knob is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    name: str
+    """A variant of gcvit.model, such as gc_vit_large."""
+    num_classes: Count = 1000
+    """Width of the head; must equal the number of classes in the data."""
+    img_size: Annotated[int, Field(ge=32)] = 224
+    """Height and width of the input in pixels."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Stochastic depth of the last block, rising linearly from 0; null takes the variant's published value."""
+    overrides: dict[str, Any] = {}
+    """Further fields of the variant to replace, such as width, depths, num_heads, windows."""
+
+
+class DataConfig(Section):
+    dir: str | None = None
+    """Folder with train/ and val/: shards written by data_prep, or class folders of images."""
+    num_workers: Annotated[int, Field(ge=0)] = 8
+    """Loader processes per rank; 0 loads in the training process."""
+    prefetch_batches: Count = 4
+    """Micro-batches that each loader process keeps ready."""
+    lanes: Count = 1024
+    """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
+    run_bytes: Count = 4_000_000
+    """Bytes of consecutive samples that are read together and shuffled as one run."""
+    open_runs: Count = 4
+    """Runs per lane that are open, and mixed, at once."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Evaluation: share of the resized image that the centre crop keeps."""
+    eval_resize: Literal["crop", "squash"] = "crop"
+    """Evaluation: resize the short side and crop the centre, or squash both sides to the input's size."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean subtracted from pixels in [0, 1]."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation that divides them."""
+
+
+class AffineConfig(Section):
+    degrees: NotNegative = 0.0
+    """Largest rotation either way, in degrees."""
+    translate: Share = 0.0
+    """Largest shift either way, as a share of the side."""
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    """Range of zoom."""
+    shear: NotNegative = 0.0
+    """Largest shear either way, in degrees."""
+
+
+class MixConfig(Section):
+    mixup: NotNegative = 0.8
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: NotNegative = 1.0
+    """Alpha of cutmix's Beta distribution; 0 is off."""
+    prob: Share = 1.0
+    """Probability that a group of samples is mixed at all."""
+    switch_prob: Share | None = None
+    """Probability of cutmix where both are on; null is 0.5."""
+    group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    """Consecutive samples of the global batch that share one draw of lambda, switch and box."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MixConfig":
+        if not self.mixup and not self.cutmix:
+            raise ValueError("mixup and cutmix are both 0: write augment.mix=null to switch mixing off")
+        if self.switch_prob is not None and not (self.mixup and self.cutmix):
+            raise ValueError("switch_prob has no effect unless both mixup and cutmix are above 0: remove it")
+        return self
+
+
+class AugmentConfig(Section):
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """Range of the random crop's area, as a share of the image."""
+    ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+    """Range of the random crop's aspect ratio."""
+    interpolation: Literal["random", "bicubic", "bilinear"] = "random"
+    """How crops are resized; random draws bilinear or bicubic for each."""
+    hflip: Share = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment policy; null is off."""
+    color_jitter: NotNegative | None = None
+    """Strength of brightness, contrast and saturation jitter; without effect beside RandAugment, so refused there."""
+    affine: AffineConfig | None = None
+    """Random affine map after the crop; null is off."""
+    erase_prob: Share = 0.25
+    """Probability that a random rectangle is replaced by per-pixel noise."""
+    mix: MixConfig | None = MixConfig()
+    """Mixup and cutmix; null is off."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target that is spread over all classes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AugmentConfig":
+        if self.rand_augment and self.color_jitter:
+            raise ValueError("color_jitter has no effect where rand_augment is on (as in timm): set one to null")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} is [low, high], and low may not exceed high")
+        return self
+
+
+class OptimConfig(Section):
+    lr: Positive
+    """Peak learning rate of AdamW, at this file's global batch."""
+    warmup_lr: NotNegative = 1e-6
+    """Learning rate at the first step of the warm-up."""
+    min_lr: NotNegative = 5e-6
+    """Floor of the cosine, held through the cooldown."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """What happens to lr when the command line changes the file's global batch size."""
+    weight_decay: NotNegative = 0.05
+    """Decoupled weight decay of matrices and convolutions; vectors have none."""
+    decay_bias_tables: bool = True
+    """Whether relative-position bias tables decay too: the published runs do it, timm does not."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment per step."""
+    eps: Positive = 1e-8
+    """Term added to the root of the second moment."""
+    clip_norm: Positive | None = 5.0
+    """Largest global gradient norm; null does not clip."""
+
+
+class ScheduleConfig(Section):
+    cosine: Duration
+    """Length of the cosine, whose index counts from the first step of the run."""
+    warmup: Duration = "0 steps"
+    """The first steps of the cosine are replaced by a linear rise of this length."""
+    cooldown: Duration = "0 steps"
+    """Steps at min_lr after the cosine; the run's length is cosine + cooldown."""
+
+
+class EmaConfig(Section):
+    half_life: Duration = "2.77 epochs"
+    """Time after which a weight counts half in the average (decay .9998 at 1024 samples a step is 2.77 epochs)."""
+
+
+class FsdpConfig(Section):
+    reshard_after_forward: bool = True
+    """Free gathered parameters after forward and gather them again in backward: less memory, more traffic."""
+
+
+class ZeroConfig(Section):
+    stage: Literal[1, 2, 3] = 2
+    """1 shards the moments, 2 also the gradients, 3 also the parameters."""
+
+
+class TrainerConfig(Section):
+    micro_batch_size: Count | None = None
+    """Most samples per device and forward pass; null takes a device's whole share of the global batch."""
+    log_every: Duration = "50 steps"
+    """Time between rows of metrics."""
+    eval_every: Duration = "1 epoch"
+    """Time between evaluations on val; the last step is always evaluated."""
+    save_every: Duration = "1 epoch"
+    """Time between checkpoints; the last step is always saved."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept, beside the best one."""
+    eval_batch_size: Count = 64
+    """Samples per device and step in evaluation."""
+
+
+class Config(Section):
+    """One run."""
+
+    tag: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is output_dir/tag."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, order, augmentation, mixing and drop path."""
+    global_batch_size: Annotated[int, Field(ge=1)]
+    """Samples per optimizer step over all devices; their number changes only micro-batch and accumulation."""
+    engine: Literal["ddp", "fsdp", "zero"] = "fsdp"
+    """Who shards: nobody (ddp), PyTorch FSDP2 (fsdp) or DeepSpeed (zero)."""
+    fsdp: FsdpConfig | None = None
+    """Options of engine fsdp; refused beside another."""
+    zero: ZeroConfig | None = None
+    """Options of engine zero; refused beside another."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision; master weights, moments and EMA are always fp32."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """Recompute activations in backward: nothing, or blocks, stem, query generators and downsamplers."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    ema: EmaConfig | None = None
+    """Moving average of the weights, evaluated beside them and choosing the best checkpoint; null is off."""
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        for name in ("fsdp", "zero"):
+            if getattr(self, name) is not None and self.engine != name:
+                raise ValueError(f"{name}.* has no effect with engine={self.engine}: remove it or set engine={name}")
+        if self.augment.mix and self.global_batch_size % 2:
+            raise ValueError("global_batch_size must be even where mixup or cutmix is on: samples are mixed in pairs")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.tag
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `5e-6` as a text, since it wants a dot; users mean a number (as YAML 1.2 says)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Safe YAML in which `5e-6` is a number. Errors: `yaml.YAMLError`."""
+    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> tuple[Config, list[str]]:
+    """Read `path`, apply `flags` (plain values by dotted key, None is absent) and `dotted.key=value` overrides.
+
+    Returns the config and notices for the user. Errors: UserError for a missing or malformed file, an unknown key (with the nearest valid name), a wrong type,
+    a value out of range, or a knob without effect.
+    """
+    path = Path(path)
+    try:
+        tree = parse_yaml(path.read_text())
+    except OSError as error:
+        raise UserError("cannot read the config", got=f"{path} ({error.strerror})", cure="see configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("the config is no YAML", got=f"{path} ({error})", cure="see configs/ for examples") from None
+    if not isinstance(tree, dict):
+        raise UserError("the config must be a mapping of keys", got=f"{path} with a {type(tree).__name__}")
+    file_batch = tree.get("global_batch_size")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _set(tree, key, value)
+    for override in overrides:
+        _set(tree, *_read_override(override))
+    config = parse_config(tree, source=str(path))
+    if not isinstance(file_batch, int) or config.global_batch_size == file_batch:
+        return config, []
+    factor = config.global_batch_size / file_batch
+    scale = {"none": 1.0, "sqrt": factor**0.5, "linear": factor}[config.optim.lr_scaling]
+    optim = config.optim.model_copy(update={"lr": config.optim.lr * scale})
+    notice = (
+        f"global batch {config.global_batch_size} instead of the recipe's {file_batch}: "
+        f"optim.lr_scaling={config.optim.lr_scaling} makes the peak learning rate {optim.lr:g} "
+        f"(it was {config.optim.lr:g}); warm-up and EMA keep their length in samples"
+    )
+    return config.model_copy(update={"optim": optim}), [notice]
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Check a tree of plain values, as read from YAML or JSON; `source` names it in errors."""
+    try:
+        # Strict JSON mode: lists become tuples and 1 becomes 1.0, but "1" is no number and 1 is no bool.
+        return Config.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    except (TypeError, ValueError) as error:  # json cannot write it: a date, say
+        raise UserError("the config holds a value of an unknown kind", got=f"{source} ({error})") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, which `load_config` reads back to an equal config."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def _read_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not re.match(r"^[A-Za-z_][\w.]*$", key):
+        raise UserError("cannot read an override", got=override, allowed="dotted.key=value", cure="e.g. optim.lr=1e-3")
+    try:
+        return key, parse_yaml(text)
+    except yaml.YAMLError:
+        raise UserError("cannot read an override's value", got=override, allowed="a YAML value") from None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        # A section that is absent or null springs up with its first knob: `ema.half_life=...` switches EMA on.
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _explain(error: ValidationError, source: str) -> UserError:
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    where = f"{source}: {key}" if key else source
+    more = f" ({len(others)} more after this one)" if others else ""
+    got = f"{first['input']!r}{more}" if key else None
+    if first["type"] == "extra_forbidden":
+        names = _section_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
+        cure = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])}?" if near else None
+        return UserError("unknown config key", got=where + more, allowed=", ".join(names), cure=cure)
+    if first["type"] == "missing":
+        return UserError(f"a config key is missing: {where}{more}", cure="add it, or see configs/ for complete files")
+    allowed = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return UserError(f"{where}: {allowed}{more}")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return UserError(f"{where}: {allowed}{more}")  # a rule between knobs: the message names them
+    return UserError(where, got=got, allowed=allowed)
+
+
+def _section_keys(location: Sequence[str | int]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""Samples on their way from shards to batches; import each module by name; this file loads nothing."""

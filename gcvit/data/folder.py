@@ -1,0 +1,112 @@
+"""A tree of class folders, DATA_DIR/SPLIT/CLASS/*.jpg, as a source of samples: one file each, read whole."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gcvit.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+LAYOUT = "DATA_DIR/train/CLASS/*.jpg and DATA_DIR/val/CLASS/*.jpg"
+
+
+class FolderSource:
+    """One split of a class-folder tree, sorted by class and then by path; see `gcvit.data.source.Source`."""
+
+    def __init__(
+        self,
+        root: Path,
+        classes: tuple[str, ...],
+        paths: npt.NDArray[np.bytes_],
+        length: npt.NDArray[np.uint32],
+        label: npt.NDArray[np.int32],
+    ):
+        self.root, self.classes = root, classes
+        self.length, self.label = length, label
+        self._paths = paths  # fixed-width bytes: a list of a million texts would be slow to hand to each worker
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.label)
+
+    @cached_property
+    def first(self) -> npt.NDArray[np.int64]:
+        """First sample of each class folder, then N: folders play the part that shards have."""
+        return np.concatenate([[0], np.flatnonzero(np.diff(self.label)) + 1, [self.num_samples]]).astype(np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of classes, paths, labels and file sizes; contents are not read."""
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
+        for column in (self._paths, self.label, self.length):
+            digest.update(f"{column.dtype} ".encode() + column.tobytes())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> bytes:
+        try:
+            with open(self.root / self.name(index), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError("cannot read a sample", got=f"{self.root / self.name(index)} ({error.strerror})") from None
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
+
+
+def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSource:
+    """List the class folders in `root`; `classes` fixes their labels, None numbers the folders in sorted order.
+
+    Errors: UserError for no class folders, one without images, one that `classes` lacks, a tree that cannot be read.
+    """
+    folders = class_folders(root)
+    if not folders:
+        raise UserError(f"no class folders and no shards: {root}", allowed=LAYOUT, cure="check --data_dir")
+    classes = tuple(folders) if classes is None else classes
+    if unknown := sorted(set(folders) - set(classes)):
+        raise UserError(
+            f"{root} has {len(unknown)} class folders that train lacks",
+            got=", ".join(unknown[:3]),
+            allowed=f"the {len(classes)} classes of train",
+            cure="rename or remove them",
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    paths: list[bytes] = []
+    length: list[int] = []
+    label: list[int] = []
+    for name in folders:
+        files = sorted(_walk(root, name))
+        if not files:
+            raise UserError("a class folder holds no images", got=root / name, cure="fill it or remove it")
+        paths += [os.fsencode(path) for path, _ in files]
+        length += [num_bytes for _, num_bytes in files]
+        label += [label_of[name]] * len(files)
+    return FolderSource(root, classes, np.array(paths), np.array(length, np.uint32), np.array(label, np.int32))
+
+
+def class_folders(root: Path) -> list[str]:
+    """Sorted names of the folders in `root`; hidden ones are no classes."""
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError("cannot read a data directory", got=f"{root} ({error.strerror})") from None
+
+
+def _walk(root: Path, folder: str) -> Iterator[tuple[str, int]]:
+    """Path relative to `root`, and size in bytes, of each image in and below `folder`."""
+    try:
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    yield from _walk(root, path)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    yield path, entry.stat().st_size
+    except OSError as error:
+        raise UserError("cannot read a class folder", got=f"{root / folder} ({error.strerror})") from None

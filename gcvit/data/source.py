@@ -1,0 +1,144 @@
+"""A split's samples by number, whether they lie in shards or in class folders; the bytes, not what they show."""
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gcvit.data.folder import LAYOUT, class_folders, open_folder
+from gcvit.data.manifest import COLUMNS, Manifest, Shard, column_path, find_split, read_manifest
+from gcvit.errors import UserError
+
+_MAX_OPEN_SHARDS = 256  # per process: more than the lanes of a rank have open, less than the usual limit of 1024 files
+
+
+class Source(Protocol):
+    """Samples 0 .. N-1 of a split. Pickles to a few bytes or to plain arrays; each process opens its own files."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def label(self) -> npt.NDArray[np.int32]:
+        """Class of each sample, an index into `classes`: [N]."""
+
+    @property
+    def length(self) -> npt.NDArray[np.uint32]:
+        """Size of each sample in bytes: [N]."""
+
+    @property
+    def first(self) -> npt.NDArray[np.int64]:
+        """First sample of each shard or class folder, then N: what lies together."""
+
+    @property
+    def digest(self) -> str:
+        """Hex text that is equal where the samples, their order and their classes are."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. Errors: UserError, naming the sample, where it cannot be read or is damaged."""
+
+    def name(self, index: int) -> str:
+        """Where sample `index` lies, for messages."""
+
+
+class ShardSource:
+    """The samples of a manifest, read from its tars at their offsets."""
+
+    def __init__(self, manifest: Manifest):
+        self._manifest = manifest
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard to descriptor, the least recently used first
+        self._owner = os.getpid()
+        self.classes, self.num_samples, self.first = manifest.classes, manifest.num_samples, manifest.first
+        self.label, self.length = manifest.label, manifest.length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Columns are mapped again rather than copied, and not checked again, by each worker.
+        manifest = self._manifest
+        return _reopen, (manifest.root, manifest.split, manifest.classes, manifest.shards)
+
+    def __del__(self) -> None:
+        self._close()
+
+    @property
+    def digest(self) -> str:
+        return self._manifest.digest
+
+    def name(self, index: int) -> str:
+        return self._manifest.member_name(index)
+
+    def read(self, index: int) -> bytes:
+        manifest = self._manifest
+        length = int(manifest.length[index])
+        try:
+            shard = int(np.searchsorted(manifest.first, index, side="right")) - 1
+            content = os.pread(self._open(shard), length, int(manifest.offset[index]))
+        except OSError as error:
+            raise UserError("cannot read a sample", got=f"{self.name(index)} ({error.strerror})") from None
+        if len(content) != length or zlib.crc32(content) != int(manifest.crc32[index]):
+            kind = "another checksum" if len(content) == length else f"{len(content)} of {length} bytes"
+            raise UserError(
+                f"a sample differs from what was sharded: {manifest.root}",
+                got=f"{self.name(index)} ({kind})",
+                cure=f"python -m data_prep.verify {manifest.root} lists all damage",
+            )
+        return content
+
+    def _open(self, shard: int) -> int:
+        if self._owner != os.getpid():  # forked: the descriptors are the parent's, only this table is ours
+            self._files, self._owner = OrderedDict(), os.getpid()
+        if shard not in self._files:
+            if len(self._files) == _MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self._manifest.root / self._manifest.shards[shard].name, os.O_RDONLY)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _close(self) -> None:
+        while self._owner == os.getpid() and self._files:
+            os.close(self._files.popitem()[1])
+
+
+def _reopen(root: Path, split: str, classes: tuple[str, ...], shards: tuple[Shard, ...]) -> ShardSource:
+    columns = {name: np.load(column_path(root, name), mmap_mode="r", allow_pickle=False) for name in COLUMNS}
+    return ShardSource(Manifest(root, split, classes, shards, **columns))
+
+
+def open_source(data_dir: str | Path, split: str) -> Source:
+    """The samples of `split` ("train" or "val") below `data_dir`: shards with a manifest, or class folders.
+
+    The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors: UserError for
+    a missing or empty directory, no such split, a class folder without images, tars without a manifest or
+    compressed, and a manifest that disagrees with its tars.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        kind = "a file" if data_dir.exists() else "missing"
+        raise UserError(
+            "the data directory is no directory",
+            got=f"{data_dir} ({kind})",
+            allowed=f"shards from data_prep, or {LAYOUT}",
+            cure="check --data_dir",
+        )
+    folder = find_split(data_dir, split)
+    if folder is not None:
+        return ShardSource(read_manifest(folder))
+    if not (data_dir / split).is_dir():
+        names = sorted(entry.name for entry in data_dir.iterdir() if not entry.name.startswith("."))
+        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "") if names else "an empty directory"
+        raise UserError(
+            f"the data directory has no split {split!r}: {data_dir}",
+            got=shown,
+            allowed=f"shards from data_prep, or {LAYOUT}",
+            cure="check --data_dir",
+        )
+    train = data_dir / "train"
+    # Where train is sharded and this split is not, the folders' own names are all there is to number.
+    classes = tuple(class_folders(train)) if split != "train" and train.is_dir() else None
+    return open_folder(data_dir / split, classes or None)

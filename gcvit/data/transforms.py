@@ -1,0 +1,245 @@
+"""From encoded bytes to the model's input: decoding and augmentation on the host, the rest on the device.
+
+The host's part works on 8-bit images with Pillow, by timm's rules and in timm's order of draws, so that equal seeds
+give timm's pixels. A sample draws from (seed, epoch, position in the epoch) alone, a mixed group from (seed, step,
+group): neither knows who computes it. The device normalises, erases, mixes.
+"""
+
+import contextlib
+import io
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, RandomAffine, RandomHorizontalFlip, Resize
+
+from gcvit.config import AugmentConfig, DataConfig, MixConfig
+from gcvit.data.batch import Batch
+from gcvit.errors import UserError
+
+ERASE_AREA = (0.02, 1 / 3)  # share of the image; these and the aspect ratio are timm's defaults
+ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+NO_ERASE = (0, 0, 0, 0, 0)
+# Streams of draws that begin with the same seed are told apart by their second number.
+_SAMPLE_STREAM, _MIX_STREAM = 2, 3
+
+
+def decode(content: bytes) -> Image.Image:
+    """An RGB image: grey is repeated, alpha dropped, CMYK converted, EXIF orientation ignored, all as timm does.
+
+    Errors: whatever Pillow raises for damaged bytes, which is almost anything.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class TrainTransform:
+    """A random view of an image: crop, flip, affine map, RandAugment or colour jitter; RGB image to uint8 [3, S, S].
+
+    Draws come from Python's, NumPy's and torch's global generators: see `seed_sample`.
+    """
+
+    def __init__(self, augment: AugmentConfig, mean: Sequence[float], img_size: int):
+        """Errors: UserError for a RandAugment policy that timm cannot read."""
+        steps: list[Callable[[Image.Image], Image.Image]] = [
+            RandomResizedCropAndInterpolation(img_size, augment.scale, augment.ratio, augment.interpolation),
+            RandomHorizontalFlip(augment.hflip),
+        ]
+        if affine := augment.affine:
+            translate = (affine.translate, affine.translate) if affine.translate else None
+            bilinear = InterpolationMode.BILINEAR
+            steps.append(RandomAffine(affine.degrees, translate, affine.scale, affine.shear or None, bilinear))
+        if augment.rand_augment:
+            steps.append(_rand_augment(augment.rand_augment, mean, img_size, augment.interpolation))
+        if augment.color_jitter:
+            steps.append(ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
+        self._steps = steps
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        for step in self._steps:
+            image = step(image)
+        return to_tensor(image)
+
+
+def _rand_augment(
+    policy: str, mean: Sequence[float], img_size: int, interpolation: str
+) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment; what it moves into the picture has the mean colour."""
+    hparams = {
+        "translate_const": int(img_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+    }
+    if interpolation != "random":
+        hparams["interpolation"] = Image.Resampling[interpolation.upper()]
+    try:
+        return rand_augment_transform(policy, hparams)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(
+            "augment.rand_augment is no policy of timm's RandAugment",
+            got=f"{policy!r}" + (f" ({error})" if str(error) else ""),
+            allowed="rand-m9-mstd0.5-inc1 and the like, or null",
+        ) from None
+
+
+class EvalTransform:
+    """The published view of an image, bicubic: RGB image to uint8 [3, S, S].
+
+    `eval_resize=crop` takes the short side to S / crop_pct and the centre; squash takes both sides there first.
+    """
+
+    def __init__(self, data: DataConfig, img_size: int):
+        side = math.floor(img_size / data.crop_pct)
+        size = (side, side) if data.eval_resize == "squash" else side
+        self._resize = Resize(size, InterpolationMode.BICUBIC)
+        self._crop = CenterCrop(img_size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return to_tensor(self._crop(self._resize(image)))
+
+
+def seed_sample(seed: int, epoch: int, position: int) -> None:
+    """Seed all global generators for one sample, so that its augmentation is the same wherever it is loaded."""
+    words = np.random.SeedSequence((seed, _SAMPLE_STREAM, epoch, position)).generate_state(8)
+    random.seed(words[:4].tobytes())
+    np.random.seed(words[4:6])
+    # Not torch.manual_seed, which also seeds, or queues seeds for, every accelerator.
+    torch.default_generator.manual_seed(int(words[6:].view(np.int64)[0]))
+
+
+@contextlib.contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Give the global generators back as they were: loading must not change what a process draws for itself."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def draw_erase(prob: float, height: int, width: int) -> tuple[int, int, int, int, int]:
+    """Top, left, height, width of the rectangle to erase, and the seed of its noise; `NO_ERASE` where none is."""
+    if random.random() > prob:
+        return NO_ERASE
+    for _ in range(10):
+        area = random.uniform(*ERASE_AREA) * height * width
+        aspect = math.exp(random.uniform(*ERASE_LOG_ASPECT))
+        box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_height < height and box_width < width:
+            top, left = random.randint(0, height - box_height), random.randint(0, width - box_width)
+            return top, left, box_height, box_width, random.getrandbits(63)
+    return NO_ERASE
+
+
+class MixDraw(NamedTuple):
+    """How the samples of a group are mixed, each with its partner."""
+
+    label_weight: float  # of a sample's own label
+    pixel_weight: float  # of its own pixels; 1 in cutmix
+    top: int  # the box of partner's pixels; empty in mixup
+    bottom: int
+    left: int
+    right: int
+
+
+def draw_mix(rng: np.random.Generator, mix: MixConfig, height: int, width: int) -> MixDraw:
+    """Lambda, switch and box, drawn in the order of timm's `Mixup`; lambda is corrected for a clipped box."""
+    if rng.random() >= mix.prob:
+        return MixDraw(1.0, 1.0, 0, 0, 0, 0)
+    use_cutmix = mix.cutmix > 0
+    if mix.mixup and mix.cutmix:
+        use_cutmix = rng.random() < (0.5 if mix.switch_prob is None else mix.switch_prob)
+    alpha = mix.cutmix if use_cutmix else mix.mixup
+    weight = float(rng.beta(alpha, alpha))
+    if not use_cutmix:
+        return MixDraw(weight, weight, 0, 0, 0, 0)
+    side = math.sqrt(1 - weight)
+    box_height, box_width = int(height * side), int(width * side)
+    center_y, center_x = int(rng.integers(0, height)), int(rng.integers(0, width))
+    top, bottom = max(center_y - box_height // 2, 0), min(center_y + (box_height + 1) // 2, height)
+    left, right = max(center_x - box_width // 2, 0), min(center_x + (box_width + 1) // 2, width)
+    return MixDraw(1 - (bottom - top) * (right - left) / (height * width), 1.0, top, bottom, left, right)
+
+
+def mix_pairs(images: Tensor, targets: Tensor, draws: Sequence[MixDraw]) -> tuple[Tensor, Tensor]:
+    """Mix rows 2k and 2k+1 of images [b, 3, H, W] and targets [b, C] by one draw a row."""
+    # Weights are rounded to float32 after 1 - weight was taken, as a Python scalar's would be.
+    shares = [(draw.label_weight, 1 - draw.label_weight, draw.pixel_weight, 1 - draw.pixel_weight) for draw in draws]
+    weights = torch.tensor(shares, dtype=torch.float32)
+    boxes = torch.tensor([draw[2:] for draw in draws], dtype=torch.int32)
+    own_label, other_label, own_pixel, other_pixel = _send(weights, images.device).T[:, :, None]
+    top, bottom, left, right = _send(boxes, images.device).T[:, :, None]
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    mixed = images * own_pixel[..., None, None] + partners * other_pixel[..., None, None]
+    row = torch.arange(images.shape[2], device=images.device)
+    column = torch.arange(images.shape[3], device=images.device)
+    in_box = ((row >= top) & (row < bottom))[:, None, :, None] & ((column >= left) & (column < right))[:, None, None]
+    other_targets = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return torch.where(in_box, partners, mixed), targets * own_label + other_targets * other_label
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [b, 3, H, W] in 0..255 to float32 with mean and std of [0, 1] removed, on the same device."""
+    constants = torch.tensor([[255 * value for value in row] for row in (mean, std)], dtype=torch.float32)
+    shift, factor = _send(constants, images.device)[:, :, None, None]
+    return images.float().sub_(shift).div_(factor)
+
+
+def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, smoothing spread over all classes."""
+    rest = smoothing / num_classes
+    targets = torch.full((len(labels), num_classes), rest, device=labels.device)
+    return targets.scatter_(1, labels[:, None], 1 - smoothing + rest)
+
+
+def erase_boxes(images: Tensor, erase: Tensor) -> None:
+    """Replace each row's rectangle of normalised images [b, 3, H, W] by normal noise; `erase` is `Batch.erase`.
+
+    The noise has the sample's own seed. It is the same for all partitions of a batch on one kind of device.
+    """
+    generator = torch.Generator(images.device)
+    for image, (top, left, height, width, seed) in zip(images, erase.tolist(), strict=True):
+        if height:
+            noise = torch.randn((3, height, width), generator=generator.manual_seed(seed), device=images.device)
+            image[:, top : top + height, left : left + width] = noise
+
+
+class DeviceAugment:
+    """The device's part of training's augmentation: normalise, erase, smooth the labels, mix."""
+
+    def __init__(self, augment: AugmentConfig, data: DataConfig, num_classes: int, seed: int):
+        self._augment, self._data, self._num_classes, self._seed = augment, data, num_classes, seed
+
+    def __call__(self, batch: Batch, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images float32 [b, 3, H, W] and targets float32 [b, num_classes] on `device`; b may be 0."""
+        images = normalize(_send(batch.images, device), self._data.mean, self._data.std)
+        erase_boxes(images, batch.erase)
+        targets = smooth_targets(_send(batch.labels, device), self._num_classes, self._augment.label_smoothing)
+        mix = self._augment.mix
+        if mix is None or not len(images):
+            return images, targets
+        groups = (batch.positions // mix.group_size).tolist()
+        height, width = images.shape[2:]
+        draw_of = {group: draw_mix(self._group_rng(step, group), mix, height, width) for group in set(groups)}
+        return mix_pairs(images, targets, [draw_of[group] for group in groups])
+
+    def _group_rng(self, step: int, group: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence((self._seed, _MIX_STREAM, step, group)))
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    # Without non_blocking, a copy to a GPU waits until the GPU has done all that was launched before.
+    return tensor.to(device, non_blocking=True)

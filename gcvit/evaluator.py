@@ -1,0 +1,81 @@
+"""Exact evaluation: every sample counted once, whatever the number of ranks.
+
+All ranks take equally many steps of one fixed shape (a sharded model gathers its weights in every forward, so a rank
+that stopped early would hang the others); padding is masked. Ranks sum integers, and one division comes last.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gcvit.config import Config
+from gcvit.data.source import Source
+from gcvit.data.stream import eval_stream
+from gcvit.data.transforms import normalize
+from gcvit.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Result:
+    """Counts over the whole set."""
+
+    num_samples: int
+    correct_top1: int
+    correct_top5: int
+    loss: float  # mean cross entropy
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.correct_top1 / self.num_samples
+
+    @property
+    def top5(self) -> float:
+        """Percent."""
+        return 100 * self.correct_top5 / self.num_samples
+
+    def as_dict(self) -> dict[str, float | int]:
+        """What `evaluate.py` prints."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "num_samples": self.num_samples,
+            "correct_top1": self.correct_top1,
+            "correct_top5": self.correct_top5,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[[Tensor], Tensor], source: Source, config: Config, world: World, *, batch_size: int
+) -> Result:
+    """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks."""
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    stream = eval_stream(source, config, batch_size=batch_size, world_size=world.size, rank=world.rank)
+    for batch in stream:
+        labels, valid = batch.labels.to(world.device), batch.valid.to(world.device)
+        logits = model(normalize(batch.images.to(world.device), config.data))
+        ranks = rank_of_label(logits, labels)
+        counts += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+        loss += torch.where(valid, losses, 0.0).sum()
+    world.sum(counts)
+    world.sum(loss)
+    num_samples, correct_top1, correct_top5 = counts.tolist()
+    assert num_samples == source.num_samples, f"counted {num_samples} of {source.num_samples} samples"
+    return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples)
+
+
+def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes stand before the right one, [B] int64; of equal logits the lower index stands first.
+
+    A class whose logit is NaN stands before all, so that a broken model counts as wrong, not as right.
+    """
+    own = logits.gather(1, labels[:, None])
+    index = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > own) | ((logits == own) & (index < labels[:, None])) | logits.isnan()
+    return before.sum(1)

@@ -1,0 +1,110 @@
+"""What the user sees of a run: a progress bar or lines, `metrics.jsonl` and TensorBoard events.
+
+Sums stay on the device between logging steps; only there are they read, once, after one reduction over ranks.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from gcvit.config import Config, dump_config
+from gcvit.parallel.engine import StepResult
+from gcvit.parallel.world import World
+
+
+class Metrics:
+    """Collects a run's numbers. All ranks take part; rank 0 writes."""
+
+    def __init__(self, config: Config, world: World, *, first_step: int, total_steps: int):
+        self._world = world
+        self._batch_size = config.global_batch_size
+        self._total_steps = total_steps
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._refused = torch.zeros((), device=world.device)
+        self._num_steps, self._since = 0, time.perf_counter()
+        self._rows: Path | None = None
+        self._events: SummaryWriter | None = None
+        self._bar: tqdm[Any] | None = None
+        if world.is_first:
+            self._rows = config.run_dir / "metrics.jsonl"
+            _drop_rows_after(self._rows, first_step)
+            self._events = SummaryWriter(str(config.run_dir), purge_step=first_step + 1)
+            self._events.add_text("config", f"```yaml\n{dump_config(config)}\n```", first_step)
+            # A bar only where someone looks at it: a log file gets plain lines and no control characters.
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def add(self, loss_sum: Tensor, result: StepResult) -> None:
+        """Take in one step: the sum of this rank's losses and what the update did. Waits for nothing."""
+        self._loss_sum += loss_sum
+        self._refused += 1 - result.applied
+        self._num_steps += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def log_step(self, step: int, lr: float, result: StepResult) -> None:
+        """Log the mean over the steps since the last call; `step` counts finished steps."""
+        loss = self._world.sum(self._loss_sum).item() / (self._num_steps * self._batch_size)
+        seconds = time.perf_counter() - self._since
+        row = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm.item(),
+            "refused_steps": int(self._refused.item()),
+            "images_per_second": self._num_steps * self._batch_size / seconds,
+        }
+        self._write(step, "train", row)
+        self._say(
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {lr:.3g}  norm {row['grad_norm']:.3g}"
+            f"  {row['images_per_second']:.0f} img/s"
+        )
+        self._loss_sum.zero_()
+        self._refused.zero_()
+        self._num_steps, self._since = 0, time.perf_counter()
+
+    def log_evaluation(self, step: int, name: str, row: dict[str, float | int]) -> None:
+        """Log an evaluation of the "weights" or of their "ema"."""
+        self._write(step, f"val/{name}", row)
+        self._say(f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line for the user, from rank 0."""
+        self._say(text)
+
+    def restart_clock(self) -> None:
+        """What was just done (an evaluation, a save) does not count as training time."""
+        self._since = time.perf_counter() if self._num_steps == 0 else self._since
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._world.is_first:
+            print(text, file=sys.stderr, flush=True)
+
+    def _write(self, step: int, kind: str, row: dict[str, Any]) -> None:
+        if self._rows is None or self._events is None:
+            return
+        with open(self._rows, "a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
+        for name, value in row.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """A resumed run does its steps again: rows of the first try go."""
+    if path.exists():
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{row}\n" for row in rows))

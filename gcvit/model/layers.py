@@ -1,0 +1,171 @@
+"""The parts of GC ViT, stem, downsampler, global query generator and block, and the values they start from.
+
+All maps are (B, H, W, C), contiguous: what attention and LayerNorm want, and what convolutions call
+channels_last, so that the permutations around them are views.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp
+from torch import Tensor, nn
+
+from gcvit.model.attention import WindowAttention
+
+INIT_STD = 0.02
+
+
+class Conv2d(nn.Conv2d):
+    """The framework's convolution over (B, H, W, C) maps."""
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        return super().forward(x_bhwc.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate computed from the map's mean; the gate's hidden width is a quarter."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim // 4, bias=False)
+        self.fc2 = nn.Linear(dim // 4, dim, bias=False)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        hidden = F.gelu(self.fc1(x_bhwc.mean(dim=(1, 2), keepdim=True)))
+        return x_bhwc * self.fc2(hidden).sigmoid()
+
+
+class FusedBlock(nn.Module):
+    """Depthwise convolution, GELU, squeeze-excitation and pointwise convolution around a residual."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.depthwise = Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+        self.squeeze_excite = SqueezeExcite(dim)
+        self.pointwise = Conv2d(dim, dim, kernel_size=1, bias=False)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        return x_bhwc + self.pointwise(self.squeeze_excite(F.gelu(self.depthwise(x_bhwc))))
+
+
+class Downsample(nn.Module):
+    """Halve a map's sides: (B, H, W, dim) to (B, H/2, W/2, dim_out)."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.fused = FusedBlock(dim)
+        self.reduction = Conv2d(dim, dim_out, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm2 = nn.LayerNorm(dim_out)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        return self.norm2(self.reduction(self.fused(self.norm1(x_bhwc))))
+
+
+class Stem(nn.Module):
+    """Images (B, in_chans, H, W) to the first map (B, H/4, W/4, width)."""
+
+    def __init__(self, in_chans: int, width: int):
+        super().__init__()
+        self.conv = Conv2d(in_chans, width, kernel_size=3, stride=2, padding=1)
+        self.downsample = Downsample(width, width)
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        # The one copy into channels-last is made where it is cheapest: three channels.
+        return self.downsample(self.conv(images_bchw.permute(0, 2, 3, 1).contiguous()))
+
+
+class QueryGenerator(nn.Module):
+    """A stage's global queries: its map (B, H, W, C), pooled until it has a window's size (B, w, w, C).
+
+    `num_poolings` is log2(H / w). Where it is 0 one fused block remains, without pooling.
+    """
+
+    def __init__(self, dim: int, num_poolings: int):
+        super().__init__()
+        self.num_poolings = num_poolings
+        self.fused = nn.ModuleList(FusedBlock(dim) for _ in range(max(1, num_poolings)))
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        for fused in self.fused:
+            x_bhwc = fused(x_bhwc)
+            if self.num_poolings:
+                x_bchw = x_bhwc.permute(0, 3, 1, 2)
+                x_bhwc = F.max_pool2d(x_bchw, kernel_size=3, stride=2, padding=1).permute(0, 2, 3, 1)
+        return x_bhwc
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residuals, layer scale and drop path; (B, H, W, C) to the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        *,
+        uses_global_queries: bool,
+        mlp_ratio: float,
+        layer_scale: float | None,
+        drop_path_rate: float,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = WindowAttention(dim, num_heads, window, uses_global_queries)
+        self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
+        x = x_bhwc + self.drop_path(self.scale1(self.attention(self.norm1(x_bhwc), queries_bwwc)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class InitialLaw(NamedTuple):
+    """How a parameter starts: its whole shape, and "normal" (std), "uniform" (bound) or "constant"."""
+
+    shape: torch.Size
+    kind: str
+    value: float
+
+
+def find_initial_laws(model: nn.Module) -> dict[str, InitialLaw]:
+    """The published initialisation: by the module that holds a parameter, for every parameter's name."""
+    laws = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            laws[name] = InitialLaw(parameter.shape, *_initial_law(module, leaf))
+    return laws
+
+
+def _initial_law(module: nn.Module, leaf: str) -> tuple[str, float]:
+    match module:
+        case nn.Conv2d():  # the framework's default, kaiming_uniform(a=sqrt(5)); its bias has the same bound
+            return "uniform", module.weight[0].numel() ** -0.5
+        case nn.Linear():
+            return ("normal", INIT_STD) if leaf == "weight" else ("constant", 0.0)
+        case nn.LayerNorm():
+            return "constant", 1.0 if leaf == "weight" else 0.0
+        case WindowAttention():
+            return "normal", INIT_STD
+        case LayerScale():
+            return "constant", module.init_values
+    raise AssertionError(f"no initial law for {leaf} of {type(module).__name__}")
+
+
+def draw_initial(law: InitialLaw, name: str, seed: int) -> Tensor:
+    """The initial fp32 CPU value, whole, of the parameter `name`: a function of the arguments alone."""
+    with torch.device("cpu"):
+        if law.kind == "constant":
+            return torch.full(law.shape, law.value, dtype=torch.float32)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        tensor = torch.empty(law.shape, dtype=torch.float32)
+        if law.kind == "uniform":
+            return tensor.uniform_(-law.value, law.value, generator=generator)
+        return nn.init.trunc_normal_(tensor, std=law.value, generator=generator)

@@ -1,0 +1,183 @@
+"""All GC ViT variants in one table, `create_model`, and their registration with timm."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from gcvit.errors import UserError
+from gcvit.model import weights
+from gcvit.model.gcvit import GCViT
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published model: its architecture, how it is evaluated, and what was published about it.
+
+    `num_params` and `counted_gmacs` (10^9 multiply-adds an image) are counted on the model, `published_*`
+    are the authors' figures; where they differ the code stands. `top1` is ImageNet-1K validation accuracy in
+    percent.
+    """
+
+    width: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    mlp_ratio: float
+    layer_scale: float | None
+    drop_path_rate: float
+    crop_pct: float
+    published_top1: float
+    num_params: int
+    counted_gmacs: float
+    published_gmacs: float
+    weights_file: str
+    """In the Hugging Face repository nvidia/GCViT (CC-BY-NC-SA-4.0)."""
+    img_size: int = 224
+    windows: tuple[int, ...] = (7, 7, 14, 7)
+    crop_mode: str = "center"
+    weights_tag: str = "in1k"
+
+
+# fmt: off
+VARIANTS: dict[str, Variant] = {
+    "gc_vit_xxtiny": Variant(
+        64, (2, 2, 6, 2), (2, 4, 8, 16), 3.0, None, 0.2, crop_pct=1.0,
+        published_top1=79.9, num_params=11_995_428, counted_gmacs=2.121, published_gmacs=2.1,
+        weights_file="gcvit_1k_xxtiny.pth.tar"),
+    "gc_vit_xtiny": Variant(
+        64, (3, 4, 6, 5), (2, 4, 8, 16), 3.0, None, 0.2, crop_pct=0.875,
+        published_top1=82.0, num_params=19_981_294, counted_gmacs=2.913, published_gmacs=2.6,
+        weights_file="gcvit_1k_xtiny.pth.tar"),
+    "gc_vit_tiny": Variant(
+        64, (3, 4, 19, 5), (2, 4, 8, 16), 3.0, None, 0.2, crop_pct=1.0,
+        published_top1=83.5, num_params=28_221_974, counted_gmacs=4.761, published_gmacs=4.7,
+        weights_file="gcvit_1k_tiny.pth.tar"),
+    "gc_vit_tiny2": Variant(
+        64, (3, 4, 29, 5), (2, 4, 8, 16), 3.0, None, 0.25, crop_pct=0.875,
+        published_top1=83.7, num_params=34_535_654, counted_gmacs=6.178, published_gmacs=5.5,
+        weights_file="gcvit_1k_tiny2.pth.tar"),
+    "gc_vit_small": Variant(
+        96, (3, 4, 19, 5), (3, 6, 12, 24), 2.0, 1e-5, 0.3, crop_pct=0.875,
+        published_top1=84.3, num_params=51_092_173, counted_gmacs=8.530, published_gmacs=8.5,
+        weights_file="gcvit_1k_small.pth.tar"),
+    "gc_vit_small2": Variant(
+        96, (3, 4, 23, 5), (3, 6, 12, 24), 3.0, 1e-5, 0.35, crop_pct=0.875,
+        published_top1=84.8, num_params=68_615_197, counted_gmacs=11.538, published_gmacs=10.7,
+        weights_file="gcvit_1k_small2.pth.tar"),
+    "gc_vit_base": Variant(
+        128, (3, 4, 19, 5), (4, 8, 16, 32), 2.0, 1e-5, 0.5, crop_pct=1.0,
+        published_top1=85.0, num_params=90_320_836, counted_gmacs=14.816, published_gmacs=14.8,
+        weights_file="gcvit_1k_base.pth.tar"),
+    "gc_vit_large": Variant(
+        192, (3, 4, 19, 5), (6, 12, 24, 48), 2.0, 1e-5, 0.5, crop_pct=1.0,
+        published_top1=85.7, num_params=202_075_570, counted_gmacs=32.555, published_gmacs=32.6,
+        weights_file="gcvit_1k_large.pth.tar"),
+    "gc_vit_large_384": Variant(
+        192, (3, 4, 19, 5), (6, 12, 24, 48), 2.0, 1e-5, 0.1, crop_pct=1.0,
+        published_top1=87.4, num_params=202_860_610, counted_gmacs=103.943, published_gmacs=120.4,
+        weights_file="gcvit_21k_large_384.pth.tar", img_size=384, windows=(12, 12, 24, 12),
+        crop_mode="squash", weights_tag="in21k_ft_in1k"),
+    "gc_vit_large_512": Variant(
+        192, (3, 4, 19, 5), (6, 12, 24, 48), 2.0, 1e-5, 0.1, crop_pct=1.0,
+        published_top1=87.6, num_params=203_795_362, counted_gmacs=202.137, published_gmacs=245.0,
+        weights_file="gcvit_21k_large_512.pth.tar", img_size=512, windows=(16, 16, 32, 16),
+        crop_mode="squash", weights_tag="in21k_ft_in1k"),
+}
+# fmt: on
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    img_size: int | None = None,
+    drop_path_rate: float | None = None,
+    **overrides: Any,
+) -> GCViT:
+    """A GC ViT with initial weights, or without any under `torch.device("meta")`.
+
+    `img_size`, `drop_path_rate` and `overrides` (width, depths, num_heads, mlp_ratio, layer_scale, windows,
+    ...: the arguments of `GCViT`) replace the variant's own; at another img_size the windows scale with it
+    unless given. Raises UserError for an unknown name or override, with the nearest valid one.
+    """
+    _check_name("unknown model", name, list(VARIANTS))
+    allowed = list(inspect.signature(GCViT).parameters)
+    for override in overrides:
+        _check_name(f"unknown override of {name}", override, allowed)
+    given = {"img_size": img_size, "drop_path_rate": drop_path_rate}
+    overrides |= {key: value for key, value in given.items() if value is not None}
+    return _build(name, num_classes=num_classes, **overrides)
+
+
+def _check_name(what: str, name: str, allowed: list[str]) -> None:
+    if name not in allowed:
+        nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
+        raise UserError(what, got=name, allowed=", ".join(allowed), cure=f"did you mean {nearest}?")
+
+
+def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:
+    """Build through timm: it attaches configs, loads pretrained weights and wraps feature extraction."""
+    row = VARIANTS[name]
+    img_size = _square_side(arguments.pop("img_size", row.img_size))
+    published = {
+        "width": row.width,
+        "depths": row.depths,
+        "num_heads": row.num_heads,
+        "mlp_ratio": row.mlp_ratio,
+        "layer_scale": row.layer_scale,
+        "windows": [window * img_size // row.img_size for window in row.windows],
+        "drop_path_rate": row.drop_path_rate,
+    }
+    return build_model_with_cfg(
+        GCViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=weights.to_ours,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        img_size=img_size,
+        **(published | arguments),
+    )
+
+
+def _square_side(img_size: int | Sequence[int]) -> int:
+    """The side of a square image, given as one number or, as timm does, as (height, width)."""
+    sides = {img_size} if isinstance(img_size, int) else set(img_size)
+    if len(sides) != 1:
+        raise UserError("img_size must be square", got=img_size, allowed="one number, or two equal ones")
+    return sides.pop()
+
+
+def _describe(row: Variant) -> dict[str, Any]:
+    """timm's config of a variant: how its images are prepared and where its weights are."""
+    map_side = row.img_size // 32
+    return {
+        "hf_hub_id": "nvidia/GCViT",
+        "hf_hub_filename": row.weights_file,
+        "license": "cc-by-nc-sa-4.0",
+        "input_size": (3, row.img_size, row.img_size),
+        "fixed_input_size": True,
+        "pool_size": (map_side, map_side),
+        "crop_pct": row.crop_pct,
+        "crop_mode": row.crop_mode,
+        "interpolation": "bicubic",
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+    }
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    def build_variant(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        return _build(name, pretrained, **arguments)
+
+    build_variant.__name__ = name  # timm registers a function under its own name
+    return build_variant
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.{row.weights_tag}": _describe(row) for name, row in VARIANTS.items()}
+)
+for _name in VARIANTS:
+    register_model(_entrypoint(_name))

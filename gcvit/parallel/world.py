@@ -1,0 +1,94 @@
+"""Who am I: rank, world size and device, from torchrun, the deepspeed launcher, or one plain process."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from gcvit.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, with its `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: dist.ProcessGroup  # gloo: host-side words between ranks must not queue behind kernels
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank; a small plain Python object."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """What `act()` gives on rank 0, on every rank; its `UserError` too, so that all ranks stop alike."""
+        outcome: T | UserError | None = None
+        if self.is_first:
+            try:
+                outcome = act()
+            except UserError as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return cast(T, outcome)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank; small plain Python objects."""
+        boxes = [value] * self.size
+        dist.all_gather_object(boxes, value, group=self.host_group)
+        return boxes
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Start the process group named by the environment, and leave it in the end.
+
+    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them this process is
+    a world of one (which still has a process group: FSDP2 and DeepSpeed want one).
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                "more processes than GPUs on this node",
+                got=f"local rank {local_rank}",
+                allowed=f"{torch.cuda.device_count()} GPUs",
+                cure="start one process per GPU",
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device_id)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+    try:
+        yield World(rank, size, device, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()

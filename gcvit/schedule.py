@@ -1,0 +1,74 @@
+"""Durations to steps, step to learning rate. Pure: every process computes the same, a resume needs no state.
+
+The published recipe's cosine runs by an index that counts from step 0; its first part is *replaced* by the linear
+warm-up, so the rate jumps where the two meet (timm's CosineLRScheduler with `warmup_prefix=False`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from gcvit.config import DURATION, OptimConfig, ScheduleConfig
+from gcvit.errors import UserError
+
+
+def to_samples(duration: str, *, global_batch_size: int, samples_per_epoch: int) -> float:
+    """A duration such as "20 epochs", "500 steps" or "1e6 samples", in samples."""
+    match = DURATION.match(duration)
+    assert match, f"the config accepted {duration!r}"
+    unit = {"sample": 1, "step": global_batch_size, "epoch": samples_per_epoch}[match["unit"]]
+    return float(match["amount"]) * unit
+
+
+def to_steps(duration: str, *, global_batch_size: int, samples_per_epoch: int) -> int:
+    """A duration in whole optimizer steps, rounded to the nearest."""
+    samples = to_samples(duration, global_batch_size=global_batch_size, samples_per_epoch=samples_per_epoch)
+    return round(samples / global_batch_size)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step and the length of the run, in optimizer steps."""
+
+    peak_lr: float
+    warmup_lr: float
+    min_lr: float
+    warmup_steps: int
+    cosine_steps: int
+    cooldown_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.cosine_steps + self.cooldown_steps
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update `step`, which counts from 0."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + step * (self.peak_lr - self.warmup_lr) / self.warmup_steps
+        if step >= self.cosine_steps:
+            return self.min_lr
+        cosine = math.cos(math.pi * step / self.cosine_steps)
+        return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + cosine)
+
+
+def build_schedule(
+    schedule: ScheduleConfig, optim: OptimConfig, *, global_batch_size: int, samples_per_epoch: int
+) -> Schedule:
+    """Resolve the recipe's durations for a data set. Errors: UserError where nothing would be trained."""
+    warmup, cosine, cooldown = (
+        to_steps(duration, global_batch_size=global_batch_size, samples_per_epoch=samples_per_epoch)
+        for duration in (schedule.warmup, schedule.cosine, schedule.cooldown)
+    )
+    if cosine < 1:
+        raise UserError(
+            "schedule.cosine is shorter than one step",
+            got=f"{schedule.cosine} of {samples_per_epoch} samples in batches of {global_batch_size}",
+            cure="lengthen it, or use a smaller global_batch_size",
+        )
+    if warmup > cosine:
+        raise UserError("schedule.warmup is longer than schedule.cosine", got=f"{warmup} > {cosine} steps")
+    return Schedule(optim.lr, optim.warmup_lr, optim.min_lr, warmup, cosine, cooldown)
+
+
+def is_time(step: int, every_steps: int, total_steps: int) -> bool:
+    """Whether something done every so many steps is due after `step` of `total_steps` finished; always at the end."""
+    return step % max(1, every_steps) == 0 or step == total_steps

@@ -1,0 +1,57 @@
+"""Train a GC ViT.
+
+    python train.py --config configs/digits_demo.yaml --data_dir data/digits
+    torchrun --nproc-per-node 8 train.py --config configs/gc_vit_large_fsdp.yaml --data_dir /data/imagenet-wds
+    deepspeed --num_gpus 8 train.py --config configs/gc_vit_large_zero.yaml --data_dir /data/imagenet-wds
+
+Any knob of the config can be set behind the flags as dotted.key=value.
+"""
+
+import argparse
+import sys
+
+from gcvit.config import EmaConfig, load_config
+from gcvit.errors import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument("--data_dir", "--data-dir", metavar="DIR", help="folder with train/ and val/ (data.dir)")
+    parser.add_argument(
+        "--batch-size", "--batch_size", metavar="N", type=int, help="most samples per device and pass (trainer.micro_batch_size)"
+    )
+    parser.add_argument("--tag", help="name of the run (tag)")
+    parser.add_argument("--model-ema", "--model_ema", action="store_true", help="average the weights (ema)")
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
+    parser.add_argument("--init-from", "--init_from", metavar="FILE|NAME", help="start from these weights")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any knob of the config")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    flags = {
+        "data.dir": arguments.data_dir,
+        "trainer.micro_batch_size": arguments.batch_size,
+        "tag": arguments.tag,
+    }
+    config, notices = load_config(arguments.config, arguments.overrides, flags)
+    if arguments.model_ema and config.ema is None:
+        config = config.model_copy(update={"ema": EmaConfig()})
+
+    from gcvit.parallel.world import join_world  # loads torch: a misspelt key is told before that
+    from gcvit.trainer import open_sources, train
+
+    sources = open_sources(config)
+    with join_world() as world:
+        if world.is_first:
+            print(*notices, sep="\n", end="\n" if notices else "", file=sys.stderr)
+        train(config, world, sources, resume=arguments.resume, init_from=arguments.init_from)
+
+
+if __name__ == "__main__":
+    run_main(main)
