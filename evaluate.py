@@ -39,12 +39,12 @@ def main() -> None:
 
     source = open_source(arguments.data_dir, arguments.split)
     if arguments.run:
-        model, config = load_run(arguments.run, arguments.weights)
+        model, data = load_run(arguments.run, arguments.weights)
     else:
-        model, config = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
+        model, data = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
     with join_world() as world:
         model.eval().to(world.device)
-        result = evaluate(model, source, config, world, batch_size=arguments.batch_size)
+        result = evaluate(model, source, data, world, img_size=model.img_size, batch_size=arguments.batch_size)
         if world.is_first:
             print(json.dumps(result.as_dict()), flush=True)
 

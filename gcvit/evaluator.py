@@ -6,14 +6,19 @@ that stopped early would hang the others); padding is masked. Ranks sum integers
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gcvit.config import Config
+from gcvit import checkpoint, runfolder
+from gcvit.config import DataConfig, ModelConfig, parse_config
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
+from gcvit.errors import UserError
+from gcvit.model import VARIANTS, weights
+from gcvit.parallel.build import build_model
 from gcvit.parallel.world import World
 
 
@@ -50,15 +55,29 @@ class Result:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], Tensor], source: Source, config: Config, world: World, *, batch_size: int
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    data: DataConfig,
+    world: World,
+    *,
+    img_size: int,
+    batch_size: int,
 ) -> Result:
     """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks."""
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    stream = eval_stream(source, config, batch_size=batch_size, world_size=world.size, rank=world.rank)
+    stream = eval_stream(
+        source,
+        data,
+        img_size=img_size,
+        batch_size=batch_size,
+        world_size=world.size,
+        rank=world.rank,
+        pin_memory=world.device.type == "cuda",
+    )
     for batch in stream:
         labels, valid = batch.labels.to(world.device), batch.valid.to(world.device)
-        logits = model(normalize(batch.images.to(world.device), config.data))
+        logits = model(normalize(batch.images.to(world.device), data.mean, data.std))
         ranks = rank_of_label(logits, labels)
         counts += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
@@ -79,3 +98,28 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     index = torch.arange(logits.shape[1], device=logits.device)
     before = (logits > own) | ((logits == own) & (index < labels[:, None])) | logits.isnan()
     return before.sum(1)
+
+
+def load_run(path: str, kind: str | None) -> tuple[nn.Module, DataConfig]:
+    """The model of a run folder (its best checkpoint) or of a checkpoint, and how its data is prepared.
+
+    `kind` is "ema" or "model"; None takes the EMA where there is one. Errors: UserError where there is none.
+    """
+    found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
+    config = parse_config(found.info["config"], source=str(found.path))
+    has_ema = any(name.startswith("ema.") for name in found.shapes)
+    if kind == "ema" and not has_ema:
+        raise UserError("this run has no EMA", got=found.path, cure="evaluate --weights model")
+    tensors = checkpoint.read_tensors(found, kind or ("ema" if has_ema else "model"))
+    model = build_model(config.model)
+    model.load_state_dict(tensors)
+    return model, config.data
+
+
+def load_file(name: str, path: str, *, num_classes: int) -> tuple[nn.Module, DataConfig]:
+    """A variant with the weights in a file of any layout, and how the variant's card says data is prepared."""
+    card = VARIANTS.get(name)
+    model = build_model(ModelConfig(name=name, num_classes=num_classes, img_size=card.img_size if card else 224))
+    weights.load(model, path)
+    assert card is not None, "build_model refuses an unknown name"
+    return model, DataConfig(crop_pct=card.crop_pct, eval_resize="squash" if card.crop_mode == "squash" else "crop")

@@ -162,7 +162,14 @@ def evaluate_all(
     top1 = 0.0
     for name, place in (("weights", nullcontext()), *((("ema", ema.swapped_in(engine)),) if ema else ())):
         with place:
-            result = evaluate(engine, val, config, world, batch_size=config.trainer.eval_batch_size)
+            result = evaluate(
+                engine,
+                val,
+                config.data,
+                world,
+                img_size=config.model.img_size,
+                batch_size=config.trainer.eval_batch_size,
+            )
         metrics.log_evaluation(state.step, name, result.as_dict())
         top1 = result.top1
     metrics.restart_clock()

@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from gcvit.errors import UserError
 
-_BLOCK_SAMPLES = 1 << 18  # lanes are mixed in blocks of about this many samples: it bounds memory and fits caches
+_BLOCK_SAMPLES = (
+    1 << 18
+)  # lanes are mixed in blocks of about this many samples: it bounds memory and fits caches
 _ORDER_STREAM = 1  # keeps the draws of the order apart from others that begin with the same seed
 
 
@@ -43,7 +45,9 @@ def order_epoch(
     if not num_samples:
         return line
     width = -(-num_samples // lanes)
-    lane_size = (num_samples - np.arange(lanes) + lanes - 1) // lanes  # 0 where there are more lanes than samples
+    lane_size = (
+        num_samples - np.arange(lanes) + lanes - 1
+    ) // lanes  # 0 where there are more lanes than samples
     # Neighbours on the line are alike where a source is sorted; shuffled, they do not become mixup partners.
     lane_at = rng.permutation(lanes)
     lane_end = np.cumsum(lane_size[lane_at])
@@ -163,8 +167,12 @@ def micro_batch_capacity(
     return min(micro_batch_size // unit * unit, largest_share)
 
 
-def num_micro_steps(global_batch_size: int, world_size: int, micro_batch_size: int | None, paired: bool) -> int:
+def num_micro_steps(
+    global_batch_size: int, world_size: int, micro_batch_size: int | None, paired: bool
+) -> int:
     """Micro-steps in an optimizer step: the same on all ranks, though their shares may differ by a pair."""
     unit = 2 if paired else 1
     largest_share = -(-(global_batch_size // unit) // world_size) * unit
-    return -(-largest_share // micro_batch_capacity(global_batch_size, world_size, micro_batch_size, paired=paired))
+    return -(
+        -largest_share // micro_batch_capacity(global_batch_size, world_size, micro_batch_size, paired=paired)
+    )

@@ -72,7 +72,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of split, classes, shards (by their hashes) and columns: equal where the data are."""
+        """SHA-256 in hex of split, classes, shards (by their hashes) and columns: equal for equal data."""
         return _digest(_describe(self.split, self.classes, self.shards, self._columns))
 
     @property

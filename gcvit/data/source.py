@@ -13,7 +13,9 @@ from gcvit.data.folder import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import COLUMNS, Manifest, Shard, column_path, find_split, read_manifest
 from gcvit.errors import UserError
 
-_MAX_OPEN_SHARDS = 256  # per process: more than the lanes of a rank have open, less than the usual limit of 1024 files
+_MAX_OPEN_SHARDS = (
+    256  # per process: more than the lanes of a rank have open, less than the usual limit of 1024 files
+)
 
 
 class Source(Protocol):
@@ -53,7 +55,9 @@ class ShardSource:
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard to descriptor, the least recently used first
+        self._files: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # shard to descriptor, the least recently used first
         self._owner = os.getpid()
         self.classes, self.num_samples, self.first = manifest.classes, manifest.num_samples, manifest.first
         self.label, self.length = manifest.label, manifest.length

@@ -102,7 +102,9 @@ def eval_stream(
 def _check_world(source: Source, world_size: int) -> None:
     if world_size > source.num_samples:
         raise UserError(
-            "more processes than samples", got=f"{world_size} for {source.num_samples}", cure="start fewer processes"
+            "more processes than samples",
+            got=f"{world_size} for {source.num_samples}",
+            cure="start fewer processes",
         )
 
 
@@ -186,7 +188,9 @@ def _read_image(source: Source, sample: int) -> Image.Image:
     content = source.read(sample)
     try:
         return decode(content)
-    except Exception as error:  # Pillow raises almost anything for damaged bytes; nothing of ours runs in there
+    except (
+        Exception
+    ) as error:  # Pillow raises almost anything for damaged bytes; nothing of ours runs in there
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UserError(
             "a sample is no image that can be decoded",
@@ -196,7 +200,11 @@ def _read_image(source: Source, sample: int) -> Image.Image:
 
 
 def _load(
-    loader: Dataset[AnyBatch | UserError], tasks: Iterator[Any], num_workers: int, config: Config, pin_memory: bool
+    loader: Dataset[AnyBatch | UserError],
+    tasks: Iterator[Any],
+    num_workers: int,
+    config: Config,
+    pin_memory: bool,
 ) -> Iterator[AnyBatch]:
     """Batches in the order of the tasks; with 0 workers they are made when asked for, in this process."""
     # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh process that

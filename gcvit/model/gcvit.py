@@ -249,11 +249,11 @@ def check_sizes(
     img_size: int, windows: Sequence[int], width: int, depths: Sequence[int], num_heads: Sequence[int]
 ) -> None:
     """Raise UserError where the arguments of GCViT do not fit each other."""
+    if img_size < 32 or img_size % 32:
+        raise UserError("img_size does not give four maps", got=img_size, allowed="multiples of 32")
     for name, value in (("depths", depths), ("num_heads", num_heads), ("windows", windows)):
         if len(value) != NUM_STAGES or min(value) < 1:
             raise UserError(f"bad {name}", got=list(value), allowed="four positive numbers, one a stage")
-    if img_size < 32 or img_size % 32:
-        raise UserError("img_size does not give four maps", got=img_size, allowed="multiples of 32")
     for i, (window, heads) in enumerate(zip(windows, num_heads, strict=True)):
         side, dim = img_size // (4 * 2**i), width * 2**i
         num_windows = side // window

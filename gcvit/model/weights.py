@@ -174,7 +174,9 @@ def find_tensors(content: Mapping[str, Any]) -> tuple[StateDict, str]:
     container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
     tensors = content if container is None else content[container]
     named = {
-        WRAPPER_PREFIX.sub("", str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)
+        WRAPPER_PREFIX.sub("", str(name)): value
+        for name, value in tensors.items()
+        if isinstance(value, Tensor)
     }
     return named, container or "bare tensors"
 

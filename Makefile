@@ -1,0 +1,92 @@
+# make demo [ENGINE=fsdp|zero|ddp]   real images to shards, to a trained GC ViT, to its exact accuracy
+# make test                          everything that is not slow; make test-slow for the rest
+# make install                       the virtual environment in .venv; the other targets do it where needed
+# make clean                         remove what the demo, the tests and the linters wrote; .venv stays
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-builtin-rules
+.NOTPARALLEL:
+.PHONY: install lint test test-unit test-parity test-integration test-slow demo clean
+
+BIN := .venv/bin
+# One thread per process: two processes share the cores of a small machine, and sums keep their order.
+export OMP_NUM_THREADS := 1
+
+# ---- environment ----------------------------------------------------------------------------------------------
+
+# The Python that makes .venv; by default the first of these that is new enough and has venv.
+PYTHON ?=
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+INSTALLED := .venv/installed
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+$(BIN)/pip:
+	@for python in $(PYTHONS); do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+	        echo "$$python -m venv .venv"; \
+	        exec $$python -m venv .venv; \
+	    fi; \
+	done; \
+	echo "error: no Python >= 3.11 with venv: got none of $(PYTHONS); cure: install one (Debian, Ubuntu:" \
+	    "apt-get install python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
+	exit 2
+
+# ---- checks ---------------------------------------------------------------------------------------------------
+
+PYTEST := $(BIN)/python -m pytest
+# Unit and parity tests are many and short, so that two processes pay; integration tests start processes themselves.
+TWO := -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run
+
+test: test-unit test-parity test-integration
+
+test-unit: $(INSTALLED)
+	$(PYTEST) tests/unit -m 'not slow' $(TWO)
+
+test-parity: $(INSTALLED)
+	$(PYTEST) tests/parity -m 'not slow' $(TWO)
+
+test-integration: $(INSTALLED)
+	$(PYTEST) tests/integration -m 'not slow'
+
+# pytest exits with 5 where it selects no test; no slow test is no failure.
+test-slow: $(INSTALLED)
+	$(PYTEST) tests -m slow --timeout 1800 || test $$? -eq 5
+
+# ---- demo -----------------------------------------------------------------------------------------------------
+
+ENGINE ?= fsdp
+DEMO_ENGINES := ddp fsdp zero
+ifneq (1 $(ENGINE),$(words $(ENGINE)) $(filter $(DEMO_ENGINES),$(ENGINE)))
+    $(error unknown engine: got ENGINE=$(ENGINE); allowed: $(DEMO_ENGINES))
+endif
+DEMO_RUN := runs/demo-$(ENGINE)
+DIGITS := data/digits
+# The evaluation's line of JSON must be the last line of output: its log goes to stderr.
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node 2
+
+# The demo starts afresh: without the rm, train.py would find its run finished and have nothing to do.
+demo: $(INSTALLED) $(DIGITS)/train/manifest.json
+	rm -rf $(DEMO_RUN)
+	$(TORCHRUN) train.py --config configs/digits_demo.yaml \
+	    tag=demo-$(ENGINE) engine=$(ENGINE) $(if $(filter zero,$(ENGINE)),zero.stage=2)
+	$(TORCHRUN) evaluate.py $(DEMO_RUN) --data_dir $(DIGITS)
+
+$(DIGITS)/train/manifest.json: | $(INSTALLED)
+	$(BIN)/python -m data_prep.digits $(DIGITS)/raw
+	$(BIN)/python -m data_prep.shard $(DIGITS)/raw $(DIGITS)
+
+# Only what these targets wrote: never runs/ or data/ as a whole, where people keep theirs.
+clean:
+	rm -rf $(DIGITS) $(foreach engine,$(DEMO_ENGINES),runs/demo-$(engine))
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

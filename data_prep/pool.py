@@ -1,0 +1,90 @@
+"""Run tasks in processes, and show on a terminal how far they are."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def default_workers() -> int:
+    """Processors that this process may use, which under a batch system are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int
+) -> Iterator[tuple[int, Result]]:
+    """Yield (number of the task, its result) in the order of completion.
+
+    When the caller stops early, running tasks are waited for and the others dropped: afterwards nobody
+    writes.
+    """
+    if min(num_workers, len(tasks)) <= 1:
+        for number, task in enumerate(tasks):
+            yield number, function(task)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that the caller's threads hold
+    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_start_worker)
+    try:
+        numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+        for future in as_completed(numbers):
+            yield numbers.pop(future), future.result()  # popped, so that results do not pile up here
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        # A pool's workers do not notice that their parent was killed: they would wait for tasks for ever.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class Progress:
+    """A line on a terminal's stderr with rate and time left; silent where stderr is a file or a pipe."""
+
+    def __init__(self, title: str, num_samples: int):
+        self.title = title
+        self.num_samples = num_samples
+        self.num_done = 0
+        self.num_bytes = 0
+        self._start = time.monotonic()
+        self._show = sys.stderr.isatty()
+
+    def add(self, num_samples: int, num_bytes: int) -> None:
+        self.num_done += num_samples
+        self.num_bytes += num_bytes
+        if self._show:
+            seconds_left = self.seconds * (self.num_samples - self.num_done) / max(1, self.num_done)
+            minutes, seconds = divmod(round(seconds_left), 60)
+            share = f"{self.num_done:,}/{self.num_samples:,} samples"
+            line = f"{self.title}: {share}, {self.rate}, {minutes}:{seconds:02d} left"
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Clear the line, so that what follows stands alone."""
+        if self._show:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._start, 1e-9)
+
+    @property
+    def rate(self) -> str:
+        megabytes = self.num_bytes / 1e6
+        return f"{self.num_done / self.seconds:,.0f} samples/s, {megabytes / self.seconds:,.1f} MB/s"

@@ -1,0 +1,249 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from gcvit.data.assignment import (
+    cut_micro_batches,
+    deal_share,
+    holds_whole_lanes,
+    micro_batch_capacity,
+    num_micro_steps,
+    order_epoch,
+)
+from gcvit.errors import UserError
+
+SIZES = {"lanes": 8, "run_bytes": 1000, "open_runs": 3}
+shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=9)
+worlds = st.integers(1, 64)
+GOLDEN_ORDER = [11, 0, 5, 15, 1, 9, 10, 2, 6, 14, 4, 8, 13, 3, 7, 12]
+
+
+def first_of(sizes: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def random_lengths(num_samples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 500, num_samples).astype(np.uint32)
+
+
+@given(
+    sizes=shard_sizes,
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 1000),
+    lanes=st.integers(1, 70),
+    run_bytes=st.integers(1, 5000),
+    open_runs=st.integers(1, 6),
+)
+@settings(max_examples=200, deadline=None)
+def test_order_is_a_permutation(sizes, seed, epoch, lanes, run_bytes, open_runs):
+    order = order_epoch(
+        first_of(sizes),
+        random_lengths(sum(sizes)),
+        seed=seed,
+        epoch=epoch,
+        lanes=lanes,
+        run_bytes=run_bytes,
+        open_runs=open_runs,
+    )
+    assert order.dtype == np.uint32
+    assert sorted(order.tolist()) == list(range(sum(sizes)))
+
+
+def test_order_is_pure_and_changes_with_seed_and_epoch():
+    first, length = first_of([400, 600]), random_lengths(1000)
+    order = order_epoch(first, length, seed=3, epoch=5, **SIZES)
+    assert np.array_equal(order, order_epoch(first, length, seed=3, epoch=5, **SIZES))
+    for seed, epoch in ((4, 5), (3, 6), (5, 3)):
+        other = order_epoch(first, length, seed=seed, epoch=epoch, **SIZES)
+        assert np.mean(order == other) < 0.02
+
+
+def test_order_is_the_same_on_every_machine():
+    """A changed order would make a resumed run repeat and skip samples: this list may change only on purpose."""
+    order = order_epoch(
+        first_of([5, 4, 7]), np.full(16, 10), seed=1, epoch=2, lanes=3, run_bytes=20, open_runs=2
+    )
+    assert order.tolist() == GOLDEN_ORDER
+
+
+@given(
+    num_samples=st.integers(1, 400),
+    lanes=st.integers(1, 8),
+    run_bytes=st.integers(200, 5000),
+    open_runs=st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_lanes_are_stretches_of_the_line_with_few_open_runs(num_samples, lanes, run_bytes, open_runs):
+    length = random_lengths(num_samples)
+    order = order_epoch(
+        first_of([num_samples]),
+        length,
+        seed=0,
+        epoch=0,
+        lanes=lanes,
+        run_bytes=run_bytes,
+        open_runs=open_runs,
+    )
+    for lane in range(min(lanes, num_samples)):
+        samples = order[lane::lanes].astype(np.int64)
+        low, high = samples.min(), samples.max()
+        assert high - low + 1 == len(samples)  # one shard: a lane is a range of samples
+        run_of = np.concatenate([[0], np.cumsum(length[low:high])]) // run_bytes
+        runs = run_of[samples - low]
+        spans = [np.flatnonzero(runs == run)[[0, -1]] for run in np.unique(runs)]
+        num_open = [sum(begin <= slot <= end for begin, end in spans) for slot, _ in enumerate(samples)]
+        assert max(num_open) <= open_runs
+
+
+def chi_square_failures(order: np.ndarray, label: np.ndarray, batch_size: int) -> float:
+    """Share of batches whose class histogram is beyond the 99th percentile of chi-square."""
+    num_classes = label.max() + 1
+    num_batches = len(order) // batch_size
+    batches = label[order[: num_batches * batch_size]].reshape(num_batches, batch_size)
+    expected = np.bincount(label) / len(label) * batch_size
+    counts = np.stack([np.bincount(batch, minlength=num_classes) for batch in batches])
+    statistic = ((counts - expected) ** 2 / expected).sum(axis=1)
+    return float(np.mean(statistic > chi2.ppf(0.99, num_classes - 1)))
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_shards", "lanes", "batch_size"),
+    [
+        (1437, 1, 1024, 256),
+        (1437, 10, 1024, 64),
+        (100_000, 7, 1024, 1024),
+        (400_000, 400, 1024, 1024),
+        (400_000, 400, 1024, 256),
+        (400_000, 400, 1024, 4096),
+        (400_000, 400, 256, 1000),
+    ],
+)
+def test_batches_of_a_source_sorted_by_class_are_fair(num_samples, num_shards, lanes, batch_size):
+    num_classes = 10 if num_samples < 10_000 else 50
+    label = np.arange(num_samples) * num_classes // num_samples
+    first = np.linspace(0, num_samples, num_shards + 1).astype(np.int64)
+    length = np.full(num_samples, 110_000 if num_samples > 10_000 else 1500)
+    failures = [
+        chi_square_failures(
+            order_epoch(first, length, seed=0, epoch=epoch, lanes=lanes, run_bytes=4_000_000, open_runs=4),
+            label,
+            batch_size,
+        )
+        for epoch in range(3)
+    ]
+    num_batches = 3 * (num_samples // batch_size)
+    assert np.mean(failures) <= 0.01 + 3 * np.sqrt(0.01 / num_batches)
+    assert chi_square_failures(np.arange(num_samples), label, batch_size) == 1.0
+
+
+def test_mixup_partners_of_a_source_sorted_by_class_are_strangers():
+    label = np.arange(200_000) * 100 // 200_000
+    order = order_epoch(
+        np.arange(0, 200_001, 1000),
+        np.full(200_000, 110_000),
+        seed=0,
+        epoch=0,
+        lanes=1024,
+        run_bytes=4_000_000,
+        open_runs=4,
+    )
+    pairs = label[order].reshape(-1, 2)
+    # 100 classes: one pair in a hundred by chance; the same 512 pairs of lanes last all epoch, hence the spread.
+    assert np.mean(pairs[:, 0] == pairs[:, 1]) < 0.03
+
+
+@given(num_pairs=st.integers(1, 300), world_size=worlds, lanes=st.integers(1, 128), paired=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_shares_partition_the_batch(num_pairs, world_size, lanes, paired):
+    unit = 2 if paired else 1
+    batch_size = num_pairs * unit
+    shares = [
+        deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)
+    ]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(batch_size))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= unit
+    for share in shares:
+        assert (np.diff(share) > 0).all()
+        if paired:
+            assert np.array_equal(share[::2] ^ 1, share[1::2])
+
+
+@given(
+    num_units=st.integers(1, 300),
+    world_size=worlds,
+    micro=st.integers(2, 50) | st.none(),
+    paired=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_all_ranks_take_equally_many_micro_steps(num_units, world_size, micro, paired):
+    unit = 2 if paired else 1
+    batch_size = num_units * unit
+    num_steps = num_micro_steps(batch_size, world_size, micro, paired)
+    capacity = micro_batch_capacity(batch_size, world_size, micro, paired=paired)
+    assert micro is None or capacity <= micro
+    for rank in range(world_size):
+        share = deal_share(batch_size, world_size, rank, lanes=16, paired=paired)
+        pieces = cut_micro_batches(share, num_steps, capacity)
+        assert len(pieces) == num_steps
+        assert np.array_equal(np.concatenate(pieces), share)
+        assert all(len(piece) <= capacity and len(piece) % unit == 0 for piece in pieces)
+    largest = -(-num_units // world_size) * unit
+    assert (num_steps - 1) * capacity < largest <= num_steps * capacity  # no step is empty on every rank
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "micro", "paired", "expected"),
+    [
+        (32, 3, None, True, 1),
+        (32, 3, 4, True, 3),
+        (32, 2, 5, True, 4),
+        (32, 1, 1, False, 32),
+        (2, 5, None, True, 1),
+    ],
+)
+def test_num_micro_steps(batch_size, world_size, micro, paired, expected):
+    assert num_micro_steps(batch_size, world_size, micro, paired) == expected
+
+
+def test_shares_of_three_ranks():
+    def sizes(paired):
+        return [len(deal_share(32, 3, rank, lanes=1024, paired=paired)) for rank in range(3)]
+
+    assert sorted(sizes(paired=True)) == [10, 10, 12]
+    assert sorted(sizes(paired=False)) == [10, 11, 11]
+
+
+def test_a_micro_batch_must_hold_a_pair():
+    with pytest.raises(UserError, match=r"micro_batch_size.*got 1.*mix=null"):
+        num_micro_steps(32, 2, 1, paired=True)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "whole"),
+    [
+        (1024, 32, True),
+        (4096, 32, True),
+        (512, 8, True),
+        (1024, 3, True),
+        (2048, 3, False),
+        (1000, 32, False),
+        (3072, 512, True),
+    ],
+)
+@pytest.mark.parametrize("paired", [True, False])
+def test_ranks_hold_whole_lanes_where_the_numbers_allow(batch_size, world_size, whole, paired):
+    lanes, num_samples, epoch = 1024, 20_001, 3
+    assert holds_whole_lanes(batch_size, world_size, lanes=lanes, paired=paired) == whole
+    owners = [set() for _ in range(lanes)]
+    shares = [
+        deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)
+    ]
+    for start in range(0, (epoch + 2) * num_samples, batch_size):
+        for rank, share in enumerate(shares):
+            in_epoch, position = np.divmod(start + share, num_samples)
+            for lane in np.unique(position[in_epoch == epoch] % lanes):
+                owners[lane].add(rank)
+    assert (max(map(len, owners)) == 1) == whole
