@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
@@ -21,11 +21,10 @@ def default_workers() -> int:
 
 def run_tasks(
     function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result], None, None]:
     """Yield (number of the task, its result) in the order of completion.
 
-    When the caller stops early, running tasks are waited for and the others dropped: afterwards nobody
-    writes.
+    When the caller closes it early, running tasks are waited for and the others dropped.
     """
     if min(num_workers, len(tasks)) <= 1:
         for number, task in enumerate(tasks):

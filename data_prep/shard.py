@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,14 +98,13 @@ def compute(plan: Plan, num_workers: int, write: bool) -> tuple[Manifest, Progre
     results: dict[int, Result] = {}
     title = f"{plan.source.split}{'' if write else ' (comparing)'}"
     progress = Progress(title, len(plan.source.paths))
-    try:
-        for number, result in run_tasks(write_shard, plan.tasks(write), num_workers):
+    # Closing the iterator waits for the workers: only then may `_clear` take away what they wrote.
+    with closing(progress), closing(run_tasks(write_shard, plan.tasks(write), num_workers)) as finished:
+        for number, result in finished:
             results[number] = result
             progress.add(result.shard.num_samples, result.shard.num_bytes)
             if result.refused is not None:
                 break
-    finally:
-        progress.close()
     refused = next((result.refused for result in results.values() if result.refused is not None), None)
     if refused is not None:
         if write:

@@ -1,12 +1,12 @@
-"""Who reads what: the order of an epoch, and the share of each rank in a global batch. Pure functions of numbers.
+"""Who reads what: the order of an epoch, and each rank's share of a global batch. Pure functions of numbers.
 
-An epoch's order is a bijection from positions [0, N) to samples that knows nothing of batches, ranks or workers:
+An epoch's order is a bijection from positions [0, N) to samples; it knows nothing of batches, ranks, workers:
 
-    shards     S2 . . . . . . . | S0 . . . . . | S1 . . . . . . .      shuffled, laid end to end: the line
-    lanes      lane 1 | lane 3 | lane 0 | lane 2                       the line is cut; lanes lie on it shuffled
-    a lane     run run run run run                                     consecutive samples of about `run_bytes`
+    shards     S2 . . . . . . . | S0 . . . . . | S1 . . . . . . .   shuffled, laid end to end: the line
+    lanes      lane 1 | lane 3 | lane 0 | lane 2                    the line is cut; lanes lie on it shuffled
+    a lane     run run run run run                                  consecutive samples, `run_bytes` together
     mixed      runs in random order, samples drawn from the `open_runs` runs that are open at a time
-    position   p is entry p // L of lane p mod L                       so lane j has ceil((N - j) / L) entries
+    position   p is entry p // L of lane p mod L                    so lane j has ceil((N - j) / L) entries
 
 A rank that always takes the same lanes therefore reads runs of a few megabytes one after another.
 """
@@ -18,9 +18,7 @@ import numpy.typing as npt
 
 from gcvit.errors import UserError
 
-_BLOCK_SAMPLES = (
-    1 << 18
-)  # lanes are mixed in blocks of about this many samples: it bounds memory and fits caches
+_BLOCK_SAMPLES = 1 << 18  # lanes are mixed in blocks of about so many samples, to bound memory and fit caches
 _ORDER_STREAM = 1  # keeps the draws of the order apart from others that begin with the same seed
 
 
@@ -36,8 +34,8 @@ def order_epoch(
 ) -> npt.NDArray[np.uint32]:
     """The sample at each position of an epoch: a permutation of [0, N), uint32.
 
-    `first` [num_shards + 1] holds the first sample of each shard and N, `length` [N] the bytes of each sample.
-    Equal arguments give equal orders on every machine: sorting is stable, draws come from one PCG64 generator.
+    `first` [num_shards + 1] holds the first sample of each shard and N, `length` [N] each sample's bytes.
+    Equal arguments give equal orders on every machine: sorting is stable, all draws are one PCG64 generator's.
     """
     rng = np.random.default_rng(np.random.SeedSequence((seed, _ORDER_STREAM, epoch)))
     line = _lay_shards(np.asarray(first, dtype=np.int64), rng)
@@ -45,9 +43,7 @@ def order_epoch(
     if not num_samples:
         return line
     width = -(-num_samples // lanes)
-    lane_size = (
-        num_samples - np.arange(lanes) + lanes - 1
-    ) // lanes  # 0 where there are more lanes than samples
+    lane_size = (num_samples - np.arange(lanes) + lanes - 1) // lanes  # some 0 where lanes exceed samples
     # Neighbours on the line are alike where a source is sorted; shuffled, they do not become mixup partners.
     lane_at = rng.permutation(lanes)
     lane_end = np.cumsum(lane_size[lane_at])
@@ -83,7 +79,7 @@ def _mix_lanes(
 ) -> npt.NDArray[np.uint32]:
     """Permute and mix the runs of some lanes that follow each other on the line.
 
-    `samples` and their byte counts `length` are [sizes.sum()]; returns [len(sizes), width], whose rows are padded.
+    `samples` and their bytes `length` are [sizes.sum()]; returns [len(sizes), width], whose rows are padded.
     """
     shape = (len(sizes), width)
     filled = np.arange(width) < sizes[:, None]
@@ -97,7 +93,7 @@ def _mix_lanes(
     run[:, 0] = 0
     num_runs = int(run.max()) + 1
     place = rng.permuted(np.broadcast_to(np.arange(num_runs), (len(sizes), num_runs)), axis=1)
-    # The run at place j has its samples at times in [j, j + open_runs): at any time at most open_runs are open.
+    # The run at place j has its samples at times in [j, j + open_runs): no more than open_runs ever overlap.
     time = np.take_along_axis(place, run, axis=1) + open_runs * rng.random(shape)
     time[~filled] = np.inf
     return np.take_along_axis(sample_grid, np.argsort(time, axis=1, kind="stable"), axis=1)
@@ -106,10 +102,10 @@ def _mix_lanes(
 def deal_share(
     global_batch_size: int, world_size: int, rank: int, *, lanes: int, paired: bool
 ) -> npt.NDArray[np.int64]:
-    """Positions within the global batch that `rank` takes, ascending; pairs (2k, 2k+1) stay together where `paired`.
+    """Positions within the global batch that `rank` takes, ascending; `paired` keeps 2k and 2k+1 together.
 
-    Shares differ by at most one pair (or one sample). They are cut lane by lane, so that a rank holds whole lanes
-    through an epoch wherever the numbers allow it (`holds_whole_lanes`).
+    Shares differ by at most one pair (or one sample). They are cut lane by lane, so that a rank holds whole
+    lanes through an epoch wherever the numbers allow it (`holds_whole_lanes`).
     """
     unit = 2 if paired else 1
     num_units = global_batch_size // unit

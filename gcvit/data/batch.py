@@ -1,4 +1,4 @@
-"""What a loader hands over: images as they come from the host's transforms, and what the device needs to know."""
+"""What a loader hands over: images as the host's transforms leave them, and what the device needs to know."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class Batch:
     """One rank's share of one micro-step of training; it may be empty.
 
-    `positions` lie within the global batch, in [0, global_batch_size); where samples are mixed, positions 2k and
-    2k+1 are neighbours here. `erase` holds top, left, height, width (height 0 erases nothing) and the noise's seed.
+    `positions` lie within the global batch, in [0, global_batch_size); where samples are mixed, 2k and 2k+1 are
+    neighbours here. `erase` holds top, left, height, width (height 0 erases nothing) and the noise's seed.
     """
 
     images: Tensor  # uint8 [b, 3, H, W]
@@ -26,7 +26,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """One rank's share of one step of evaluation, of fixed size b; where `valid` is False, a row is padding."""
+    """One rank's share of a step of evaluation, of fixed size b; where `valid` is False, a row is padding."""
 
     images: Tensor  # uint8 [b, 3, H, W]
     labels: Tensor  # int64 [b]

@@ -65,9 +65,9 @@ class FolderSource:
 
 
 def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSource:
-    """List the class folders in `root`; `classes` fixes their labels, None numbers the folders in sorted order.
+    """List the class folders in `root`; `classes` fixes their labels, None numbers the sorted folders.
 
-    Errors: UserError for no class folders, one without images, one that `classes` lacks, a tree that cannot be read.
+    Errors: UserError for no class folders, one without images, one that `classes` lacks, an unreadable tree.
     """
     folders = class_folders(root)
     if not folders:

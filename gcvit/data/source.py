@@ -1,4 +1,4 @@
-"""A split's samples by number, whether they lie in shards or in class folders; the bytes, not what they show."""
+"""A split's samples by number, whether they lie in shards or in class folders: bytes, not what they show."""
 
 import os
 import zlib
@@ -13,13 +13,12 @@ from gcvit.data.folder import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import COLUMNS, Manifest, Shard, column_path, find_split, read_manifest
 from gcvit.errors import UserError
 
-_MAX_OPEN_SHARDS = (
-    256  # per process: more than the lanes of a rank have open, less than the usual limit of 1024 files
-)
+# Per process: more than the lanes of a rank have open, less than the usual limit of 1024 files.
+_MAX_OPEN_SHARDS = 256
 
 
 class Source(Protocol):
-    """Samples 0 .. N-1 of a split. Pickles to a few bytes or to plain arrays; each process opens its own files."""
+    """Samples 0 .. N-1 of a split. Pickles to little: each process opens its own files."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -55,9 +54,8 @@ class ShardSource:
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
-        self._files: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # shard to descriptor, the least recently used first
+        # Shard to descriptor, the least recently used first.
+        self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
         self.classes, self.num_samples, self.first = manifest.classes, manifest.num_samples, manifest.first
         self.label, self.length = manifest.label, manifest.length
@@ -117,8 +115,8 @@ def _reopen(root: Path, split: str, classes: tuple[str, ...], shards: tuple[Shar
 def open_source(data_dir: str | Path, split: str) -> Source:
     """The samples of `split` ("train" or "val") below `data_dir`: shards with a manifest, or class folders.
 
-    The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors: UserError for
-    a missing or empty directory, no such split, a class folder without images, tars without a manifest or
+    The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors: UserError
+    for a missing or empty directory, no such split, a class folder without images, tars without a manifest or
     compressed, and a manifest that disagrees with its tars.
     """
     data_dir = Path(data_dir)

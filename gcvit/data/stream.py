@@ -1,11 +1,12 @@
 """The stream of batches, for training and for evaluation.
 
-1. The run's place is one integer, the samples consumed; `train_stream` begins at `start_step * global_batch_size`.
-2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the sample.
-   It plans its rank's share only (`gcvit.data.assignment`), and sends each micro-batch as a task of a few numbers.
-3. A loader process reads the samples, seeds each by (seed, epoch, position), decodes, transforms, and stacks uint8.
-4. The main process receives the batches in the order of the tasks, pins them where wanted, and groups those of a step.
-5. A sample that cannot be read travels as an error, and is raised in the main process: it would be wrapped otherwise.
+1. The run's place is one integer, the samples consumed: `train_stream` begins at start_step * global_batch_size.
+2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the
+   sample. Of each global batch it takes its rank's share (`gcvit.data.assignment`), cut into micro-batches, each
+   of which is sent as a task of a few numbers.
+3. A loader process reads the samples, seeds each by (seed, epoch, position), decodes, transforms, stacks uint8.
+4. The main process receives the batches in the order of the tasks, pins them where wanted, groups a step's.
+5. A sample that cannot be read travels as an error and is raised in the main process, where it stays a UserError.
 
 Nothing is remembered but the step: resuming is starting at another one, on any number of processes.
 """
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from gcvit.config import Config
+from gcvit.config import Config, DataConfig
 from gcvit.data.assignment import (
     cut_micro_batches,
     deal_share,
@@ -72,22 +73,29 @@ def train_stream(
 ) -> Iterator[tuple[Batch, ...]]:
     """Endless: for each optimizer step from `start_step` on, this rank's `num_micro_steps` batches.
 
-    Errors: UserError at once for more processes than samples or a RandAugment policy that cannot be read; later for
-    a sample that cannot be read or decoded.
+    Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an unknown
+    RandAugment policy; later, with `rank_local`, for a sample that cannot be read or decoded.
     """
     _check_world(source, world_size)
     # Plan before the loader starts, so that mistakes in the numbers are told before processes exist.
     paired = config.augment.mix is not None
     num_steps = num_micro_steps(config.global_batch_size, world_size, micro_batch_size, paired)
     tasks = _plan_training(source, config, start_step, world_size, rank, micro_batch_size)
-    batches = _load(_TrainLoader(source, config), tasks, config.data.num_workers, config, pin_memory)
+    batches = _load(_TrainLoader(source, config), tasks, config.data.num_workers, config.data, pin_memory)
     return _group(batches, num_steps)
 
 
 def eval_stream(
-    source: Source, config: Config, *, batch_size: int, world_size: int, rank: int, pin_memory: bool = False
+    source: Source,
+    data: DataConfig,
+    *,
+    img_size: int,
+    batch_size: int,
+    world_size: int,
+    rank: int,
+    pin_memory: bool = False,
 ) -> Iterator[EvalBatch]:
-    """Each sample once over all ranks, in equally many batches of `batch_size` on every rank; padding is masked.
+    """Each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
 
     A rank takes consecutive samples. Errors: as `train_stream`.
     """
@@ -95,8 +103,8 @@ def eval_stream(
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     num_batches = -(--(-source.num_samples // world_size) // batch_size)
     tasks = cut_micro_batches(np.arange(low, high), num_batches, batch_size)
-    loader = _EvalLoader(source, config, batch_size)
-    return _load(loader, iter(tasks), min(config.data.num_workers, num_batches), config, pin_memory)
+    loader = _EvalLoader(source, data, img_size, batch_size)
+    return _load(loader, iter(tasks), min(data.num_workers, num_batches), data, pin_memory)
 
 
 def _check_world(source: Source, world_size: int) -> None:
@@ -165,9 +173,9 @@ class _TrainLoader(Dataset[Batch | UserError]):
 class _EvalLoader(Dataset[EvalBatch | UserError]):
     """As `_TrainLoader`; a task holds the numbers of up to `batch_size` samples."""
 
-    def __init__(self, source: Source, config: Config, batch_size: int):
-        self._source, self._img_size, self._batch_size = source, config.model.img_size, batch_size
-        self._transform = EvalTransform(config.data, config.model.img_size)
+    def __init__(self, source: Source, data: DataConfig, img_size: int, batch_size: int):
+        self._source, self._img_size, self._batch_size = source, img_size, batch_size
+        self._transform = EvalTransform(data, img_size)
 
     def __getitem__(self, samples: Indices) -> EvalBatch | UserError:
         num_valid = len(samples)
@@ -190,7 +198,7 @@ def _read_image(source: Source, sample: int) -> Image.Image:
         return decode(content)
     except (
         Exception
-    ) as error:  # Pillow raises almost anything for damaged bytes; nothing of ours runs in there
+    ) as error:  # Pillow raises almost anything for damaged bytes, and only Pillow runs in there
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UserError(
             "a sample is no image that can be decoded",
@@ -203,12 +211,12 @@ def _load(
     loader: Dataset[AnyBatch | UserError],
     tasks: Iterator[Any],
     num_workers: int,
-    config: Config,
+    data: DataConfig,
     pin_memory: bool,
 ) -> Iterator[AnyBatch]:
     """Batches in the order of the tasks; with 0 workers they are made when asked for, in this process."""
-    # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh process that
-    # imports this module once, however many loader processes are then forked from it.
+    # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh process
+    # that imports this module once, however many loader processes are then forked from it.
     context = None
     if num_workers:
         context = multiprocessing.get_context("forkserver")
@@ -218,11 +226,11 @@ def _load(
         batch_size=None,
         sampler=tasks,
         num_workers=num_workers,
-        prefetch_factor=config.data.prefetch_batches if num_workers else None,
+        prefetch_factor=data.prefetch_batches if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         multiprocessing_context=context,
-        # The loader draws its workers' seeds, which nobody reads, from here and not from the global generator.
+        # The loader draws its workers' seeds, which nobody reads, from here, not from the global generator.
         generator=torch.Generator(),
     )
     return _raise_errors(iter(batches))

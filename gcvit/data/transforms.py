@@ -1,8 +1,8 @@
 """From encoded bytes to the model's input: decoding and augmentation on the host, the rest on the device.
 
-The host's part works on 8-bit images with Pillow, by timm's rules and in timm's order of draws, so that equal seeds
-give timm's pixels. A sample draws from (seed, epoch, position in the epoch) alone, a mixed group from (seed, step,
-group): neither knows who computes it. The device normalises, erases, mixes.
+The host's part works on 8-bit images with Pillow, by timm's rules and in timm's order of draws, so that equal
+seeds give timm's pixels. A sample draws from (seed, epoch, position in the epoch) alone, a mixed group from
+(seed, step, group): neither knows who computes it. The device normalises, erases, mixes.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _SAMPLE_STREAM, _MIX_STREAM = 2, 3
 
 
 def decode(content: bytes) -> Image.Image:
-    """An RGB image: grey is repeated, alpha dropped, CMYK converted, EXIF orientation ignored, all as timm does.
+    """An RGB image: grey repeated, alpha dropped, CMYK converted, EXIF orientation ignored, as timm does.
 
     Errors: whatever Pillow raises for damaged bytes, which is almost anything.
     """
@@ -53,7 +53,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class TrainTransform:
-    """A random view of an image: crop, flip, affine map, RandAugment or colour jitter; RGB image to uint8 [3, S, S].
+    """A random view of an RGB image, uint8 [3, S, S]: crop, flip, affine map, RandAugment or colour jitter.
 
     Draws come from Python's, NumPy's and torch's global generators: see `seed_sample`.
     """
@@ -105,7 +105,7 @@ def _rand_augment(
 class EvalTransform:
     """The published view of an image, bicubic: RGB image to uint8 [3, S, S].
 
-    `eval_resize=crop` takes the short side to S / crop_pct and the centre; squash takes both sides there first.
+    `eval_resize=crop` takes the short side to S / crop_pct, squash both sides; then the centre is cropped.
     """
 
     def __init__(self, data: DataConfig, img_size: int):
@@ -119,7 +119,7 @@ class EvalTransform:
 
 
 def seed_sample(seed: int, epoch: int, position: int) -> None:
-    """Seed all global generators for one sample, so that its augmentation is the same wherever it is loaded."""
+    """Seed all global generators for one sample: its augmentation is the same wherever it is loaded."""
     words = np.random.SeedSequence((seed, _SAMPLE_STREAM, epoch, position)).generate_state(8)
     random.seed(words[:4].tobytes())
     np.random.seed(words[4:6])
@@ -129,7 +129,7 @@ def seed_sample(seed: int, epoch: int, position: int) -> None:
 
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Give the global generators back as they were: loading must not change what a process draws for itself."""
+    """Give the global generators back as they were: loading must not change what the process itself draws."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -140,7 +140,7 @@ def preserved_generators() -> Iterator[None]:
 
 
 def draw_erase(prob: float, height: int, width: int) -> tuple[int, int, int, int, int]:
-    """Top, left, height, width of the rectangle to erase, and the seed of its noise; `NO_ERASE` where none is."""
+    """Top, left, height, width of the rectangle to erase, and its noise's seed; `NO_ERASE` where none is."""
     if random.random() > prob:
         return NO_ERASE
     for _ in range(10):
@@ -212,14 +212,14 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, smoothing spread over all classes."""
+    """Labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, the rest spread over all classes."""
     rest = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), rest, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + rest)
 
 
 def erase_boxes(images: Tensor, erase: Tensor) -> None:
-    """Replace each row's rectangle of normalised images [b, 3, H, W] by normal noise; `erase` is `Batch.erase`.
+    """Replace the rectangles `erase` (`Batch.erase`) of normalised images [b, 3, H, W] by normal noise.
 
     The noise has the sample's own seed. It is the same for all partitions of a batch on one kind of device.
     """

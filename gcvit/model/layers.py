@@ -92,9 +92,10 @@ class QueryGenerator(nn.Module):
         for fused in self.fused:
             x_bhwc = fused(x_bhwc)
             if self.num_poolings:
-                x_bchw = x_bhwc.permute(0, 3, 1, 2)
-                x_bhwc = F.max_pool2d(x_bchw, kernel_size=3, stride=2, padding=1).permute(0, 2, 3, 1)
-        return x_bhwc
+                x_bchw = F.max_pool2d(x_bhwc.permute(0, 3, 1, 2), kernel_size=3, stride=2, padding=1)
+                x_bhwc = x_bchw.permute(0, 2, 3, 1)
+        # FSDP hangs its backward hook on the output and warns of views: pooled maps are small enough to copy.
+        return x_bhwc.clone() if self.num_poolings else x_bhwc
 
 
 class Block(nn.Module):

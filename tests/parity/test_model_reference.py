@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.model import VARIANTS, create_model
 from gcvit.model.gcvit import GCViT
@@ -24,8 +25,7 @@ NAMES = {
 }
 SLOW = {"gc_vit_large", "gc_vit_large_512"}
 
-# (params in millions as published with the reference counts, GMAC) to three decimals, from an independent
-# count.
+# Parameters in millions and GMAC of an image, counted on the official code.
 COUNTS = {
     "gc_vit_xxtiny": (11.995, 2.121),
     "gc_vit_xtiny": (19.981, 2.913),
@@ -109,8 +109,6 @@ def _items(state_dict: Any) -> list[tuple[str, list[int]]]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_and_multiply_counts(name: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     row = VARIANTS[name]
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as flops:
         model = create_model(name).eval()

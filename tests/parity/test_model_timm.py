@@ -1,4 +1,4 @@
-"""The model against timm's own GC ViT through the weight map: logits and every gradient, batch sizes 1 and 4."""
+"""The model against timm's own through the weight map: logits and every gradient, at batch sizes 1 and 4."""
 
 from typing import Any
 
@@ -15,7 +15,6 @@ CASES = [
     pytest.param("gc_vit_small", "gcvit_small", 64, id="small at 64"),
     pytest.param("gc_vit_xxtiny", "gcvit_xxtiny", 224, id="xxtiny at 224"),
     pytest.param("gc_vit_small", "gcvit_small", 224, id="small at 224", marks=pytest.mark.slow),
-    pytest.param("gc_vit_base", "gcvit_base", 224, id="base at 224", marks=pytest.mark.slow),
 ]
 
 
@@ -34,14 +33,8 @@ def build_pair(ours: str, theirs: str, img_size: int, **arguments: Any) -> tuple
                 parameter.copy_(0.5 + 0.1 * noise)
             else:
                 parameter.add_(0.1 * noise)
-    with torch.device("meta"):
-        other = timm.create_model(theirs, img_size=img_size, **arguments)
-    for name, buffer in other.named_buffers():  # timm's index buffers are not in its state_dict
-        assert name.endswith("relative_position_index")
-        window = round(buffer.shape[0] ** 0.5)
-        holder = other.get_submodule(name.rpartition(".")[0])
-        holder.relative_position_index = weights.relative_position_index(window).flatten()
-    other.load_state_dict(weights.to_timm_state(model.state_dict()), assign=True)
+    other = timm.create_model(theirs, img_size=img_size, **arguments).double()
+    other.load_state_dict(weights.to_timm_state(model.state_dict()))
     for module in other.modules():
         if hasattr(module, "rel_pos"):
             # timm's scale is d^-0.5 in double precision, the official one and ours is rounded to fp32.

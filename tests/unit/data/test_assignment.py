@@ -61,7 +61,7 @@ def test_order_is_pure_and_changes_with_seed_and_epoch():
 
 
 def test_order_is_the_same_on_every_machine():
-    """A changed order would make a resumed run repeat and skip samples: this list may change only on purpose."""
+    """A changed order makes a resumed run repeat and skip samples: this list may change only on purpose."""
     order = order_epoch(
         first_of([5, 4, 7]), np.full(16, 10), seed=1, epoch=2, lanes=3, run_bytes=20, open_runs=2
     )
@@ -150,7 +150,7 @@ def test_mixup_partners_of_a_source_sorted_by_class_are_strangers():
         open_runs=4,
     )
     pairs = label[order].reshape(-1, 2)
-    # 100 classes: one pair in a hundred by chance; the same 512 pairs of lanes last all epoch, hence the spread.
+    # 100 classes: one pair in a hundred by chance; the same 512 pairs of lanes last all epoch: a wide spread.
     assert np.mean(pairs[:, 0] == pairs[:, 1]) < 0.03
 
 

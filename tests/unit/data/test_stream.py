@@ -193,7 +193,7 @@ def test_loading_leaves_the_global_generators_alone(source, image_tree):
     expected = draws()
     seed()
     take_steps(source, make_config(), 2)
-    list(eval_stream(open_source(image_tree, "val"), make_config(), batch_size=4, world_size=1, rank=0))
+    list(eval_stream(open_source(image_tree, "val"), make_config().data, img_size=make_config().model.img_size, batch_size=4, world_size=1, rank=0))
     assert draws() == expected
 
 
@@ -203,7 +203,7 @@ def test_loader_processes_give_the_same_batches(source, reference, image_tree):
         assert_equal_rows(by_position(step), expected)
     val = open_source(image_tree, "val")
     batches = [
-        list(eval_stream(val, make_config(num_workers=workers), batch_size=4, world_size=2, rank=1))
+        list(eval_stream(val, make_config(num_workers=workers).data, img_size=make_config().model.img_size, batch_size=4, world_size=2, rank=1))
         for workers in (0, 2)
     ]
     for alone, loaded in zip(*batches, strict=True):
@@ -246,7 +246,7 @@ PLAIN = {"mix": None, "rand_augment": None, "erase_prob": 0.0}
 def test_evaluation_counts_each_sample_once(image_tree, world_size, batch_size):
     source = open_source(image_tree, "val")
     ranks = [
-        list(eval_stream(source, make_config(), batch_size=batch_size, world_size=world_size, rank=rank))
+        list(eval_stream(source, make_config().data, img_size=make_config().model.img_size, batch_size=batch_size, world_size=world_size, rank=rank))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -264,7 +264,7 @@ def test_evaluation_counts_each_sample_once(image_tree, world_size, batch_size):
 def test_more_processes_than_samples(image_tree):
     val = open_source(image_tree, "val")
     with pytest.raises(UserError, match="more processes than samples: got 24 for 23"):
-        eval_stream(val, make_config(), batch_size=4, world_size=24, rank=0)
+        eval_stream(val, make_config().data, img_size=make_config().model.img_size, batch_size=4, world_size=24, rank=0)
     with pytest.raises(UserError, match="more processes than samples"):
         take_steps(val, make_config(), 1, world_size=24)
 

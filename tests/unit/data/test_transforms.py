@@ -126,7 +126,7 @@ def test_rand_augment_survives_every_operation_at_every_level():
 @pytest.mark.parametrize("policy", ["rand-q9", "augmix", "", "rand-m9-mstdx1"])
 def test_an_unknown_policy_is_the_users(policy):
     augment = AugmentConfig().model_copy(update={"rand_augment": policy or "-"})
-    with pytest.raises(UserError, match="augment.rand_augment is no policy"):
+    with pytest.raises(UserError, match=r"augment\.rand_augment is no policy"):
         TrainTransform(augment, DATA.mean, 32)
 
 

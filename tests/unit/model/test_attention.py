@@ -33,7 +33,7 @@ def test_bias_table_is_expanded_by_relative_position(window: int, num_heads: int
 def test_bias_gradient_counts_every_pair_once() -> None:
     table = torch.zeros(9, 1, requires_grad=True)
     expand_bias_table(table, 2).sum().backward()
-    # Of a 2x2 window's 16 pairs, 4 have offset (0, 0), 2 each of the 4 straight and 1 each of the 4 diagonal ones.
+    # Of a 2x2 window's 16 pairs 4 have offset (0, 0), 2 each of the straight and 1 each of the diagonal ones.
     assert table.grad is not None
     assert table.grad.view(3, 3).tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
 

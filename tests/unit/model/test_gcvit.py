@@ -32,8 +32,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch() -> None:
 
 
 def test_image_minor_tiling_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classic mistake: the batch of queries repeated whole, (0,1,2,0,1,2,...), for image-major windows."""
-
+    """The classic mistake: all queries repeated, (0,1,2,0,1,2,...), for image-major windows."""
     num_windows_of_stage = {16: 64, 32: 16, 64: 1, 128: 1}  # by the stage's width
 
     def tile_image_minor(queries_bwwc: Tensor, num_heads: int) -> Tensor:
@@ -74,6 +73,7 @@ def test_cut_points_are_called_in_order_with_tensors_and_return_one() -> None:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             assert all(isinstance(value, Tensor) for value in inputs)
             assert isinstance(output, Tensor)
+            assert not output._is_view()  # FSDP hangs its backward hook on it
             calls.append(name)
 
         return hook

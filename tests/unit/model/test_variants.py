@@ -38,12 +38,8 @@ def test_timm_knows_every_variant(name: str) -> None:
     )
 
 
-def test_registration_happens_on_import_of_the_model_alone() -> None:
-    code = (
-        "import sys, gcvit; assert 'torch' not in sys.modules;"
-        "import timm; assert not timm.is_model('gc_vit_tiny');"
-        "import gcvit.model; assert timm.is_model('gc_vit_tiny')"
-    )
+def test_the_package_alone_loads_no_torch() -> None:
+    code = "import sys, gcvit; assert not {'torch', 'timm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

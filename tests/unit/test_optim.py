@@ -1,0 +1,138 @@
+"""Decay groups, clipping, and the refusal of a gradient that is not finite."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcvit.config import OptimConfig
+from gcvit.model import create_model
+from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm
+
+SHAPES = [(3, 5), (5,), (2, 3, 3, 3), (7,), (1, 9)]
+
+
+def model_parameters() -> dict[str, torch.nn.Parameter]:
+    with torch.device("meta"):
+        model = create_model("gc_vit_small", num_classes=10, img_size=64)
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("decay_bias_tables", [True, False])
+def test_what_decays(decay_bias_tables):
+    """Every parameter of a real model, by the module that holds it rather than by its name."""
+    with torch.device("meta"):
+        model = create_model("gc_vit_small", num_classes=10, img_size=64)
+    seen = {True: 0, False: 0}
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf == "bias_table":
+                expected = decay_bias_tables
+            else:
+                expected = isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and leaf == "weight"
+            full_name = f"{name}.{leaf}"
+            assert decays(full_name, parameter.shape, decay_bias_tables=decay_bias_tables) == expected, full_name
+            seen[expected] += 1
+    assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("decay_bias_tables", [True, False])
+def test_a_flat_shard_decays_as_its_whole(decay_bias_tables):
+    optim = OptimConfig(lr=1e-3, weight_decay=0.3, decay_bias_tables=decay_bias_tables)
+    whole = {name: tuple(p.shape) for name, p in model_parameters().items()}
+    shards = {name: torch.zeros(3) for name in whole}
+    optimizer = build_adamw(((n, whole[n], shards[n]) for n in whole), optim)
+    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, shape in whole.items():
+        expected = 0.3 if decays(name, shape, decay_bias_tables=decay_bias_tables) else 0.0
+        assert decay_of[id(shards[name])] == expected, name
+    assert len(decay_of) == len(whole)
+    assert {len(group["params"]) for group in optimizer.param_groups} != {0}
+
+
+def build(seed: int, optim: OptimConfig, scale: float = 1.0) -> tuple[torch.optim.AdamW, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    optimizer = build_adamw(((f"w{i}", tuple(t.shape), t) for i, t in enumerate(tensors)), optim)
+    create_moments(optimizer)
+    for tensor in tensors:
+        tensor.grad = scale * torch.randn(tensor.shape, generator=generator)
+    return optimizer, tensors
+
+
+@given(seed=st.integers(0, 100), scale=st.sampled_from([1e-6, 0.1, 1.0, 1e4]), clip=st.sampled_from([None, 0.5, 5.0]))
+def test_clip_and_step_equal_pytorchs(seed, scale, clip):
+    optim = OptimConfig(lr=1e-3, clip_norm=clip)
+    optimizer, tensors = build(seed, optim, scale)
+    ours = [t.clone() for t in tensors]
+    theirs = [t.clone().requires_grad_() for t in tensors]
+    for mine, other, tensor in zip(ours, theirs, tensors, strict=True):
+        mine.grad, other.grad = tensor.grad.clone(), tensor.grad.clone()
+    reference = torch.optim.AdamW(
+        [
+            {"params": [t for t in theirs if t.ndim > 1], "weight_decay": 0.05},
+            {"params": [t for t in theirs if t.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=7e-3,
+        foreach=False,
+    )
+    optimizer = build_adamw(((f"w{i}", tuple(t.shape), t) for i, t in enumerate(ours)), optim)
+    create_moments(optimizer)
+    grads = [t.grad for t in ours]
+    result = clip_and_step(optimizer, grads, global_norm(grads), clip, lr=7e-3)
+    norm = torch.nn.utils.clip_grad_norm_(theirs, clip or float("inf"))
+    reference.step()
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-6, atol=0)
+    assert result.applied.item() == 1
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0)
+        torch.testing.assert_close(mine, other.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("at", [(0, 0), (4, 8)])
+def test_a_bad_gradient_touches_nothing(bad, clip, at):
+    """One bad element in one tensor: all parameters, moments and counters keep their bits; the next step works."""
+    optimizer, tensors = build(0, OptimConfig(lr=1e-3))
+    grads = [t.grad for t in tensors]
+    clip_and_step(optimizer, grads, global_norm(grads), clip, lr=1e-2)  # moments and counters that are not zero
+
+    def state() -> list[torch.Tensor]:
+        moments = [value for t in tensors for value in optimizer.state[t].values()]
+        return [t.clone() for t in (*tensors, *moments)]
+
+    before = state()
+    good = [grad.clone() for grad in grads]
+    grads[at[0]].view(-1)[at[1]] = bad
+    result = clip_and_step(optimizer, grads, global_norm(grads), clip, lr=1e-2)
+    assert result.applied.item() == 0
+    assert not torch.isfinite(result.grad_norm)
+    assert all(torch.equal(now, then) for now, then in zip(state(), before, strict=True))
+
+    for grad, value in zip(grads, good, strict=True):
+        grad.copy_(value)
+    result = clip_and_step(optimizer, grads, global_norm(grads), clip, lr=1e-2)
+    assert result.applied.item() == 1
+    assert not any(torch.equal(now, then) for now, then in zip(state(), before, strict=True))
+    assert {s["step"].item() for s in optimizer.state.values()} == {2.0}
+
+
+def test_created_moments_are_what_the_first_step_would_create():
+    first, tensors = build(3, OptimConfig(lr=1e-3))
+    second, others = build(3, OptimConfig(lr=1e-3))
+    second.state.clear()
+    for optimizer, group in ((first, tensors), (second, others)):
+        grads = [t.grad for t in group]
+        clip_and_step(optimizer, grads, global_norm(grads), None, lr=1e-3)
+    for one, other in zip(tensors, others, strict=True):
+        assert torch.equal(one, other)
+        for key, value in second.state[other].items():
+            assert torch.equal(first.state[one][key], value)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 1000))
+def test_the_norm_is_over_all_tensors_together(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(size, generator=generator) for size in sizes]
+    torch.testing.assert_close(global_norm(grads), torch.cat(grads).norm(), rtol=1e-6, atol=0)
