@@ -35,7 +35,7 @@ def order_epoch(
     """The sample at each position of an epoch: a permutation of [0, N), uint32.
 
     `first` [num_shards + 1] holds the first sample of each shard and N, `length` [N] each sample's bytes.
-    Equal arguments give equal orders on every machine: sorting is stable, all draws are one PCG64 generator's.
+    Equal arguments give equal orders on every machine: sorting is stable, one PCG64 generator draws.
     """
     rng = np.random.default_rng(np.random.SeedSequence((seed, _ORDER_STREAM, epoch)))
     line = _lay_shards(np.asarray(first, dtype=np.int64), rng)

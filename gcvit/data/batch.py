@@ -10,8 +10,8 @@ from torch import Tensor
 class Batch:
     """One rank's share of one micro-step of training; it may be empty.
 
-    `positions` lie within the global batch, in [0, global_batch_size); where samples are mixed, 2k and 2k+1 are
-    neighbours here. `erase` holds top, left, height, width (height 0 erases nothing) and the noise's seed.
+    `positions` lie within the global batch, in [0, global_batch_size); where samples are mixed, 2k and 2k+1
+    are neighbours here. `erase` holds top, left, height, width (height 0: nothing) and the noise's seed.
     """
 
     images: Tensor  # uint8 [b, 3, H, W]

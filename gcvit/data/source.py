@@ -115,9 +115,9 @@ def _reopen(root: Path, split: str, classes: tuple[str, ...], shards: tuple[Shar
 def open_source(data_dir: str | Path, split: str) -> Source:
     """The samples of `split` ("train" or "val") below `data_dir`: shards with a manifest, or class folders.
 
-    The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors: UserError
-    for a missing or empty directory, no such split, a class folder without images, tars without a manifest or
-    compressed, and a manifest that disagrees with its tars.
+    The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors:
+    UserError for a missing or empty directory, no such split, a class folder without images, tars without a
+    manifest or compressed, and a manifest that disagrees with its tars.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():

@@ -1,12 +1,12 @@
 """The stream of batches, for training and for evaluation.
 
-1. The run's place is one integer, the samples consumed: `train_stream` begins at start_step * global_batch_size.
+1. The run's place is one integer, the samples consumed: step t begins at t * global_batch_size.
 2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the
-   sample. Of each global batch it takes its rank's share (`gcvit.data.assignment`), cut into micro-batches, each
-   of which is sent as a task of a few numbers.
-3. A loader process reads the samples, seeds each by (seed, epoch, position), decodes, transforms, stacks uint8.
+   sample. Of each global batch it takes its rank's share (`gcvit.data.assignment`), cuts it into
+   micro-batches, and sends each as a task of a few numbers.
+3. A loader process reads the samples, seeds each by (seed, epoch, position), decodes, transforms, stacks.
 4. The main process receives the batches in the order of the tasks, pins them where wanted, groups a step's.
-5. A sample that cannot be read travels as an error and is raised in the main process, where it stays a UserError.
+5. A sample that cannot be read travels as an error; the main process raises it, and it stays a UserError.
 
 Nothing is remembered but the step: resuming is starting at another one, on any number of processes.
 """
@@ -73,8 +73,8 @@ def train_stream(
 ) -> Iterator[tuple[Batch, ...]]:
     """Endless: for each optimizer step from `start_step` on, this rank's `num_micro_steps` batches.
 
-    Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an unknown
-    RandAugment policy; later, with `rank_local`, for a sample that cannot be read or decoded.
+    Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an
+    unknown RandAugment policy; later, with `rank_local`, for a sample that cannot be read or decoded.
     """
     _check_world(source, world_size)
     # Plan before the loader starts, so that mistakes in the numbers are told before processes exist.
@@ -101,7 +101,8 @@ def eval_stream(
     """
     _check_world(source, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
-    num_batches = -(--(-source.num_samples // world_size) // batch_size)
+    largest_share = -(-source.num_samples // world_size)
+    num_batches = -(-largest_share // batch_size)
     tasks = cut_micro_batches(np.arange(low, high), num_batches, batch_size)
     loader = _EvalLoader(source, data, img_size, batch_size)
     return _load(loader, iter(tasks), min(data.num_workers, num_batches), data, pin_memory)
@@ -215,8 +216,8 @@ def _load(
     pin_memory: bool,
 ) -> Iterator[AnyBatch]:
     """Batches in the order of the tasks; with 0 workers they are made when asked for, in this process."""
-    # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh process
-    # that imports this module once, however many loader processes are then forked from it.
+    # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh one,
+    # which imports this module once, however many loader processes are then forked from it.
     context = None
     if num_workers:
         context = multiprocessing.get_context("forkserver")
@@ -233,7 +234,7 @@ def _load(
         # The loader draws its workers' seeds, which nobody reads, from here, not from the global generator.
         generator=torch.Generator(),
     )
-    return _raise_errors(iter(batches))
+    return _raise_error(iter(batches))
 
 
 def _start_worker(worker: int) -> None:
@@ -242,12 +243,23 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _raise_errors(batches: Iterator[AnyBatch | UserError]) -> Iterator[AnyBatch]:
+def _raise_error(batches: Iterator[AnyBatch | UserError]) -> Iterator[AnyBatch]:
+    """Pass batches on; raise the first error that comes in place of one."""
     for batch in batches:
         if isinstance(batch, UserError):
-            batch.rank_local = True  # type: ignore[attr-defined]  # other ranks do not meet this error
-            raise batch
+            error = batch
+            break
         yield batch
+    else:
+        return
+    # Nothing may hold the loader when the error leaves, this frame and the error's traceback included: where
+    # it dies in a cycle, its queues close before the workers are told to end, and each is awaited for 5 s.
+    del batches, batch
+    error.rank_local = True  # type: ignore[attr-defined]  # other ranks do not meet this error
+    try:
+        raise error
+    finally:
+        del error
 
 
 def _group(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:

@@ -122,7 +122,7 @@ def seed_sample(seed: int, epoch: int, position: int) -> None:
     """Seed all global generators for one sample: its augmentation is the same wherever it is loaded."""
     words = np.random.SeedSequence((seed, _SAMPLE_STREAM, epoch, position)).generate_state(8)
     random.seed(words[:4].tobytes())
-    np.random.seed(words[4:6])
+    np.random.seed(words[4:6])  # noqa: NPY002  (timm draws from the global generator)
     # Not torch.manual_seed, which also seeds, or queues seeds for, every accelerator.
     torch.default_generator.manual_seed(int(words[6:].view(np.int64)[0]))
 
@@ -130,12 +130,12 @@ def seed_sample(seed: int, epoch: int, position: int) -> None:
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
     """Give the global generators back as they were: loading must not change what the process itself draws."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.default_generator.set_state(states[2])
 
 
@@ -212,7 +212,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, the rest spread over all classes."""
+    """Labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, the rest over all classes."""
     rest = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), rest, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + rest)

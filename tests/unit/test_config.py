@@ -132,8 +132,8 @@ def test_an_unknown_key_names_the_nearest(path, override, nearest):
         ("optim.lr=true", "True"),
         ("optim.lr=null", "None"),
         ("optim.lr=.inf", "inf"),
-        ("optim.betas=[0.9]", "[0.9]"),
-        ("optim.betas=[0.9, 1.0]", "1"),
+        ("optim.betas=0.9", "0.9"),
+        ("optim.betas=[0.9, 1.0]", "1.0"),
         ("seed=1.5", "1.5"),
         ("seed=-1", "-1"),
         ("global_batch_size=true", "True"),
@@ -156,7 +156,7 @@ def test_a_wrong_value_says_what_got_allowed(path, override, got):
     engine = ["engine=zero"] if override.startswith("zero") else []
     message = refusal(path, *engine, override)
     assert override.partition("=")[0] in message
-    assert f"got {got}" in message or f": {got}" in message
+    assert f"got {got}" in message
     assert "; allowed: " in message
     assert "\n" not in message
 
@@ -271,7 +271,7 @@ def test_a_dump_reads_back_to_an_equal_config(tmp_path_factory, lr, seed, tag, d
     if stage:
         tree |= {"engine": "zero", "zero": {"stage": stage}}
     config = parse_config(tree, source="here")
-    file = tmp_path_factory.mktemp("dump") / "config.yaml"
+    file = tmp_path_factory.getbasetemp() / "config.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == (config, [])
     # And as a checkpoint keeps it.

@@ -13,7 +13,7 @@ CLASSES = ("ape", "bee", "cat")
 
 
 def write_images(root: Path, num_images: int) -> None:
-    """A class-folder tree of small JPEGs: class c is bright in channel c alone; sizes and classes are uneven."""
+    """A class-folder tree of small JPEGs: class c is bright in channel c alone, classes are uneven."""
     rng = np.random.default_rng(num_images)
     for index in range(num_images):
         label = min(index % 5, 2)

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import random
 import shutil
 from collections import Counter
@@ -152,8 +153,9 @@ def test_each_epoch_takes_each_sample_once(source, batch_size, world_size, micro
             for epoch, place, sample in zip(task.epochs, task.places, task.samples, strict=True):
                 assert (epoch, place) not in seen
                 seen[epoch, place] = sample
-    for epoch in range(3):
-        assert sorted(seen[epoch, place] for place in range(NUM_TRAIN)) == list(range(NUM_TRAIN))
+    orders = [[seen[epoch, place] for place in range(NUM_TRAIN)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(NUM_TRAIN)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
 
 
 def test_labels_belong_to_their_images(source, reference):
@@ -193,7 +195,16 @@ def test_loading_leaves_the_global_generators_alone(source, image_tree):
     expected = draws()
     seed()
     take_steps(source, make_config(), 2)
-    list(eval_stream(open_source(image_tree, "val"), make_config().data, img_size=make_config().model.img_size, batch_size=4, world_size=1, rank=0))
+    list(
+        eval_stream(
+            open_source(image_tree, "val"),
+            make_config().data,
+            img_size=make_config().model.img_size,
+            batch_size=4,
+            world_size=1,
+            rank=0,
+        )
+    )
     assert draws() == expected
 
 
@@ -203,7 +214,16 @@ def test_loader_processes_give_the_same_batches(source, reference, image_tree):
         assert_equal_rows(by_position(step), expected)
     val = open_source(image_tree, "val")
     batches = [
-        list(eval_stream(val, make_config(num_workers=workers).data, img_size=make_config().model.img_size, batch_size=4, world_size=2, rank=1))
+        list(
+            eval_stream(
+                val,
+                make_config(num_workers=workers).data,
+                img_size=make_config().model.img_size,
+                batch_size=4,
+                world_size=2,
+                rank=1,
+            )
+        )
         for workers in (0, 2)
     ]
     for alone, loaded in zip(*batches, strict=True):
@@ -218,6 +238,7 @@ def test_a_damaged_sample_is_named(image_tree, tmp_path, num_workers):
     with pytest.raises(UserError, match=r"no image that can be decoded: got bee/001.jpg") as caught:
         take_steps(open_source(root, "train"), make_config(num_workers=num_workers), 5)
     assert caught.value.rank_local
+    assert not multiprocessing.active_children()  # though the error is still held
 
 
 def test_a_truncated_shard_is_named(shard_dir):
@@ -246,7 +267,16 @@ PLAIN = {"mix": None, "rand_augment": None, "erase_prob": 0.0}
 def test_evaluation_counts_each_sample_once(image_tree, world_size, batch_size):
     source = open_source(image_tree, "val")
     ranks = [
-        list(eval_stream(source, make_config().data, img_size=make_config().model.img_size, batch_size=batch_size, world_size=world_size, rank=rank))
+        list(
+            eval_stream(
+                source,
+                make_config().data,
+                img_size=make_config().model.img_size,
+                batch_size=batch_size,
+                world_size=world_size,
+                rank=rank,
+            )
+        )
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -264,7 +294,14 @@ def test_evaluation_counts_each_sample_once(image_tree, world_size, batch_size):
 def test_more_processes_than_samples(image_tree):
     val = open_source(image_tree, "val")
     with pytest.raises(UserError, match="more processes than samples: got 24 for 23"):
-        eval_stream(val, make_config().data, img_size=make_config().model.img_size, batch_size=4, world_size=24, rank=0)
+        eval_stream(
+            val,
+            make_config().data,
+            img_size=make_config().model.img_size,
+            batch_size=4,
+            world_size=24,
+            rank=0,
+        )
     with pytest.raises(UserError, match="more processes than samples"):
         take_steps(val, make_config(), 1, world_size=24)
 

@@ -1,0 +1,113 @@
+"""The run's folder: one writer at a time, and which checkpoint is meant."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gcvit import checkpoint, runfolder
+from gcvit.errors import UserError
+from tests.integration.launching import ROOT, environment, python
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gcvit.errors import run_main
+from gcvit.runfolder import locked
+
+def main():
+    with locked(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+
+run_main(main)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(run_dir), "100"]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        holder = json.loads((run_dir / "lock").read_text())
+        assert holder["pid"] == first.pid
+
+        second = python("-c", HOLD, run_dir, 0, timeout=60)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert second.stderr.startswith("error: the run folder is in use by a live run: got ")
+        assert str(first.pid) in second.stderr
+        assert "cure: " in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        assert json.loads((run_dir / "lock").read_text()) == holder, "the loser must not sign the winner's lock"
+
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        with runfolder.locked(run_dir):
+            assert json.loads((run_dir / "lock").read_text())["pid"] == os.getpid()
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_the_lock_is_free_again_after_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError), runfolder.locked(tmp_path):
+            raise RuntimeError
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the run folder"), runfolder.locked(tmp_path / "file" / "run"):
+        pass
+
+
+def write_checkpoint(run_dir: Path, step: int, best_step: int = -1, suffix: str = "") -> Path:
+    path = runfolder.checkpoints_of(run_dir) / f"step_{step:08d}{suffix}"
+    path.mkdir(parents=True)
+    state = {"step": step, "best_step": best_step}
+    content = {"format": checkpoint.FORMAT, "state": state, "shapes": {}, "files": {}}
+    (path / checkpoint.STATE_FILE).write_text(json.dumps(content))
+    return path
+
+
+def test_auto_takes_the_newest_complete_one_or_begins(tmp_path):
+    assert runfolder.choose_checkpoint(tmp_path, "auto") is None
+    write_checkpoint(tmp_path, 9)
+    newest = write_checkpoint(tmp_path, 10)
+    write_checkpoint(tmp_path, 11, suffix=".tmp")
+    assert runfolder.choose_checkpoint(tmp_path, "auto") == newest
+
+
+def test_none_begins_but_never_over_an_old_run(tmp_path):
+    assert runfolder.choose_checkpoint(tmp_path, "none") is None
+    newest = write_checkpoint(tmp_path, 5)
+    with pytest.raises(UserError, match="holds a run already") as caught:
+        runfolder.choose_checkpoint(tmp_path, "none")
+    assert str(newest) in str(caught.value)
+
+
+def test_a_path_names_a_checkpoint_or_a_runs_best(tmp_path):
+    best = write_checkpoint(tmp_path / "old", 5)
+    newest = write_checkpoint(tmp_path / "old", 10, best_step=5)
+    assert runfolder.choose_checkpoint(tmp_path / "new", str(newest)) == newest
+    assert runfolder.choose_checkpoint(tmp_path / "new", str(tmp_path / "old")) == best
+
+
+def test_without_its_best_a_run_means_its_newest(tmp_path):
+    newest = write_checkpoint(tmp_path, 10, best_step=5)
+    assert runfolder.find_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("name", ["absent", "file", "empty"])
+def test_a_path_without_a_checkpoint(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint here") as caught:
+        runfolder.find_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
