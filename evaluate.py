@@ -30,7 +30,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if (arguments.run is None) == (arguments.model is None) or (arguments.model is None) != (arguments.checkpoint is None):
+    if (arguments.run is None) == (arguments.model is None) or (arguments.model is None) != (
+        arguments.checkpoint is None
+    ):
         raise UserError("what to evaluate?", allowed="RUN_OR_CHECKPOINT, or --model NAME --checkpoint FILE")
 
     from gcvit.data.source import open_source

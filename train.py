@@ -8,7 +8,6 @@ Any knob of the config can be set behind the flags as dotted.key=value.
 """
 
 import argparse
-import sys
 
 from gcvit.config import EmaConfig, load_config
 from gcvit.errors import run_main
@@ -21,7 +20,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", help="folder with train/ and val/ (data.dir)")
     parser.add_argument(
-        "--batch-size", "--batch_size", metavar="N", type=int, help="most samples per device and pass (trainer.micro_batch_size)"
+        "--batch-size",
+        "--batch_size",
+        metavar="N",
+        type=int,
+        help="most samples per device and pass (trainer.micro_batch_size)",
     )
     parser.add_argument("--tag", help="name of the run (tag)")
     parser.add_argument("--model-ema", "--model_ema", action="store_true", help="average the weights (ema)")
@@ -48,9 +51,7 @@ def main() -> None:
 
     sources = open_sources(config)
     with join_world() as world:
-        if world.is_first:
-            print(*notices, sep="\n", end="\n" if notices else "", file=sys.stderr)
-        train(config, world, sources, resume=arguments.resume, init_from=arguments.init_from)
+        train(config, world, sources, resume=arguments.resume, init_from=arguments.init_from, notices=notices)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the digits come with scikit-learn, which is missing", cure="pip install scikit-learn") from None
+        raise UserError(
+            "the digits come with scikit-learn, which is missing", cure="pip install scikit-learn"
+        ) from None
     digits = load_digits()
     return digits.images, digits.target
 

@@ -42,9 +42,7 @@ def find_folders(out: Path) -> list[Path]:
         return [out]
     folders = [path for path in sorted(out.iterdir()) if holds_shards(path)] if out.is_dir() else []
     if not folders:
-        raise UserError(
-            "no shards here", got=out, allowed="a folder that data_prep.shard wrote", cure="check the path"
-        )
+        raise UserError("no shards here", got=out, allowed="a folder that data_prep.shard wrote", cure="check the path")
     return folders
 
 

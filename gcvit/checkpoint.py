@@ -137,8 +137,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:
             got = "no such file" if size is None else f"{size} bytes"
-            raise UserError(f"damaged checkpoint: {path / name}", got=got, allowed=f"{record['bytes']} bytes", cure=cure)
+            raise UserError(
+                f"damaged checkpoint: {path / name}", got=got, allowed=f"{record['bytes']} bytes", cure=cure
+            )
     return Checkpoint(path, state, content, shapes)
+
+
+def has_kind(checkpoint: Checkpoint, kind: str) -> bool:
+    """Whether the checkpoint holds tensors of a kind ("model", "exp_avg", "exp_avg_sq", "ema")."""
+    return any(name.startswith(f"{kind}.") for name in checkpoint.shapes)
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World) -> None:
@@ -156,7 +163,12 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
             allowed=f"shape {tuple(wanted[wrong[0]].shape)} ({len(wrong)} of {len(wanted)} tensors differ)",
             cure="resume with the config of that run, or start afresh with another tag",
         )
-    dcp.load(wanted, storage_reader=_Reader(checkpoint.path), planner=_LoadPlanner(), process_group=world.host_group)
+    dcp.load(
+        wanted,
+        storage_reader=_Reader(checkpoint.path),
+        planner=_LoadPlanner(),
+        process_group=world.host_group,
+    )
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcvit import checkpoint, runfolder
 from gcvit.config import DataConfig, ModelConfig, parse_config
@@ -17,7 +17,7 @@ from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
 from gcvit.errors import UserError
-from gcvit.model import VARIANTS, weights
+from gcvit.model import VARIANTS, GCViT, weights
 from gcvit.parallel.build import build_model
 from gcvit.parallel.world import World
 
@@ -100,14 +100,14 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return before.sum(1)
 
 
-def load_run(path: str, kind: str | None) -> tuple[nn.Module, DataConfig]:
+def load_run(path: str, kind: str | None) -> tuple[GCViT, DataConfig]:
     """The model of a run folder (its best checkpoint) or of a checkpoint, and how its data is prepared.
 
     `kind` is "ema" or "model"; None takes the EMA where there is one. Errors: UserError where there is none.
     """
     found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
     config = parse_config(found.info["config"], source=str(found.path))
-    has_ema = any(name.startswith("ema.") for name in found.shapes)
+    has_ema = checkpoint.has_kind(found, "ema")
     if kind == "ema" and not has_ema:
         raise UserError("this run has no EMA", got=found.path, cure="evaluate --weights model")
     tensors = checkpoint.read_tensors(found, kind or ("ema" if has_ema else "model"))
@@ -116,7 +116,7 @@ def load_run(path: str, kind: str | None) -> tuple[nn.Module, DataConfig]:
     return model, config.data
 
 
-def load_file(name: str, path: str, *, num_classes: int) -> tuple[nn.Module, DataConfig]:
+def load_file(name: str, path: str, *, num_classes: int) -> tuple[GCViT, DataConfig]:
     """A variant with the weights in a file of any layout, and how the variant's card says data is prepared."""
     card = VARIANTS.get(name)
     model = build_model(ModelConfig(name=name, num_classes=num_classes, img_size=card.img_size if card else 224))

@@ -28,7 +28,9 @@ def locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / "lock", "a+")  # noqa: SIM115  (closed below; closing frees the lock)
     except OSError as error:
-        raise UserError("cannot write the run folder", got=f"{run_dir} ({error.strerror})", cure="set output_dir") from None
+        raise UserError(
+            "cannot write the run folder", got=f"{run_dir} ({error.strerror})", cure="set output_dir"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Assembles a run and trains it. The loop at the end of this file is the whole of training."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import RunState
 from gcvit.config import Config
+from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.source import Source, open_source
 from gcvit.data.stream import Batch, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
@@ -20,8 +21,9 @@ from gcvit.errors import UserError
 from gcvit.evaluator import evaluate
 from gcvit.loss import soft_target_loss
 from gcvit.metrics import Metrics
-from gcvit.model import weights
-from gcvit.parallel.build import build_engine, build_model
+from gcvit.model import VARIANTS, weights
+from gcvit.model.variants import fetch_weights
+from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
 from gcvit.parallel.world import World
 from gcvit.schedule import build_schedule, is_time, to_samples, to_steps
@@ -46,13 +48,29 @@ def open_sources(config: Config) -> tuple[Source, Source]:
     return train, val
 
 
-def train(config: Config, world: World, sources: tuple[Source, Source], *, resume: str, init_from: str | None) -> RunState:
+def train(
+    config: Config,
+    world: World,
+    sources: tuple[Source, Source],
+    *,
+    resume: str,
+    init_from: str | None,
+    notices: Sequence[str] = (),
+) -> RunState:
     """Train until the schedule's end and return the final state. Every rank calls it."""
     with runfolder.locked(config.run_dir) if world.is_first else nullcontext():
-        return _train(config, world, sources, resume=resume, init_from=init_from)
+        return _train(config, world, sources, resume=resume, init_from=init_from, notices=notices)
 
 
-def _train(config: Config, world: World, sources: tuple[Source, Source], *, resume: str, init_from: str | None) -> RunState:
+def _train(
+    config: Config,
+    world: World,
+    sources: tuple[Source, Source],
+    *,
+    resume: str,
+    init_from: str | None,
+    notices: Sequence[str] = (),
+) -> RunState:
     source, val = sources
     batch_size = config.global_batch_size
     length = {"global_batch_size": batch_size, "samples_per_epoch": source.num_samples}
@@ -67,7 +85,7 @@ def _train(config: Config, world: World, sources: tuple[Source, Source], *, resu
     found = world.on_first(lambda: runfolder.choose_checkpoint(config.run_dir, resume))
     engine = build_engine(config, world, num_micro_steps=micro_steps)
     if init_from and not found:
-        load_weights(engine, config, init_from)
+        notices = [*notices, f"initial weights: {load_weights(engine, init_from)}"]
     ema = None
     if config.ema:
         ema = Ema(
@@ -79,11 +97,18 @@ def _train(config: Config, world: World, sources: tuple[Source, Source], *, resu
     if world.is_first:
         runfolder.write_config(config)
     metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps)
+    for notice in notices:
+        metrics.say(notice)
     metrics.say(
         f"{config.tag}: {config.model.name} by {config.engine} on {world.size} x {world.device.type}, "
         f"{source.num_samples} images, {schedule.total_steps} steps of {batch_size} "
         f"in {micro_steps} micro-step(s), from step {state.step}"
     )
+    if not holds_whole_lanes(batch_size, world.size, lanes=config.data.lanes, paired=paired):
+        metrics.say(
+            f"reads are not sequential: {world.size} processes do not divide data.lanes={config.data.lanes}, or these "
+            f"not the global batch of {batch_size} (the samples are the same, only the disk works more)"
+        )
     augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
     stream = train_stream(
         source,
@@ -145,17 +170,35 @@ def seed_drop_path(seed: int, step: int, micro_step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest))
 
 
-def load_weights(engine: Engine, config: Config, path: str) -> None:
-    """Start from the weights in a file of any layout (`--init-from`); moments, EMA and schedule start afresh."""
-    model = build_model(config.model)
-    weights.load(model, path)
-    whole = dict(model.named_parameters())
-    fill(engine.fragments()[MODEL], lambda name: whole[name].detach())
+def load_weights(engine: Engine, source: str) -> str:
+    """Start from given weights (`--init-from`) and say what was found; moments, EMA and schedule start afresh.
+
+    `source` is a file of any layout, a run folder or checkpoint of ours (its EMA where it has one), or the name of a
+    variant, whose published weights are fetched. Errors: UserError for what is none of these, or another model.
+    """
+    if Path(source).is_dir():
+        found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source)))
+        kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
+        parts = engine.fragments()[MODEL]
+        checkpoint.load(found, {kind: parts}, engine.world)
+        description = f"{found.path}: {kind}"
+    else:
+        path = fetch_weights(source) if source in VARIANTS else source
+        state, description = weights.read_fitting(engine.module, path)
+        description += " (published under CC-BY-NC-SA-4.0: not for commercial use)" if source in VARIANTS else ""
+        fill(engine.fragments()[MODEL], lambda name: state[name])
     engine.refresh()
+    return description
 
 
 def evaluate_all(
-    engine: Engine, ema: Ema | None, val: Source, config: Config, state: RunState, metrics: Metrics, world: World
+    engine: Engine,
+    ema: Ema | None,
+    val: Source,
+    config: Config,
+    state: RunState,
+    metrics: Metrics,
+    world: World,
 ) -> bool:
     """Evaluate the weights and their EMA on val; true where the best so far (the EMA's, if there is one) was beaten."""
     engine.module.eval()
@@ -194,14 +237,14 @@ def save(engine: Engine, ema: Ema | None, config: Config, state: RunState, sourc
         checkpoint.prune(folder, keep=config.trainer.keep_checkpoints, best_step=state.best_step)
 
 
-def restore(
-    path: Path, engine: Engine, ema: Ema | None, config: Config, source: Source, world: World
-) -> RunState:
+def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, source: Source, world: World) -> RunState:
     """Go on from a checkpoint of any engine and world size. Errors: UserError where it is another run's."""
     found = checkpoint.open_checkpoint(path)
     if found.info["data"] != source.digest:
         raise UserError(
-            "the checkpoint was trained on other data", got=path, cure="give that data, or use --init-from in a new run"
+            "the checkpoint was trained on other data",
+            got=path,
+            cure="give that data, or use --init-from in a new run",
         )
     if found.info["config"]["seed"] != config.seed:
         raise UserError("the checkpoint has another seed", got=found.info["config"]["seed"], allowed=config.seed)
@@ -214,7 +257,7 @@ def restore(
         )
     state.step = state.samples // config.global_batch_size
     kinds = all_fragments(engine, ema)
-    ema_is_new = ema is not None and not any(name.startswith("ema.") for name in found.shapes)
+    ema_is_new = ema is not None and not checkpoint.has_kind(found, "ema")
     if ema_is_new:
         kinds.pop("ema")
     checkpoint.load(found, kinds, world)

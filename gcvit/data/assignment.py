@@ -142,9 +142,7 @@ def cut_micro_batches(share: npt.NDArray[np.int64], num_steps: int, size: int) -
     return [share[step * size : (step + 1) * size] for step in range(num_steps)]
 
 
-def micro_batch_capacity(
-    global_batch_size: int, world_size: int, micro_batch_size: int | None, *, paired: bool
-) -> int:
+def micro_batch_capacity(global_batch_size: int, world_size: int, micro_batch_size: int | None, *, paired: bool) -> int:
     """Samples of a full micro-batch: `micro_batch_size`, even where `paired`, at most the largest share.
 
     Errors: UserError where a pair does not fit into a micro-batch.
@@ -163,12 +161,8 @@ def micro_batch_capacity(
     return min(micro_batch_size // unit * unit, largest_share)
 
 
-def num_micro_steps(
-    global_batch_size: int, world_size: int, micro_batch_size: int | None, paired: bool
-) -> int:
+def num_micro_steps(global_batch_size: int, world_size: int, micro_batch_size: int | None, paired: bool) -> int:
     """Micro-steps in an optimizer step: the same on all ranks, though their shares may differ by a pair."""
     unit = 2 if paired else 1
     largest_share = -(-(global_batch_size // unit) // world_size) * unit
-    return -(
-        -largest_share // micro_batch_capacity(global_batch_size, world_size, micro_batch_size, paired=paired)
-    )
+    return -(-largest_share // micro_batch_capacity(global_batch_size, world_size, micro_batch_size, paired=paired))

@@ -28,9 +28,7 @@ class FolderSource:
     ):
         self.root, self.classes = root, classes
         self.length, self.label = length, label
-        self._paths = (
-            paths  # fixed-width bytes: a list of a million texts would be slow to hand to each worker
-        )
+        self._paths = paths  # fixed-width bytes: a list of a million texts would be slow to hand to each worker
 
     @property
     def num_samples(self) -> int:
@@ -39,9 +37,7 @@ class FolderSource:
     @cached_property
     def first(self) -> npt.NDArray[np.int64]:
         """First sample of each class folder, then N: folders play the part that shards have."""
-        return np.concatenate([[0], np.flatnonzero(np.diff(self.label)) + 1, [self.num_samples]]).astype(
-            np.int64
-        )
+        return np.concatenate([[0], np.flatnonzero(np.diff(self.label)) + 1, [self.num_samples]]).astype(np.int64)
 
     @cached_property
     def digest(self) -> str:
@@ -56,9 +52,7 @@ class FolderSource:
             with open(self.root / self.name(index), "rb") as file:
                 return file.read()
         except OSError as error:
-            raise UserError(
-                "cannot read a sample", got=f"{self.root / self.name(index)} ({error.strerror})"
-            ) from None
+            raise UserError("cannot read a sample", got=f"{self.root / self.name(index)} ({error.strerror})") from None
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
@@ -91,17 +85,13 @@ def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSou
         paths += [os.fsencode(path) for path, _ in files]
         length += [num_bytes for _, num_bytes in files]
         label += [label_of[name]] * len(files)
-    return FolderSource(
-        root, classes, np.array(paths), np.array(length, np.uint32), np.array(label, np.int32)
-    )
+    return FolderSource(root, classes, np.array(paths), np.array(length, np.uint32), np.array(label, np.int32))
 
 
 def class_folders(root: Path) -> list[str]:
     """Sorted names of the folders in `root`; hidden ones are no classes."""
     try:
-        return sorted(
-            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-        )
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError("cannot read a data directory", got=f"{root} ({error.strerror})") from None
 

@@ -197,9 +197,7 @@ def _read_image(source: Source, sample: int) -> Image.Image:
     content = source.read(sample)
     try:
         return decode(content)
-    except (
-        Exception
-    ) as error:  # Pillow raises almost anything for damaged bytes, and only Pillow runs in there
+    except Exception as error:  # Pillow raises almost anything for damaged bytes, and only Pillow runs in there
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UserError(
             "a sample is no image that can be decoded",

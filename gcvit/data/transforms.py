@@ -67,9 +67,7 @@ class TrainTransform:
         if affine := augment.affine:
             translate = (affine.translate, affine.translate) if affine.translate else None
             bilinear = InterpolationMode.BILINEAR
-            steps.append(
-                RandomAffine(affine.degrees, translate, affine.scale, affine.shear or None, bilinear)
-            )
+            steps.append(RandomAffine(affine.degrees, translate, affine.scale, affine.shear or None, bilinear))
         if augment.rand_augment:
             steps.append(_rand_augment(augment.rand_augment, mean, img_size, augment.interpolation))
         if augment.color_jitter:
@@ -186,9 +184,7 @@ def draw_mix(rng: np.random.Generator, mix: MixConfig, height: int, width: int) 
 def mix_pairs(images: Tensor, targets: Tensor, draws: Sequence[MixDraw]) -> tuple[Tensor, Tensor]:
     """Mix rows 2k and 2k+1 of images [b, 3, H, W] and targets [b, C] by one draw a row."""
     # Weights are rounded to float32 after 1 - weight was taken, as a Python scalar's would be.
-    shares = [
-        (draw.label_weight, 1 - draw.label_weight, draw.pixel_weight, 1 - draw.pixel_weight) for draw in draws
-    ]
+    shares = [(draw.label_weight, 1 - draw.label_weight, draw.pixel_weight, 1 - draw.pixel_weight) for draw in draws]
     weights = torch.tensor(shares, dtype=torch.float32)
     boxes = torch.tensor([draw[2:] for draw in draws], dtype=torch.int32)
     own_label, other_label, own_pixel, other_pixel = _send(weights, images.device).T[:, :, None]
@@ -197,9 +193,7 @@ def mix_pairs(images: Tensor, targets: Tensor, draws: Sequence[MixDraw]) -> tupl
     mixed = images * own_pixel[..., None, None] + partners * other_pixel[..., None, None]
     row = torch.arange(images.shape[2], device=images.device)
     column = torch.arange(images.shape[3], device=images.device)
-    in_box = ((row >= top) & (row < bottom))[:, None, :, None] & ((column >= left) & (column < right))[
-        :, None, None
-    ]
+    in_box = ((row >= top) & (row < bottom))[:, None, :, None] & ((column >= left) & (column < right))[:, None, None]
     other_targets = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return torch.where(in_box, partners, mixed), targets * own_label + other_targets * other_label
 
@@ -226,9 +220,7 @@ def erase_boxes(images: Tensor, erase: Tensor) -> None:
     generator = torch.Generator(images.device)
     for image, (top, left, height, width, seed) in zip(images, erase.tolist(), strict=True):
         if height:
-            noise = torch.randn(
-                (3, height, width), generator=generator.manual_seed(seed), device=images.device
-            )
+            noise = torch.randn((3, height, width), generator=generator.manual_seed(seed), device=images.device)
             image[:, top : top + height, left : left + width] = noise
 
 
@@ -242,9 +234,7 @@ class DeviceAugment:
         """Images float32 [b, 3, H, W] and targets float32 [b, num_classes] on `device`; b may be 0."""
         images = normalize(_send(batch.images, device), self._data.mean, self._data.std)
         erase_boxes(images, batch.erase)
-        targets = smooth_targets(
-            _send(batch.labels, device), self._num_classes, self._augment.label_smoothing
-        )
+        targets = smooth_targets(_send(batch.labels, device), self._num_classes, self._augment.label_smoothing)
         mix = self._augment.mix
         if mix is None or not len(images):
             return images, targets

@@ -104,9 +104,7 @@ class GCViT(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm: nn.Module = nn.LayerNorm(dim)
         self.num_features = self.head_hidden_size = dim
-        self.head = ClassifierHead(
-            dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC"
-        )
+        self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
 
         # Recorded now, since an engine that shards replaces the parameters by its own pieces.
         self.initial_laws = find_initial_laws(self)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from gcvit.errors import UserError
 from gcvit.model import weights
 from gcvit.model.gcvit import GCViT
+
+HUB_REPOSITORY = "nvidia/GCViT"  # on Hugging Face; its weights are under CC-BY-NC-SA-4.0: not for commercial use
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Variant:
     counted_gmacs: float
     published_gmacs: float
     weights_file: str
-    """In the Hugging Face repository nvidia/GCViT (CC-BY-NC-SA-4.0)."""
+    """In HUB_REPOSITORY."""
     img_size: int = 224
     windows: tuple[int, ...] = (7, 7, 14, 7)
     crop_mode: str = "center"
@@ -154,7 +157,7 @@ def _describe(row: Variant) -> dict[str, Any]:
     """timm's config of a variant: how its images are prepared and where its weights are."""
     map_side = row.img_size // 32
     return {
-        "hf_hub_id": "nvidia/GCViT",
+        "hf_hub_id": HUB_REPOSITORY,
         "hf_hub_filename": row.weights_file,
         "license": "cc-by-nc-sa-4.0",
         "input_size": (3, row.img_size, row.img_size),
@@ -176,8 +179,22 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return build_variant
 
 
-default_cfgs = generate_default_cfgs(
-    {f"{name}.{row.weights_tag}": _describe(row) for name, row in VARIANTS.items()}
-)
+default_cfgs = generate_default_cfgs({f"{name}.{row.weights_tag}": _describe(row) for name, row in VARIANTS.items()})
 for _name in VARIANTS:
     register_model(_entrypoint(_name))
+
+
+def fetch_weights(name: str) -> str:
+    """Path of a variant's published weights, downloaded into Hugging Face's cache where they are not in it yet.
+
+    Errors: UserError where the hub cannot be reached.
+    """
+    file = VARIANTS[name].weights_file
+    try:
+        return hf_hub_download(HUB_REPOSITORY, file)
+    except (OSError, ValueError) as error:  # what the hub's client raises for a network that is not there
+        raise UserError(
+            f"cannot fetch the published weights of {name}",
+            got=str(error).splitlines()[0],
+            cure=f"download {file} of {HUB_REPOSITORY} yourself, and give its path",
+        ) from None

@@ -150,9 +150,7 @@ def read(path: str | Path) -> tuple[StateDict, str]:
     """The tensors of a file under its own names, and where in it they stood. Runs no code of the file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            "no such weights file", got=path, allowed="a .pth, .pt, .pth.tar or .safetensors file"
-        )
+        raise UserError("no such weights file", got=path, allowed="a .pth, .pt, .pth.tar or .safetensors file")
     try:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
@@ -173,11 +171,7 @@ def find_tensors(content: Mapping[str, Any]) -> tuple[StateDict, str]:
     """The named tensors of a checkpoint's content, without wrappers' prefixes, and where they stood."""
     container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
     tensors = content if container is None else content[container]
-    named = {
-        WRAPPER_PREFIX.sub("", str(name)): value
-        for name, value in tensors.items()
-        if isinstance(value, Tensor)
-    }
+    named = {WRAPPER_PREFIX.sub("", str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
     return named, container or "bare tensors"
 
 
@@ -206,9 +200,7 @@ def to_ours(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
     return state
 
 
-def check_fit(
-    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str | Path, strict: bool
-) -> None:
+def check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str | Path, strict: bool) -> None:
     """Raise UserError unless the tensors have these shapes and, with `strict`, just these names."""
     problems = {
         name: f"{name} is {tuple(tensor.shape)} and not {tuple(shapes[name])}"

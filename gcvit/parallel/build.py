@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from gcvit.config import Config, FsdpConfig, ModelConfig, ZeroConfig
-from gcvit.model import create_model
+from gcvit.model import GCViT, create_model
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.parallel.engine import MODEL, Engine, fill
 from gcvit.parallel.fsdp import FsdpEngine
@@ -14,7 +13,7 @@ from gcvit.parallel.recompute import recompute_parts
 from gcvit.parallel.world import World
 
 
-def build_model(model: ModelConfig) -> nn.Module:
+def build_model(model: ModelConfig) -> GCViT:
     """The bare model that a config names. Errors: UserError for an unknown name or override."""
     return create_model(
         model.name,
@@ -46,6 +45,6 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int) -> Engin
         from gcvit.parallel.zero import ZeroEngine  # loading DeepSpeed takes seconds, and only zero needs it
 
         engine = ZeroEngine(module, config.optim, config.zero or ZeroConfig(), world, **common)
-    fill(engine.fragments()[MODEL], lambda name: module.initial_value(name, config.seed))  # type: ignore[operator]
+    fill(engine.fragments()[MODEL], lambda name: module.initial_value(name, config.seed))
     engine.refresh()
     return engine

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gcvit.config import OptimConfig
+from gcvit.model import GCViT
 from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
@@ -15,7 +16,7 @@ class DdpEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: GCViT,
         optim: OptimConfig,
         world: World,
         *,
@@ -25,11 +26,11 @@ class DdpEngine:
         bf16: bool,
     ):
         module.to_empty(device=world.device)
-        module.init_buffers()  # type: ignore[operator]
+        module.init_buffers()
         for p in module.parameters():
             nn.init.zeros_(p)  # until the fragments are filled: the dry passes below must not meet a NaN
         self.module = module
-        self._world = world
+        self.world = world
         self._ddp = DistributedDataParallel(
             module, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
         )
@@ -80,7 +81,7 @@ class DdpEngine:
             state["step"].fill_(count)
 
     def _whole(self, tensor: Tensor, shape: torch.Size) -> Fragment:
-        return Fragment(tensor.view(-1), 0, shape, replica=self._world.rank, num_replicas=self._world.size)
+        return Fragment(tensor.view(-1), 0, shape, replica=self.world.rank, num_replicas=self.world.size)
 
     def _begin_micro_step(self, micro_step: int) -> None:
         self._micro_step = micro_step
@@ -94,7 +95,7 @@ class DdpEngine:
         first step in another order than the run that it continues, and differ in the last bit. Two dry passes make
         both alike; the gradients are dropped.
         """
-        image = torch.zeros(1, 3, img_size, img_size, device=self._world.device)
+        image = torch.zeros(1, 3, img_size, img_size, device=self.world.device)
         self.module.train()
         for _ in range(2):
             with self._autocast:

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from gcvit.model import GCViT
+from gcvit.parallel.world import World
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model", "exp_avg", "exp_avg_sq"
 
@@ -48,7 +51,8 @@ class StepResult:
 class Engine(Protocol):
     """See this file's head."""
 
-    module: nn.Module
+    module: GCViT
+    world: World
 
     def __call__(self, images: Tensor) -> Tensor: ...
 

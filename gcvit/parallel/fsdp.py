@@ -7,11 +7,12 @@ the overhead of dispatching each operation through DTensor.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gcvit.config import FsdpConfig, OptimConfig
+from gcvit.model import GCViT
 from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
@@ -22,7 +23,7 @@ class FsdpEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: GCViT,
         optim: OptimConfig,
         fsdp: FsdpConfig,
         world: World,
@@ -32,15 +33,13 @@ class FsdpEngine:
         bf16: bool,
     ):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-        for name in module.cut_points():  # type: ignore[operator]
-            fully_shard(
-                module.get_submodule(name), mp_policy=policy, reshard_after_forward=fsdp.reshard_after_forward
-            )
+        for name in module.cut_points():
+            fully_shard(module.get_submodule(name), mp_policy=policy, reshard_after_forward=fsdp.reshard_after_forward)
         fully_shard(module, mp_policy=policy)
         module.to_empty(device=world.device)
-        module.init_buffers()  # type: ignore[operator]
+        module.init_buffers()
         self.module = module
-        self._world = world
+        self.world = world
         self._parameters = dict(module.named_parameters())
         self._shards = {name: _local(p) for name, p in self._parameters.items()}
         # A rank past the last row holds nothing of a small parameter.
@@ -65,7 +64,7 @@ class FsdpEngine:
             shard.grad = _local(self._parameters[name].grad)
         grads = [shard.grad for shard in self._held.values() if shard.grad is not None]
         norm = global_norm(grads)
-        if self._world.size > 1:
+        if self.world.size > 1:
             squared = norm.square()
             dist.all_reduce(squared)
             norm = squared.sqrt()
@@ -99,8 +98,8 @@ class FsdpEngine:
 
     def _fragment(self, name: str, shard: Tensor) -> Fragment:
         shape = self._parameters[name].shape
-        rows_per_rank = -(-shape[0] // self._world.size)
-        return Fragment(shard, self._world.rank * rows_per_rank * (shape.numel() // shape[0]), shape)
+        rows_per_rank = -(-shape[0] // self.world.size)
+        return Fragment(shard, self.world.rank * rows_per_rank * (shape.numel() // shape[0]), shape)
 
     def _begin_micro_step(self, micro_step: int) -> None:
         self._micro_step = micro_step
@@ -110,4 +109,5 @@ class FsdpEngine:
 def _local(tensor: Tensor | None) -> Tensor:
     """This rank's rows of a DTensor, flat, sharing its memory."""
     assert isinstance(tensor, DTensor)
-    return tensor.detach().to_local().view(-1)
+    local: Tensor = tensor.to_local()
+    return local.detach().view(-1)

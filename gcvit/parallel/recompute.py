@@ -1,12 +1,15 @@
 """Activation checkpointing: forget what a part of the model computed, and compute it again in backward."""
 
 import functools
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gcvit.model import GCViT
 
-def recompute_parts(model: nn.Module, mode: str) -> None:
+
+def recompute_parts(model: GCViT, mode: str) -> None:
     """Checkpoint the model's cut points in place: with mode "full" all of them, with "none" nothing.
 
     The cut points are the stem, query generators, blocks and downsamplers: between them nothing is stored but the
@@ -16,12 +19,12 @@ def recompute_parts(model: nn.Module, mode: str) -> None:
     if mode == "none":
         return
     assert mode == "full", mode
-    for name in model.cut_points():  # type: ignore[operator]
+    for name in model.cut_points():
         part = model.get_submodule(name)
         part.forward = functools.partial(_forward, part.forward, part)
 
 
-def _forward(forward, part: nn.Module, *inputs):
+def _forward(forward: Callable[..., Tensor], part: nn.Module, *inputs: Tensor) -> Tensor:
     if not part.training:
         return forward(*inputs)
     return checkpoint(forward, *inputs, use_reentrant=False)

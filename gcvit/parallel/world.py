@@ -89,6 +89,8 @@ def join_world() -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
     try:
-        yield World(rank, size, device, dist.new_group(backend="gloo"))
+        host_group = dist.new_group(backend="gloo")
+        assert isinstance(host_group, dist.ProcessGroup)
+        yield World(rank, size, device, host_group)
     finally:
         dist.destroy_process_group()

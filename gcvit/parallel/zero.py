@@ -12,9 +12,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.model import GCViT
 from gcvit.optim import build_adamw, create_moment, set_lr
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
@@ -25,7 +26,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: GCViT,
         optim: OptimConfig,
         zero: ZeroConfig,
         world: World,
@@ -43,14 +44,14 @@ class ZeroEngine:
             _materialize_in_parts(module, world.device, settings)
         else:
             module.to_empty(device=world.device)
-        module.init_buffers()  # type: ignore[operator]
+        module.init_buffers()
         optimizer = build_adamw(((n, tuple(shapes[n]), p) for n, p in module.named_parameters()), optim)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = module
         self._zero = self._engine.optimizer
         self._stage = zero.stage
         self._shapes = shapes
-        self._world = world
+        self.world = world
         # DeepSpeed averages over ranks and divides by the number of micro-steps.
         self._loss_scale = world.size * num_micro_steps / global_batch_size
         self._num_micro_steps, self._micro_step = num_micro_steps, 0
@@ -75,8 +76,8 @@ class ZeroEngine:
         set_lr(self._zero.optimizer, lr)
         self._engine.step()
         self._micro_step = 0
-        norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._world.device)
-        return StepResult(norm, torch.tensor(0.0 if self._zero.overflow else 1.0, device=self._world.device))
+        norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.world.device)
+        return StepResult(norm, torch.tensor(0.0 if self._zero.overflow else 1.0, device=self.world.device))
 
     def fragments(self) -> dict[str, Fragments]:
         ranges = list(self._ranges())
@@ -84,7 +85,9 @@ class ZeroEngine:
         return {
             MODEL: {name: Fragment(flat.detach()[cut], start, shape) for name, flat, cut, start, shape in ranges},
             **{
-                kind: {name: Fragment(states[flat][kind][cut], start, shape) for name, flat, cut, start, shape in ranges}
+                kind: {
+                    name: Fragment(states[flat][kind][cut], start, shape) for name, flat, cut, start, shape in ranges
+                }
                 for kind in (EXP_AVG, EXP_AVG_SQ)
             },
         }
@@ -109,7 +112,9 @@ class ZeroEngine:
             self._zero.optimizer.state[flat]["step"].fill_(count)
 
     def _flat_masters(self) -> list[Tensor]:
-        return self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        return (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
 
     def _ranges(self) -> Iterator[tuple[str, Tensor, slice, int, torch.Size]]:
         """(name, flat master, slice of it, place in the flattened parameter, whole shape) of all that is held here."""
@@ -126,7 +131,7 @@ class ZeroEngine:
             offset = 0
             for p in self._zero.fp16_groups[group]:
                 per_rank = p.partition_numel()  # the last rank's part may end in padding
-                start = self._world.rank * per_rank
+                start = self.world.rank * per_rank
                 numel = min(per_rank, p.ds_numel - start)
                 if numel > 0:
                     name = names[id(p)]
@@ -152,7 +157,7 @@ def _settings(optim: OptimConfig, zero: ZeroConfig, num_micro_steps: int, bf16: 
     }
 
 
-def _materialize_in_parts(module: nn.Module, device: torch.device, settings: dict[str, Any]) -> None:
+def _materialize_in_parts(module: GCViT, device: torch.device, settings: dict[str, Any]) -> None:
     """Give each submodule memory and let stage 3 cut it at once, so that no rank ever holds the whole model."""
     for part in reversed(list(module.modules())):  # children before their parents: DeepSpeed skips what is cut
         if next(part.parameters(recurse=False), None) is not None:

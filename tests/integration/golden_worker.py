@@ -32,7 +32,12 @@ def sabotage(kind: str | None) -> mock._patch:
 
 def run_all(spec: dict, world: World) -> None:
     for run in spec["runs"]:
-        overrides = [*run["overrides"], f"tag={run['tag']}", f"output_dir={spec['out']}", f"data.dir={spec['data']}"]
+        overrides = [
+            *run["overrides"],
+            f"tag={run['tag']}",
+            f"output_dir={spec['out']}",
+            f"data.dir={spec['data']}",
+        ]
         config, _ = load_config(spec["config"], overrides)
         with sabotage(run.get("sabotage")):
             train(config, world, open_sources(config), resume=run.get("resume", "none"), init_from=None)

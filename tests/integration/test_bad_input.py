@@ -1,7 +1,7 @@
 """What a user can get wrong: one line that begins with "error", exit code 2, no traceback, nothing lost.
 
-Most cases call `main()` in this process, where a `UserError` is what `run_main` prints as that line (tests/unit/
-test_errors.py); some are real processes, to see it end to end.
+Most cases call `main()` in this process, where a `UserError` is what `run_main` prints as that line
+(tests/unit/ test_errors.py); some are real processes, to see it end to end.
 """
 
 import hashlib
@@ -87,17 +87,23 @@ def expect_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in errors[0]
 
 
-# ---- the config -------------------------------------------------------------------------------------------------
+# ---- the config ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optim.weight_deacy=1", ["unknown config key", "optim.weight_deacy", "did you mean optim.weight_decay?"]),
+        (
+            "optim.weight_deacy=1",
+            ["unknown config key", "optim.weight_deacy", "did you mean optim.weight_decay?"],
+        ),
         ("trainer.log_every=often", ["trainer.log_every", "'often'", '"500 steps"']),
         ('optim.lr="5e-6"', ["optim.lr", "'5e-6'", "number"]),
         ("zero.stage=2", ["zero.* has no effect with engine=ddp"]),
-        ("augment.rand_augment=rand-m9-mstd0.5-inc1 augment.color_jitter=0.4", ["color_jitter has no effect"]),
+        (
+            "augment.rand_augment=rand-m9-mstd0.5-inc1 augment.color_jitter=0.4",
+            ["color_jitter has no effect"],
+        ),
         ("model.name=gc_vit_tinyy", ["unknown model", "gc_vit_tiny"]),
         ("model.overrides.widht=32", ["unknown override", "width"]),
         ("model.img_size=40", ["img_size", "multiples of 32"]),
@@ -124,7 +130,7 @@ def test_a_misspelt_key_is_told_end_to_end(images, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- the data ---------------------------------------------------------------------------------------------------
+# ---- the data ------------------------------------------------------------------------------------
 
 
 def both(monkeypatch: pytest.MonkeyPatch, data: Path | str, finished: Path, tmp_path: Path) -> list[str]:
@@ -166,7 +172,7 @@ def test_a_class_folder_without_images(monkeypatch, images, finished, tmp_path):
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 700)
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def lengthen(path: Path) -> None:
@@ -218,7 +224,8 @@ def test_a_manifest_that_was_edited(monkeypatch, shards, finished, tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_a_file_that_is_no_image(kind, monkeypatch, images, shards, finished, tmp_path):
-    """In a tar: other bytes in the place of an image, of the same length; the checksum finds it before Pillow."""
+    """In a tar: other bytes in the place of an image, of the same length; the checksum finds it before
+    Pillow."""
     shutil.copytree(images if kind == "folder" else shards, tmp_path / "data")
     for split in ("train", "val"):
         if kind == "folder":
@@ -261,7 +268,7 @@ def test_more_processes_than_samples(images, tmp_path):
     assert not list((tmp_path / "runs").rglob("metrics.jsonl")), "training began"
 
 
-# ---- the model --------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def test_another_class_count(monkeypatch, images, finished, tmp_path):
@@ -317,9 +324,19 @@ def test_a_batch_of_nothing(batch_size, monkeypatch, images, finished):
 
 def test_a_checkpoint_of_another_model(monkeypatch, images, finished):
     before = hashes(finished)
-    words = ["--config", CONFIG, "--data_dir", images, "--tag", "old", f"output_dir={finished.parent}", *SHORT]
-    for override in ("model.overrides.width=32", "model.overrides.depths=[2, 2, 1, 2]", "model.overrides.depths=[3, 2, 2, 2]"):
-        message = refusal(train.main, monkeypatch, *words, override)
+    words = [
+        "--config",
+        CONFIG,
+        "--data_dir",
+        images,
+        "--tag",
+        "old",
+        f"output_dir={finished.parent}",
+        *SHORT,
+    ]
+    # The last has all its tensors in the checkpoint, which has more.
+    for override in ("width=32", "depths=[2, 2, 4, 2]", "layer_scale=null"):
+        message = refusal(train.main, monkeypatch, *words, f"model.overrides.{override}")
         assert "checkpoint of another model" in message
         assert str(finished) in message
     assert hashes(finished) == before
@@ -331,7 +348,13 @@ def test_a_checkpoint_of_another_model_is_told_by_all_ranks(images, finished, tm
     step = sorted((finished / "checkpoints").iterdir())[-1]
     words = ["--config", CONFIG, "--data_dir", images, f"output_dir={tmp_path}", "--resume", step, *SHORT]
     done = torchrun(
-        2, "train.py", *words, "engine=zero", "zero.stage=2", "model.overrides.num_heads=[1, 2, 4, 16]", timeout=120
+        2,
+        "train.py",
+        *words,
+        "engine=zero",
+        "zero.stage=2",
+        "model.overrides.num_heads=[1, 2, 4, 16]",
+        timeout=120,
     )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
@@ -340,12 +363,21 @@ def test_a_checkpoint_of_another_model_is_told_by_all_ranks(images, finished, tm
     assert hashes(finished) == before
 
 
-# ---- the run's folder -------------------------------------------------------------------------------------------
+# ---- the run's folder ----------------------------------------------------------------------------
 
 
 def test_a_new_run_over_an_old_one(monkeypatch, images, finished):
     before = hashes(finished)
-    words = ["--config", CONFIG, "--data_dir", images, "--tag", "old", f"output_dir={finished.parent}", *SHORT]
+    words = [
+        "--config",
+        CONFIG,
+        "--data_dir",
+        images,
+        "--tag",
+        "old",
+        f"output_dir={finished.parent}",
+        *SHORT,
+    ]
     message = refusal(train.main, monkeypatch, *words, "--resume", "none")
     assert "the run folder holds a run already" in message
     assert hashes(finished) == before
@@ -353,7 +385,16 @@ def test_a_new_run_over_an_old_one(monkeypatch, images, finished):
 
 def test_other_data_than_the_checkpoints(monkeypatch, images, shards, finished):
     before = hashes(finished)
-    words = ["--config", CONFIG, "--data_dir", shards, "--tag", "old", f"output_dir={finished.parent}", *SHORT]
+    words = [
+        "--config",
+        CONFIG,
+        "--data_dir",
+        shards,
+        "--tag",
+        "old",
+        f"output_dir={finished.parent}",
+        *SHORT,
+    ]
     assert "other data" in refusal(train.main, monkeypatch, *words)
     assert hashes(finished) == before
 
@@ -375,7 +416,15 @@ def test_a_run_folder_in_use_by_a_live_run(images, finished):
         try:
             assert isinstance(first.stdout, io.TextIOBase)
             assert first.stdout.readline() == "held\n"
-            words = ["--config", CONFIG, "--data_dir", images, "--tag", "old", f"output_dir={finished.parent}"]
+            words = [
+                "--config",
+                CONFIG,
+                "--data_dir",
+                images,
+                "--tag",
+                "old",
+                f"output_dir={finished.parent}",
+            ]
             done = python("train.py", *words, *SHORT)
             expect_line(done, "in use by a live run", str(finished), str(first.pid), "cure: ")
             assert hashes(finished) == before

@@ -67,9 +67,7 @@ def test_verify_passes_in_two_processes(shards):
 
 
 def test_tar_lists_the_members(shards):
-    done = subprocess.run(
-        ["tar", "tf", shards / "val/val-000000.tar"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["tar", "tf", shards / "val/val-000000.tar"], capture_output=True, text=True, check=True)
     names = done.stdout.splitlines()
     assert done.stderr == ""
     assert len(names) == 90

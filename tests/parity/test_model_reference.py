@@ -78,9 +78,7 @@ def build_reference_model(name: str, **overrides: Any) -> GCViT:
     return model
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES])
 def test_logits_and_features_equal_the_official_ones(name: str) -> None:
     reference = read_reference(name)
     model = build_reference_model(name)

@@ -41,9 +41,7 @@ def photo(size: tuple[int, int]) -> Image.Image:
 def test_eval_transform(size, eval_resize, crop_pct):
     data = DataConfig(crop_pct=crop_pct, eval_resize=eval_resize)
     mode = {"crop": "center", "squash": "squash"}[eval_resize]
-    reference = create_transform(
-        48, interpolation="bicubic", crop_pct=crop_pct, crop_mode=mode, use_prefetcher=True
-    )
+    reference = create_transform(48, interpolation="bicubic", crop_pct=crop_pct, crop_mode=mode, use_prefetcher=True)
     assert torch.equal(EvalTransform(data, 48)(photo(size)), reference(photo(size)))
 
 
@@ -148,9 +146,7 @@ def test_the_whole_device_part(monkeypatch):
     """A batch of one group, its draws taken from timm's generator: normalised, mixed, targets smoothed."""
     config, data = AugmentConfig(erase_prob=0), DataConfig()
     reference = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)
-    images = torch.randint(
-        0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = Batch(images, torch.tensor([3, 8]), torch.tensor([0, 1]), torch.zeros((2, 5), dtype=torch.int64))
     augment = DeviceAugment(config, data, 10, seed=0)
     monkeypatch.setattr(DeviceAugment, "_group_rng", lambda *_: _GlobalDraws())

@@ -1,4 +1,5 @@
-"""The config: what is read as what, what is refused and in which words, and how the parts override each other."""
+"""The config: what is read as what, what is refused and in which words, and how the parts override each
+other."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["5e-6", "1e3", "+1E3", "-2e-1", ".5e1", "5.e-6", "5.0e-6"])
@@ -99,7 +100,7 @@ def test_a_missing_file(tmp_path):
     assert "cannot read the config: got" in refusal(tmp_path / "absent.yaml")
 
 
-# ---- refusing ---------------------------------------------------------------------------------------------------
+# ---- refusing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_only_the_first_of_many_mistakes_is_told_and_the_others_counted(path):
     assert "2 more" in message
 
 
-# ---- overriding -------------------------------------------------------------------------------------------------
+# ---- overriding ----------------------------------------------------------------------------------
 
 
 def test_overrides_win_over_flags_over_the_file(path):
@@ -212,7 +213,12 @@ def test_overrides_win_over_flags_over_the_file(path):
 def test_overrides_are_yaml(path):
     config, _ = load_config(
         path,
-        ["optim.min_lr=5e-7", "augment.mix=null", "optim.clip_norm=null", "model.overrides.depths=[1, 1, 1, 1]"],
+        [
+            "optim.min_lr=5e-7",
+            "augment.mix=null",
+            "optim.clip_norm=null",
+            "model.overrides.depths=[1, 1, 1, 1]",
+        ],
     )
     assert config.optim.min_lr == 5e-7
     assert config.augment.mix is None
@@ -253,7 +259,7 @@ def test_a_bad_batch_in_the_file_may_be_overridden(tmp_path):
     assert load_config(tmp_path / "run.yaml", ["global_batch_size=64"])[0].global_batch_size == 64
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @given(

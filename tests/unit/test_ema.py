@@ -1,5 +1,6 @@
 """The moving average: right, the same however it is cut, and swapped in and out without a trace."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ def cut(weights: dict[str, torch.Tensor], cuts: dict[str, list[int]]) -> list[Fr
     ranks: list[Fragments] = [{} for _ in range(4)]
     for name, whole in weights.items():
         places = [0, *sorted(cuts[name]), whole.numel()]
-        for rank, (start, stop) in enumerate(zip(places, places[1:], strict=False)):
+        for rank, (start, stop) in enumerate(itertools.pairwise(places)):
             if stop > start:
                 ranks[rank][name] = Fragment(whole.view(-1)[start:stop], start, SHAPES[name])
     return ranks

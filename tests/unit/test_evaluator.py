@@ -71,7 +71,8 @@ class Five:
 
 
 def test_padding_does_not_count(monkeypatch):
-    """Five samples in batches of three: the sixth row is padding with a label of 0 that the model would get right."""
+    """Five samples in batches of three: the sixth row is padding with a label of 0 that the model would get
+    right."""
     images = torch.zeros(6, 3, 2, 2, dtype=torch.uint8)
     labels = torch.tensor([0, 1, 0, 2, 0, 0])
     valid = torch.tensor([True] * 5 + [False])

@@ -60,7 +60,11 @@ def build(seed: int, optim: OptimConfig, scale: float = 1.0) -> tuple[torch.opti
     return optimizer, tensors
 
 
-@given(seed=st.integers(0, 100), scale=st.sampled_from([1e-6, 0.1, 1.0, 1e4]), clip=st.sampled_from([None, 0.5, 5.0]))
+@given(
+    seed=st.integers(0, 100),
+    scale=st.sampled_from([1e-6, 0.1, 1.0, 1e4]),
+    clip=st.sampled_from([None, 0.5, 5.0]),
+)
 def test_clip_and_step_equal_pytorchs(seed, scale, clip):
     optim = OptimConfig(lr=1e-3, clip_norm=clip)
     optimizer, tensors = build(seed, optim, scale)
@@ -93,7 +97,8 @@ def test_clip_and_step_equal_pytorchs(seed, scale, clip):
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("at", [(0, 0), (4, 8)])
 def test_a_bad_gradient_touches_nothing(bad, clip, at):
-    """One bad element in one tensor: all parameters, moments and counters keep their bits; the next step works."""
+    """One bad element in one tensor: all parameters, moments and counters keep their bits; the next step
+    works."""
     optimizer, tensors = build(0, OptimConfig(lr=1e-3))
     grads = [t.grad for t in tensors]
     clip_and_step(optimizer, grads, global_norm(grads), clip, lr=1e-2)  # moments and counters that are not zero

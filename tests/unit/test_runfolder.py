@@ -63,7 +63,10 @@ def test_the_lock_is_free_again_after_an_error(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the run folder"), runfolder.locked(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(UserError, match="cannot write the run folder"),
+        runfolder.locked(tmp_path / "file" / "run"),
+    ):
         pass
 
 

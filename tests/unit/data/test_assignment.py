@@ -62,9 +62,7 @@ def test_order_is_pure_and_changes_with_seed_and_epoch():
 
 def test_order_is_the_same_on_every_machine():
     """A changed order makes a resumed run repeat and skip samples: this list may change only on purpose."""
-    order = order_epoch(
-        first_of([5, 4, 7]), np.full(16, 10), seed=1, epoch=2, lanes=3, run_bytes=20, open_runs=2
-    )
+    order = order_epoch(first_of([5, 4, 7]), np.full(16, 10), seed=1, epoch=2, lanes=3, run_bytes=20, open_runs=2)
     assert order.tolist() == GOLDEN_ORDER
 
 
@@ -159,9 +157,7 @@ def test_mixup_partners_of_a_source_sorted_by_class_are_strangers():
 def test_shares_partition_the_batch(num_pairs, world_size, lanes, paired):
     unit = 2 if paired else 1
     batch_size = num_pairs * unit
-    shares = [
-        deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)
-    ]
+    shares = [deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(batch_size))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= unit
@@ -238,9 +234,7 @@ def test_ranks_hold_whole_lanes_where_the_numbers_allow(batch_size, world_size, 
     lanes, num_samples, epoch = 1024, 20_001, 3
     assert holds_whole_lanes(batch_size, world_size, lanes=lanes, paired=paired) == whole
     owners = [set() for _ in range(lanes)]
-    shares = [
-        deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)
-    ]
+    shares = [deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)]
     for start in range(0, (epoch + 2) * num_samples, batch_size):
         for rank, share in enumerate(shares):
             in_epoch, position = np.divmod(start + share, num_samples)

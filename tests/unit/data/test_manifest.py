@@ -39,9 +39,7 @@ def write_split(folder: Path, split: str = "train") -> dict[str, np.ndarray]:
                 rows.append((tar.offset - tarfile.BLOCKSIZE, info.size, i % 2, 7 + i))
         shards.append(Shard(path.name, size, path.stat().st_size, "0" * 64))
     values = zip(*rows, strict=True)
-    columns = {
-        name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), values, strict=True)
-    }
+    columns = {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), values, strict=True)}
     write_manifest(folder, split, CLASSES, shards, columns)
     return columns
 
@@ -93,9 +91,7 @@ def test_the_digest_names_the_data(folder):
 
 
 @pytest.mark.parametrize("name", list(COLUMNS))
-@pytest.mark.parametrize(
-    "damage", ["missing", "empty", "truncated", "flipped", "longer", "float", "pickled", "zip"]
-)
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped", "longer", "float", "pickled", "zip"])
 def test_a_damaged_column_is_refused_by_name(folder, name, damage):
     path = column_path(folder, name)
     data = path.read_bytes()
@@ -157,9 +153,7 @@ def test_missing_and_truncated_shards_are_named(folder):
     path = folder / "train-000001.tar"
     data = path.read_bytes()
     path.write_bytes(data[:-512])
-    with pytest.raises(
-        UserError, match=rf"train-000001.tar is truncated: {len(data) - 512} bytes instead of"
-    ):
+    with pytest.raises(UserError, match=rf"train-000001.tar is truncated: {len(data) - 512} bytes instead of"):
         read_manifest(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"train-000001.tar: No such file.*cure"):

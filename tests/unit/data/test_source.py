@@ -51,9 +51,7 @@ def test_few_files_are_open(shard_dir, monkeypatch):
     source = open_source(shard_dir, "train")
 
     def open_shards():
-        targets = [
-            os.path.realpath(f"/proc/self/fd/{descriptor}") for descriptor in os.listdir("/proc/self/fd")
-        ]
+        targets = [os.path.realpath(f"/proc/self/fd/{descriptor}") for descriptor in os.listdir("/proc/self/fd")]
         return sum(target.startswith(str(shard_dir)) and target.endswith(".tar") for target in targets)
 
     contents = [source.read(index) for index in (0, 13, 25, 40, 0)]

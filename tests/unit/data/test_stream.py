@@ -309,6 +309,4 @@ def test_more_processes_than_samples(image_tree):
 def test_mistakes_are_told_before_the_first_batch(source):
     for config, micro in ((make_config(), 1), (make_config(augment={"rand_augment": "rand-z1"}), None)):
         with pytest.raises(UserError):
-            train_stream(
-                source, config, start_step=0, world_size=1, rank=0, micro_batch_size=micro, pin_memory=False
-            )
+            train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=micro, pin_memory=False)

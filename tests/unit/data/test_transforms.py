@@ -149,9 +149,7 @@ def test_normalize():
 
 def test_smooth_targets():
     targets = smooth_targets(torch.tensor([2, 0]), 4, 0.1)
-    torch.testing.assert_close(
-        targets, torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
-    )
+    torch.testing.assert_close(targets, torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]))
 
 
 def test_erase_is_drawn_with_its_probability_and_fits():
@@ -204,9 +202,7 @@ def random_batch(positions: list[int], img_size: int = 24) -> Batch:
             labels.append(random.randrange(7))
             erase.append(draw_erase(0.5, img_size, img_size))
     rows = torch.tensor(erase, dtype=torch.int64).view(-1, 5)
-    return Batch(
-        images, torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64), rows
-    )
+    return Batch(images, torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64), rows)
 
 
 @pytest.mark.parametrize("mix", [MixConfig(group_size=8), MixConfig(cutmix=0, group_size=2), None])
@@ -226,9 +222,7 @@ def test_augmentation_does_not_depend_on_the_partition(mix):
 
 def test_partners_share_labels_and_nobody_else():
     augment = DeviceAugment(AugmentConfig(label_smoothing=0, erase_prob=0), DATA, num_classes=8, seed=0)
-    batch = Batch(
-        empty_images(8, 16), torch.arange(8), torch.arange(8), torch.zeros((8, 5), dtype=torch.int64)
-    )
+    batch = Batch(empty_images(8, 16), torch.arange(8), torch.arange(8), torch.zeros((8, 5), dtype=torch.int64))
     for step in range(20):
         _, targets = augment(batch, step, CPU)
         for row in range(8):

@@ -36,9 +36,7 @@ def test_every_file_is_in_the_shards_once_at_its_offset(tree, tmp_path):
         assert hashlib.sha256(data).hexdigest() == entry.sha256
         with tarfile.open(out / entry.name) as tar:
             members = tar.getmembers()
-            assert {(m.mtime, m.uid, m.gid, m.mode, m.type) for m in members} == {
-                (0, 0, 0, 0o644, tarfile.REGTYPE)
-            }
+            assert {(m.mtime, m.uid, m.gid, m.mode, m.type) for m in members} == {(0, 0, 0, 0o644, tarfile.REGTYPE)}
             for i in range(entry.num_samples):
                 image, cls, about = members[3 * i : 3 * i + 3]
                 index = first + i
@@ -196,9 +194,7 @@ def test_a_write_that_fails_is_explained(tree, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer.os, "fsync", full)
-    with pytest.raises(
-        UserError, match=r"cannot write a shard.*train-000000\.tar\.tmp \(No space left.*cure"
-    ):
+    with pytest.raises(UserError, match=r"cannot write a shard.*train-000000\.tar\.tmp \(No space left.*cure"):
         run(tree, tmp_path / "out")
 
 

@@ -57,9 +57,7 @@ def test_a_jpeg_with_a_second_picture_is_a_jpeg():
     assert image_extension(buffer.getvalue()) == "jpg"
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"hello", b"\xff\xd8\xff", b"\x1f\x8b\x08" + bytes(99), b"\x89PNG\r\n\x1a\n"]
-)
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x1f\x8b\x08" + bytes(99), b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(ValueError, match=r"empty file|no known image|damaged"):
         image_extension(data)

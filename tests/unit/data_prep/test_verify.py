@@ -36,9 +36,7 @@ def rewrite(manifest: Manifest, **changes: np.ndarray) -> None:
     shards = []
     for entry in manifest.shards:
         data = (manifest.root / entry.name).read_bytes()
-        shards.append(
-            dataclasses.replace(entry, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        )
+        shards.append(dataclasses.replace(entry, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
     columns = {name: np.array(getattr(manifest, name)) for name in COLUMNS} | changes
     write_manifest(manifest.root, manifest.split, manifest.classes, shards, columns)
 

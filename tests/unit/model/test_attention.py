@@ -22,10 +22,7 @@ def test_bias_table_is_expanded_by_relative_position(window: int, num_heads: int
     bias = expand_bias_table(table, window)
     positions = [(y, x) for y in range(window) for x in range(window)]
     rows = torch.tensor(
-        [
-            [(yi - yj + window - 1) * num_offsets + xi - xj + window - 1 for yj, xj in positions]
-            for yi, xi in positions
-        ]
+        [[(yi - yj + window - 1) * num_offsets + xi - xj + window - 1 for yj, xj in positions] for yi, xi in positions]
     )
     assert torch.equal(bias, table[rows].permute(2, 0, 1))
 
@@ -45,9 +42,7 @@ def test_bias_gradient_counts_every_pair_once() -> None:
     window=st.integers(1, 4),
     num_heads=st.integers(1, 2),
 )
-def test_windows_split_and_merge(
-    num_images: int, rows: int, columns: int, window: int, num_heads: int
-) -> None:
+def test_windows_split_and_merge(num_images: int, rows: int, columns: int, window: int, num_heads: int) -> None:
     height, width, num_channels = rows * window, columns * window, 3 * num_heads
     x = torch.arange(num_images * height * width * num_channels).view(num_images, height, width, num_channels)
     (windows,) = split_windows(x, window, num_heads, num_parts=1)
@@ -70,9 +65,7 @@ def test_attend_is_a_weighted_mean() -> None:
     q, k, v = torch.randn(3, 2, 3, 1, 4, 5, dtype=torch.float64).unbind(0)
     bias = torch.randn(1, 4, 4, dtype=torch.float64)
     out = attend(q, k, v, bias, scale=0.3)
-    scores = torch.tensor(
-        [[0.3 * q[1, 2, 0, i] @ k[1, 2, 0, j] + bias[0, i, j] for j in range(4)] for i in range(4)]
-    )
+    scores = torch.tensor([[0.3 * q[1, 2, 0, i] @ k[1, 2, 0, j] + bias[0, i, j] for j in range(4)] for i in range(4)])
     weights = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
     torch.testing.assert_close(out[1, 2, 0], weights @ v[1, 2, 0])
 

@@ -153,9 +153,7 @@ def test_a_model_built_on_meta_becomes_the_one_built_in_memory() -> None:
     model.init_buffers()
     model.init_weights(seed=0)
     expected = build_model()
-    for (name, value), (_, other) in zip(
-        model.state_dict().items(), expected.state_dict().items(), strict=True
-    ):
+    for (name, value), (_, other) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert torch.equal(value, other), name
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(images), expected(images))

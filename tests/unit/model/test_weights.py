@@ -37,9 +37,7 @@ def source_model() -> GCViT:
 
 
 def assert_same_weights(model: GCViT, other: GCViT) -> None:
-    for (name, value), (_, expected) in zip(
-        model.state_dict().items(), other.state_dict().items(), strict=True
-    ):
+    for (name, value), (_, expected) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(value, expected), name
 
 

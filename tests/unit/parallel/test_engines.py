@@ -1,5 +1,7 @@
-"""Every engine in a world of one: the same contract, tested by the same tests. More processes: the golden runs."""
+"""Every engine in a world of one: the same contract, tested by the same tests. More processes: the golden
+runs."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +25,8 @@ ENGINES = {
     "zero2": ["engine=zero", "zero.stage=2"],
     "zero3": ["engine=zero", "zero.stage=3"],
 }
-# At 32x32 the variant's own windows are single positions, in which attention is constant and queries have no gradient.
+# At 32x32 the variant's own windows are single positions, in which attention is constant and queries have no
+# gradient.
 SHAPE = ["model.overrides.depths=[2, 2, 2, 2]", "model.overrides.windows=[4, 2, 2, 1]"]
 each_engine = pytest.mark.parametrize("name", ENGINES)
 each_kind = pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
@@ -80,7 +83,7 @@ def test_fragments_cover_each_parameter_once_and_are_alive(name, world):
             assert (part.start, part.data.shape, part.data.dtype) == (0, (part.shape.numel(),), torch.float32)
             assert (part.replica, part.num_replicas) == (0, 1)
         places = sorted((part.data.data_ptr(), part.data.numel() * 4) for part in parts.values())
-        for (place, size), (following, _) in zip(places, places[1:], strict=False):
+        for (place, size), (following, _) in itertools.pairwise(places):
             assert place + size <= following, "two fragments share memory"
     again = engine.fragments()
     for kind, parts in kinds.items():
@@ -148,7 +151,8 @@ def test_a_swapped_in_average_leaves_no_trace(name, world):
 
 
 @pytest.mark.parametrize(
-    ("name", "factor"), [("ddp", "nan"), ("fsdp", "nan"), ("zero2", "nan"), ("zero3", "nan"), ("ddp", "inf"), ("zero2", "inf")]
+    ("name", "factor"),
+    [("ddp", "nan"), ("fsdp", "nan"), ("zero2", "nan"), ("zero3", "nan"), ("ddp", "inf"), ("zero2", "inf")],
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(name, factor, world):
     engine = build(name, world)
@@ -193,7 +197,8 @@ def test_micro_steps_add_up(name, world):
 
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_the_count_of_updates_can_be_set(name, world):
-    """Adam's bias correction follows it: after many updates a first step of fresh moments is a tenth of lr or so."""
+    """Adam's bias correction follows it: after many updates a first step of fresh moments is a tenth of lr or
+    so."""
     engine = build(name, world, "optim.weight_decay=0")
     assert engine.updates() == 0
     engine.set_updates(10_000)
@@ -205,7 +210,7 @@ def test_the_count_of_updates_can_be_set(name, world):
     assert moved.abs().max().item() == pytest.approx(3.16e-3, rel=0.01)
 
 
-# ---- recomputation ----------------------------------------------------------------------------------------------
+# ---- recomputation -------------------------------------------------------------------------------
 
 
 def run_counted(mode: str, drop_path: float = 0.0) -> tuple[int, int, dict[str, Tensor]]:
