@@ -1,9 +1,9 @@
 """`python -m data_prep.digits OUT`: scikit-learn's handwritten digits as class folders of JPEGs.
 
-1,797 real scans of 8 × 8 grey levels (Optical Recognition of Handwritten Digits, UCI; bundled with scikit-learn),
-scaled to 64 × 64 and written as OUT/{train,val}/{0..9}/NNNN.jpg, where NNNN is the scan's index in the data set:
-1,437 to train on and 360 held out. Which are held out stands in digits_split.json, so that accuracies compare for
-ever; `draw_val` says how that list was drawn.
+1,797 real scans of 8 × 8 grey levels (Optical Recognition of Handwritten Digits, UCI; bundled with
+scikit-learn), scaled to 64 × 64 and written as OUT/{train,val}/{0..9}/NNNN.jpg, where NNNN is the scan's index in
+the data set: 1,437 to train on and 360 held out. Which are held out stands in digits_split.json, so that
+accuracies compare for ever; `draw_val` says how that list was drawn.
 """
 
 import argparse
@@ -28,8 +28,8 @@ WHITE = 16  # the scans hold 0 (paper) to 16 (ink)
 def draw_val(labels: np.ndarray, num_val: int = NUM_VAL, seed: int = SEED) -> list[int]:
     """Draw `num_val` indices into `labels` (N,), each class in proportion, sorted.
 
-    Shares are rounded by largest remainder (the lower class wins a tie), so that each class is within one of its
-    exact share. RandomState, since NumPy promises that its stream never changes.
+    Shares are rounded by largest remainder (the lower class wins a tie), so that each class is within one of
+    its exact share. RandomState, since NumPy promises that its stream never changes.
     """
     classes, counts = np.unique(labels, return_counts=True)
     exact = [Fraction(int(count) * num_val, len(labels)) for count in counts]
@@ -45,7 +45,7 @@ def draw_val(labels: np.ndarray, num_val: int = NUM_VAL, seed: int = SEED) -> li
 
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Return scans (1797, 8, 8), float from 0 to 16, and labels (1797,). Errors: UserError without scikit-learn."""
+    """Return scans (1797, 8, 8), 0 to 16, and labels (1797,). Errors: UserError without scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -57,7 +57,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_scan(scan: np.ndarray) -> bytes:
-    """One scan (8, 8) as a grey JPEG of 64 × 64 pixels; equal bytes on every call with one release of Pillow."""
+    """One scan (8, 8) as a grey JPEG of 64 × 64 pixels; one release of Pillow gives equal bytes."""
     pixels = np.rint(scan * (255 / WHITE)).astype(np.uint8)
     image = Image.fromarray(pixels).resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -66,7 +66,7 @@ def encode_scan(scan: np.ndarray) -> bytes:
 
 
 def make_tree() -> dict[str, bytes]:
-    """The whole tree in memory (2 MB): relative path to JPEG bytes. Errors: UserError without scikit-learn."""
+    """The whole tree (2 MB): relative path to JPEG bytes. Errors: UserError without scikit-learn."""
     scans, labels = load_scans()
     val = set(json.loads(SPLIT_FILE.read_text())["val"])
     return {

@@ -11,37 +11,17 @@ metadata through an allow-list.
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from gcvit.errors import UserError
+from gcvit.flat_dcp import METADATA_FILE, read_fragments, write_fragments
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.parallel.world import World
 
@@ -69,6 +49,7 @@ class Checkpoint:
     state: RunState
     info: Mapping[str, Any]  # config, data digest, engine, world size
     shapes: Mapping[str, torch.Size]  # of every stored tensor, by name
+    files: Mapping[str, Mapping[str, Any]]  # bytes and sha256 of every file but state.json, by name
 
 
 def save(
@@ -84,9 +65,9 @@ def save(
                 shutil.rmtree(stale)
     world.barrier()
     fragments = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
-    writer = dcp.FileSystemWriter(part, sync_files=True)
-    dcp.save(fragments, storage_writer=writer, planner=_SavePlanner(), process_group=world.host_group)
-    files = {path.name: _file_record(path) for path in part.glob(f"__{world.rank}_*")}
+    write_fragments(part, fragments, world.host_group)
+    written = [*part.glob(f"__{world.rank}_*"), *([part / METADATA_FILE] if world.is_first else [])]
+    files = {path.name: _file_record(path) for path in written}
     shapes = {name: list(fragment.shape) for name, fragment in fragments.items()}
     files_of_ranks, shapes_of_ranks = world.gather(files), world.gather(shapes)
     if world.is_first:
@@ -126,11 +107,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     cure = "use another checkpoint, or --resume none to start afresh"
     try:
         content = json.loads((path / STATE_FILE).read_text())
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has another format", got=content["format"], allowed=FORMAT, cure=cure)
         state = RunState(**content.pop("state"))
         shapes = {name: torch.Size(shape) for name, shape in content.pop("shapes").items()}
         files = content.pop("files")
     except FileNotFoundError:
         raise UserError("no checkpoint here", got=path, allowed=f"a folder with {STATE_FILE}", cure=cure) from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path / STATE_FILE}", got=repr(error), cure=cure) from None
     for name, record in files.items():
@@ -140,7 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise UserError(
                 f"damaged checkpoint: {path / name}", got=got, allowed=f"{record['bytes']} bytes", cure=cure
             )
-    return Checkpoint(path, state, content, shapes)
+    return Checkpoint(path, state, content, shapes, files)
 
 
 def has_kind(checkpoint: Checkpoint, kind: str) -> bool:
@@ -149,134 +134,60 @@ def has_kind(checkpoint: Checkpoint, kind: str) -> bool:
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World) -> None:
-    """Fill the fragments from a checkpoint that any engine at any world size wrote.
+    """Fill the fragments from a checkpoint that any engine at any world size wrote; all ranks together.
 
-    Errors: UserError where a tensor is missing or has another shape: it is a checkpoint of another model.
+    Errors, on all ranks alike: UserError for a damaged file, and where the stored tensors of these kinds are not
+    exactly those of the model.
     """
     wanted = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
-    wrong = [name for name, part in wanted.items() if checkpoint.shapes.get(name) != part.shape]
+    # A rank may hold nothing of a small tensor, so that only all ranks together know what the model has.
+    of_ranks = world.gather({name: part.shape for name, part in wanted.items()})
+    of_model = {name: shape for shapes in of_ranks for name, shape in shapes.items()}
+    stored = {name: shape for name, shape in checkpoint.shapes.items() if name.split(".")[0] in tensors}
+    wrong = sorted(name for name in of_model.keys() | stored.keys() if of_model.get(name) != stored.get(name))
     if wrong:
-        stored = checkpoint.shapes.get(wrong[0])
         raise UserError(
             f"{checkpoint.path} is a checkpoint of another model",
-            got=f"{wrong[0]} of shape {tuple(stored) if stored is not None else 'nothing'}",
-            allowed=f"shape {tuple(wanted[wrong[0]].shape)} ({len(wrong)} of {len(wanted)} tensors differ)",
+            got=f"{wrong[0]} of shape {_shape(stored.get(wrong[0]))}",
+            allowed=f"shape {_shape(of_model.get(wrong[0]))} ({len(wrong)} of {len(of_model)} tensors differ)",
             cure="resume with the config of that run, or start afresh with another tag",
         )
-    dcp.load(
-        wanted,
-        storage_reader=_Reader(checkpoint.path),
-        planner=_LoadPlanner(),
-        process_group=world.host_group,
-    )
+    names = sorted(checkpoint.files)
+    damage = world.gather(_find_damage(checkpoint, names[world.rank :: world.size]))
+    _refuse_damage(damage)
+    read_fragments(checkpoint.path, wanted, world.host_group)
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
-    """All tensors of one kind ("model" or "ema"), whole, on the host, by a single process."""
+    """All tensors of one kind ("model" or "ema"), whole, on the host, by a single process. Errors: as `load`."""
+    _refuse_damage([_find_damage(checkpoint, checkpoint.files)])
     prefix = f"{kind}."
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     whole = {name: Fragment(torch.empty(shape.numel()), 0, shape) for name, shape in shapes.items()}
-    dcp.load(whole, storage_reader=_Reader(checkpoint.path), planner=_LoadPlanner(), no_dist=True)
+    read_fragments(checkpoint.path, whole, None)
     return {name.removeprefix(prefix): part.data.view(part.shape) for name, part in whole.items()}
 
 
-class _SavePlanner(SavePlanner):
-    """Writes each fragment as a range of a 1-D tensor; replicas are divided, so that all ranks write alike."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Fragment], storage_meta: Any = None, is_coordinator: bool = False
-    ) -> None:
-        self._parts = {name: _own_part(fragment) for name, fragment in state_dict.items()}
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([_write_item(name, part) for name, part in self._parts.items() if part.data.numel()])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._parts[write_item.index.fqn].data
+def _shape(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else str(tuple(shape))
 
 
-class _LoadPlanner(LoadPlanner):
-    """Reads the ranges that this rank holds, from whatever ranges were written."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Fragment], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        assert metadata is not None
-        self._parts, self._metadata = state_dict, metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        items: list[ReadItem] = []
-        for name, part in self._parts.items():
-            stored = self._metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, stored, [_chunk(part)])
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise AssertionError("a checkpoint holds tensors only")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        data = self._parts[read_item.dest_index.fqn].data
-        return data.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: the range was filled in place."""
+def _find_damage(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
+    """The first of these files whose content is not what was written, or None."""
+    for name in names:
+        if _file_record(checkpoint.path / name) != checkpoint.files[name]:
+            return str(checkpoint.path / name)
+    return None
 
 
-def _own_part(fragment: Fragment) -> Fragment:
-    """The part of a replicated fragment that this replica writes."""
-    per_replica = -(-fragment.data.numel() // fragment.num_replicas)
-    offset = min(fragment.replica * per_replica, fragment.data.numel())
-    return Fragment(fragment.data[offset : offset + per_replica], fragment.start + offset, fragment.shape)
-
-
-def _chunk(part: Fragment) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([part.start]), torch.Size([part.data.numel()]))
-
-
-def _write_item(name: str, part: Fragment) -> WriteItem:
-    size = torch.Size([part.shape.numel()])
-    data = TensorWriteData(_chunk(part), TensorProperties.create_from_tensor(part.data), size)
-    return WriteItem(MetadataIndex(name, torch.Size([part.start])), WriteItemType.SHARD, tensor_data=data)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads DCP's metadata, a pickle, through an allow-list: a file can name no other class or function."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with open(path, "rb") as file:
-                return _AllowListUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"cannot read {path}", got=str(error), cure="use another checkpoint") from None
-
-
-class _AllowListUnpickler(pickle.Unpickler):
-    ALLOWED = frozenset(
-        [("torch.distributed.checkpoint.metadata", name) for name in (
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "StorageMeta", "_MEM_FORMAT_ENCODING")]
-        + [("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")]
-        + [("torch", "Size"), ("torch", "float32"), ("pathlib", "PosixPath"), ("pathlib", "Path")]
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
-        return super().find_class(module, name)
+def _refuse_damage(found: Iterable[str | None]) -> None:
+    damaged = next((path for path in found if path), None)
+    if damaged:
+        raise UserError(
+            f"damaged checkpoint: {damaged}",
+            got="another SHA-256 than when it was written",
+            cure="use another checkpoint, or --resume none to start afresh",
+        )
 
 
 def _file_record(path: Path) -> dict[str, Any]:

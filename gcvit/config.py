@@ -263,8 +263,8 @@ def load_config(
 ) -> tuple[Config, list[str]]:
     """Read `path`, apply `flags` (plain values by dotted key, None is absent) and `dotted.key=value` overrides.
 
-    Returns the config and notices for the user. Errors: UserError for a missing or malformed file, an unknown key (with the nearest valid name), a wrong type,
-    a value out of range, or a knob without effect.
+    Returns the config and notices for the user. Errors: UserError for a missing or malformed file, an unknown key
+    (with the nearest valid name), a wrong type, a value out of range, or a knob without effect.
     """
     path = Path(path)
     try:

@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-# Before torch is imported: one thread per process, so that sums keep their order and two processes share two cores.
+# Before torch is imported: one thread per process, so that sums keep their order and processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples on every run and no clock: what failed fails again, and a loaded machine fails nothing.

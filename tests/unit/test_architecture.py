@@ -1,7 +1,7 @@
-"""The rules of the house, read from the source: who imports whom, who may touch which package, how long files get.
+"""The rules of the house, read from the source: who imports whom and which package, how long files get.
 
-`find_breaches(root)` returns one line per breach, so that the last tests can show, on a tree that breaks every
-rule, that each rule can fail.
+`find_breaches(root)` returns one line per breach, so that the last tests can show, on small trees that break one
+rule each, that each rule can fail.
 """
 
 import ast
@@ -16,13 +16,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# A module imports from floors below its own, or from its own folder on its own floor or below, without a circle.
-# The engines stand on the optimizer, so optim, loss and ema have a floor below them.
+# A module imports from floors below its own, or from its own floor within its folder, without a circle. The
+# engines stand on the optimizer and the evaluator on parallel.build, hence a floor between them; the contract of
+# the engines names the model, which knows nothing of them.
 FLOORS = [
     ("gcvit", "gcvit.errors"),
     ("gcvit.config", "gcvit.schedule"),
+    ("gcvit.model", "gcvit.model.*"),
     (
-        *("gcvit.model", "gcvit.model.*"),
         *("gcvit.data", "gcvit.data.manifest", "gcvit.data.folder", "gcvit.data.source"),
         *("gcvit.data.assignment", "gcvit.data.batch", "gcvit.data.transforms"),
         *("gcvit.parallel", "gcvit.parallel.world", "gcvit.parallel.engine"),
@@ -32,9 +33,10 @@ FLOORS = [
         "gcvit.data.stream",
         *("gcvit.parallel.ddp", "gcvit.parallel.fsdp", "gcvit.parallel.zero", "gcvit.parallel.recompute"),
     ),
+    ("gcvit.parallel.build",),
     (
         *("gcvit.evaluator", "gcvit.checkpoint", "gcvit.export", "gcvit.metrics", "gcvit.report"),
-        *("gcvit.runfolder", "gcvit.parallel.build"),
+        "gcvit.runfolder",
     ),
     ("gcvit.trainer", "gcvit.plan"),
     ("train", "evaluate", "gcvit.__main__"),
@@ -80,7 +82,7 @@ def read_modules(root: Path) -> dict[str, tuple[Path, ast.Module]]:
 
 
 def read_imports(tree: ast.Module, ours: set[str]) -> set[str]:
-    """Dotted names that a module imports, also inside functions; `from a import b` is a.b where that is a module.
+    """Dotted names that a module imports, also inside functions; `from a import b` is a.b if a module.
 
     Relative imports are left to ruff, which bans them.
     """
@@ -145,7 +147,7 @@ def check_names(paths: list[Path], packages: set[str]) -> Iterator[str]:
 
 
 def check_danger(path: Path, tree: ast.Module) -> Iterator[str]:
-    """Code that runs what a file says: eval, pickle without an allow-list, YAML with tags, torch.load of objects."""
+    """Code that runs what a file says: eval, pickle without an allow-list, unsafe YAML, torch.load of objects."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     safe_loaders = {c.name for c in classes if "SafeLoader" in "".join(ast.unparse(b) for b in c.bases)}
     unpicklers = [
@@ -162,7 +164,8 @@ def check_danger(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{where}: no pickle by another name"
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
             # A subclass of Unpickler that says in find_class what it lets in is the one safe use.
-            if node.attr != "UnpicklingError" and not (node.attr == "Unpickler" and node in unpicklers):
+            safe = node in unpicklers if node.attr == "Unpickler" else node.attr == "UnpicklingError"
+            if not safe:
                 yield f"{where}: pickle.{node.attr} (an Unpickler with an allow-list in find_class is fine)"
         if not isinstance(node, ast.Call):
             continue
@@ -209,7 +212,8 @@ def find_breaches(root: Path) -> list[str]:
 
 def test_the_house_keeps_its_rules():
     assert len(read_modules(ROOT)) > 5
-    assert find_breaches(ROOT) == []
+    breaches = find_breaches(ROOT)
+    assert not breaches, "\n" + "\n".join(breaches)
 
 
 def test_gcvit_and_data_prep_load_neither_torch_nor_timm():
@@ -223,19 +227,19 @@ def test_gcvit_and_data_prep_load_neither_torch_nor_timm():
 BREACHES = {
     "upwards": (
         {"gcvit/config.py": "import gcvit.trainer"},
-        "gcvit.config (floor 1) imports gcvit.trainer (floor 6)",
+        "gcvit.config (floor 1) imports gcvit.trainer (floor 8)",
     ),
     "upwards, hidden": (
         {"gcvit/schedule.py": "def f():\n    from gcvit import trainer"},
-        "gcvit.schedule (floor 1) imports gcvit.trainer (floor 6)",
+        "gcvit.schedule (floor 1) imports gcvit.trainer (floor 8)",
     ),
     "own folder upwards": (
         {"gcvit/parallel/world.py": "from gcvit.parallel.zero import X", "gcvit/parallel/zero.py": ""},
-        "gcvit.parallel.world (floor 2) imports gcvit.parallel.zero (floor 4)",
+        "gcvit.parallel.world (floor 3) imports gcvit.parallel.zero (floor 5)",
     ),
     "sideways": (
         {"gcvit/data/stream.py": "from gcvit.parallel import ddp", "gcvit/parallel/ddp.py": ""},
-        "gcvit.data.stream (floor 4) imports gcvit.parallel.ddp (floor 4)",
+        "gcvit.data.stream (floor 5) imports gcvit.parallel.ddp (floor 5)",
     ),
     "circle": (
         {"gcvit/plan.py": "import gcvit.trainer", "gcvit/trainer.py": "import gcvit.plan"},
@@ -299,7 +303,7 @@ def test_what_is_allowed_passes(tmp_path):
         "gcvit/data/manifest.py": "from gcvit.errors import UserError",
         "gcvit/errors.py": "",
         "gcvit/parallel/zero.py": "import deepspeed",
-        "data_prep/shard.py": "import webdataset\nfrom gcvit.data.manifest import X\nfrom data_prep import sources",
+        "data_prep/shard.py": "import webdataset\nfrom gcvit.data.manifest import X\nimport data_prep.sources",
         "data_prep/sources.py": "",
         "train.py": "from gcvit.trainer import train",
     }

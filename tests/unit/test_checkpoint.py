@@ -1,4 +1,4 @@
-"""Checkpoints: any cut to any other cut, to the bit; nothing half, damaged, foreign or malicious is loaded."""
+"""Checkpoints: any cut to any other, to the bit; nothing half, damaged, foreign or malicious is loaded."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import CheckpointException
 
-from gcvit import checkpoint
+from gcvit import checkpoint, flat_dcp
 from gcvit.checkpoint import RunState, latest, load, open_checkpoint, prune, read_tensors, save
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
@@ -103,9 +103,7 @@ def test_any_range_of_a_tensor_can_be_loaded(world, tmp_path_factory, places, se
 def test_replicas_divide_a_fragment_among_them(numel, num_replicas, start):
     """Each writes its part: together they are the whole, once."""
     data, shape = torch.arange(float(numel)), torch.Size([start + numel])
-    parts = [
-        checkpoint._own_part(Fragment(data, start, shape, replica, num_replicas)) for replica in range(num_replicas)
-    ]
+    parts = [flat_dcp._own_part(Fragment(data, start, shape, replica, num_replicas)) for replica in range(num_replicas)]
     assert torch.equal(torch.cat([part.data for part in parts]), data)
     assert [part.start for part in parts] == sorted(part.start for part in parts)
     for part in parts:

@@ -1,4 +1,4 @@
-"""The demo's data: the split that stands in the repo, and a tree that is reproducible and overwrites nothing."""
+"""The demo's data: the split that stands in the repo, and a reproducible tree that overwrites nothing."""
 
 import io
 import json
@@ -81,7 +81,7 @@ def test_strange_folder_is_refused_and_left_alone(tmp_path, files, name):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match="not overwritten.*got .*allowed: .*cure: ") as caught:
+    with pytest.raises(UserError, match=r"not overwritten.*got .*allowed: .*cure: ") as caught:
         digits.write_tree(tmp_path, files)
     assert name in str(caught.value)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]

@@ -125,7 +125,7 @@ def test_an_error_inside_swaps_back_too():
     weights, ema = single(1.0)
     weights.fill_(4)
     engine = Refreshed()
-    with pytest.raises(RuntimeError), ema.swapped_in(engine):
+    with pytest.raises(RuntimeError), ema.swapped_in(engine):  # noqa: PT012
         assert weights.tolist() == [1, 1, 1]
         raise RuntimeError("a sample that cannot be read, say")
     assert weights.tolist() == [4, 4, 4]

@@ -1,0 +1,154 @@
+"""Every file in configs/: it loads, is complete, tells command, result and cost, and has the published numbers."""
+
+import math
+import re
+from pathlib import Path
+from types import UnionType
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from gcvit.config import Config, Section, load_config, parse_yaml
+from gcvit.schedule import build_schedule, to_samples
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+SIZES = ("xxtiny", "xtiny", "tiny", "tiny2", "small", "small2", "base", "large")
+RECIPES = {
+    *(f"gc_vit_{size}" for size in SIZES),
+    *(f"gc_vit_{size}_{engine}" for size in ("base", "large") for engine in ("fsdp", "zero")),
+}
+NUM_IMAGES = 1_281_167  # ImageNet-1K, train
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+each_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
+
+
+def read_head(path: Path) -> str:
+    """The comment before the first key, without its marks, on one line."""
+    lines = path.read_text().split("\n\n", 1)[0].splitlines()
+    assert all(line.startswith("#") for line in lines)
+    return " ".join(line.lstrip("# ").rstrip("\\ ") for line in lines)
+
+
+def find_missing(tree: dict, section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Knobs that `tree` leaves to their defaults, by dotted key; null sections need no knobs."""
+    missing = []
+    for name, field in section.model_fields.items():
+        options = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+        inner = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+        if name not in tree:
+            missing.append(prefix + name)
+        elif inner is not None and tree[name] is not None:
+            missing += find_missing(tree[name], inner, f"{prefix}{name}.")
+    return missing
+
+
+def sizes(config: Config) -> dict[str, int]:
+    return {"global_batch_size": config.global_batch_size, "samples_per_epoch": NUM_IMAGES}
+
+
+def test_there_is_a_file_for_every_published_run():
+    assert {path.stem for path in FILES} == {*RECIPES, "gc_vit_large_384", "gc_vit_large_512", "digits_demo"}
+
+
+@each_file
+def test_loads_without_notices(path):
+    config, notices = load_config(path)
+    assert notices == []
+    assert config.tag == path.stem
+
+
+@each_file
+def test_is_complete(path):
+    tree = parse_yaml(path.read_text())
+    # A section of another engine would be refused; one's own may be left out for its defaults in the demo alone,
+    # where the command line chooses the engine.
+    foreign = {"fsdp", "zero"} - ({tree["engine"]} if path.stem != "digits_demo" else set())
+    assert sorted(set(find_missing(tree, Config)) - foreign) == []
+
+
+def test_an_incomplete_file_is_noticed():
+    tree = parse_yaml((FOLDER / "gc_vit_large.yaml").read_text())
+    del tree["optim"]["eps"], tree["augment"]["mix"]["prob"], tree["seed"]
+    assert find_missing(tree, Config) == ["seed", "zero", "augment.mix.prob", "optim.eps"]
+
+
+@each_file
+def test_head_tells_command_result_and_cost(path):
+    head = read_head(path)
+    assert re.search(r"Launch: +(.*)Expected: +(.*)Cost: +(.*)", head)
+    assert f"train.py --config configs/{path.name} --data_dir" in head
+
+
+@each_file
+def test_agrees_with_the_table_of_variants(path):
+    from gcvit.model.variants import VARIANTS  # not above: it loads torch
+
+    config, _ = load_config(path)
+    variant = VARIANTS[config.model.name]
+    if path.stem == "digits_demo":
+        return
+    assert config.model.img_size == variant.img_size
+    assert config.model.drop_path == variant.drop_path_rate
+    assert config.data.crop_pct == variant.crop_pct
+    assert config.data.eval_resize == {"center": "crop", "squash": "squash"}[variant.crop_mode]
+    head = read_head(path)
+    assert f"Expected: {variant.published_top1} % top-1" in head
+    assert "(published; we have not measured it)" in head
+    assert f"({variant.num_params / 1e6:.1f} M parameters)" in head
+
+
+@each_file
+def test_cost_is_the_arithmetic_it_says(path):
+    from gcvit.model.variants import VARIANTS
+
+    if path.stem == "digits_demo":
+        return
+    config, _ = load_config(path)
+    schedule = build_schedule(config.schedule, config.optim, **sizes(config))
+    epochs = schedule.total_steps * config.global_batch_size / NUM_IMAGES
+    passes = 4 if config.activation_checkpointing == "full" else 3
+    exaflop = passes * 2 * VARIANTS[config.model.name].counted_gmacs * 1e9 * NUM_IMAGES * epochs / 1e18
+    told = re.search(r"not measured; ([\d.]+) EFLOP: (\d) ", read_head(path))
+    assert told
+    assert float(told[1]) == pytest.approx(exaflop, rel=5e-3)
+    assert int(told[2]) == passes
+
+
+@each_recipe
+def test_recipes_have_the_published_numbers(name):
+    config, _ = load_config(FOLDER / f"{name}.yaml")
+    small = config.model.name.removeprefix("gc_vit_") in ("xxtiny", "xtiny", "tiny", "tiny2")
+    assert config.global_batch_size == (4096 if small else 1024)
+    schedule = build_schedule(config.schedule, config.optim, **sizes(config))
+    steps_per_epoch = NUM_IMAGES / config.global_batch_size
+    assert schedule.total_steps / steps_per_epoch == pytest.approx(320, abs=0.01)
+    # The rate at the start of these epochs, as the published schedule has it.
+    rates = {epoch: schedule.lr(round(epoch * steps_per_epoch)) for epoch in (0, 19, 20, 312)}
+    assert rates == pytest.approx({0: 1e-6, 19: 4.75e-3, 20: 4.949e-3, 312: 5e-6}, rel=1e-3)
+    assert config.ema is not None
+    half_life_steps = to_samples(config.ema.half_life, **sizes(config)) / config.global_batch_size
+    assert math.exp(math.log(0.5) / half_life_steps) == pytest.approx(0.9998, abs=1e-6)
+
+
+@each_recipe
+def test_recipes_differ_only_where_they_say(name):
+    """One recipe: what does not depend on the size or on the hardware is the same in all files."""
+
+    def common(name: str) -> dict:
+        tree = load_config(FOLDER / f"{name}.yaml")[0].model_dump()
+        for key in ("tag", "engine", "fsdp", "zero", "activation_checkpointing", "model", "trainer"):
+            del tree[key]
+        del tree["global_batch_size"], tree["ema"]  # these two: 4096 or 1024, checked above
+        del tree["data"]["crop_pct"]
+        return tree
+
+    assert common(name) == common("gc_vit_large")
+
+
+def test_the_demo_takes_every_engine():
+    for engine, overrides in {"ddp": [], "fsdp": [], "zero": ["zero.stage=2"]}.items():
+        config, _ = load_config(FOLDER / "digits_demo.yaml", [f"engine={engine}", *overrides])
+        assert config.engine == engine
