@@ -37,21 +37,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    flags = {
-        "data.dir": arguments.data_dir,
-        "trainer.micro_batch_size": arguments.batch_size,
-        "tag": arguments.tag,
-    }
-    config, notices = load_config(arguments.config, arguments.overrides, flags)
+    knobs = {"data.dir": arguments.data_dir, "trainer.micro_batch_size": arguments.batch_size, "tag": arguments.tag}
+    config, notices = load_config(arguments.config, arguments.overrides, knobs)
     if arguments.model_ema and config.ema is None:
         config = config.model_copy(update={"ema": EmaConfig()})
 
     from gcvit.parallel.world import join_world  # loads torch: a misspelt key is told before that
-    from gcvit.trainer import open_sources, train
+    from gcvit.run import open_sources, start
+    from gcvit.trainer import train
 
-    sources = open_sources(config)
-    with join_world() as world:
-        train(config, world, sources, resume=arguments.resume, init_from=arguments.init_from, notices=notices)
+    sources, start_from = open_sources(config), (arguments.resume, arguments.init_from)
+    with join_world() as world, start(config, world, sources, *start_from, notices) as run:
+        train(run)
 
 
 if __name__ == "__main__":

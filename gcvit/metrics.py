@@ -79,8 +79,9 @@ class Metrics:
         self._say(text)
 
     def restart_clock(self) -> None:
-        """What was just done (an evaluation, a save) does not count as training time."""
-        self._since = time.perf_counter() if self._num_steps == 0 else self._since
+        """Called at the end of a step: after a row of numbers, what follows it (evaluation, save) is not timed."""
+        if self._num_steps == 0:
+            self._since = time.perf_counter()
 
     def close(self) -> None:
         if self._events is not None:

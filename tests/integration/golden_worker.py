@@ -13,7 +13,8 @@ import torch
 from gcvit import optim
 from gcvit.config import load_config
 from gcvit.parallel.world import World, join_world
-from gcvit.trainer import open_sources, train
+from gcvit.run import open_sources, start
+from gcvit.trainer import train
 
 
 def sabotage(kind: str | None) -> mock._patch:
@@ -39,8 +40,12 @@ def run_all(spec: dict, world: World) -> None:
             f"data.dir={spec['data']}",
         ]
         config, _ = load_config(spec["config"], overrides)
-        with sabotage(run.get("sabotage")):
-            train(config, world, open_sources(config), resume=run.get("resume", "none"), init_from=None)
+        resume = run.get("resume", "none")
+        with (
+            sabotage(run.get("sabotage")),
+            start(config, world, open_sources(config), resume) as started,
+        ):
+            train(started)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gcvit.config import Config, MixConfig, Section, dump_config, load_config, parse_config, parse_yaml
@@ -270,6 +270,7 @@ def test_a_bad_batch_in_the_file_may_be_overridden(tmp_path):
     ema=st.booleans(),
     stage=st.none() | st.sampled_from([1, 2, 3]),
 )
+@example(lr=5e-6, seed=0, tag="1e5", directory="0E0", ema=True, stage=None)  # texts that look like numbers
 def test_a_dump_reads_back_to_an_equal_config(tmp_path_factory, lr, seed, tag, directory, ema, stage):
     tree = parse_yaml(MINIMAL) | {"tag": tag, "seed": seed, "data": {"dir": directory}}
     tree["optim"] = {"lr": lr}

@@ -1,0 +1,221 @@
+"""A run: all that a training consists of, how it starts, is evaluated, saved and resumed. The loop is `trainer.py`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from gcvit import checkpoint, runfolder
+from gcvit.checkpoint import RunState
+from gcvit.config import Config
+from gcvit.data.assignment import holds_whole_lanes
+from gcvit.data.source import Source, open_source
+from gcvit.data.stream import num_micro_steps
+from gcvit.ema import Ema
+from gcvit.errors import UserError
+from gcvit.evaluator import evaluate
+from gcvit.metrics import Metrics
+from gcvit.model import VARIANTS, weights
+from gcvit.model.variants import fetch_weights
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
+from gcvit.parallel.world import World
+from gcvit.schedule import Schedule, build_schedule, to_samples, to_steps
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between what is done every so often."""
+
+    log: int
+    evaluate: int
+    save: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training works with. Its only parts that change are the engine, the EMA and the state."""
+
+    config: Config
+    world: World
+    train: Source
+    val: Source
+    schedule: Schedule
+    every: Intervals
+    engine: Engine
+    ema: Ema | None
+    state: RunState
+    metrics: Metrics
+
+
+def open_sources(config: Config) -> tuple[Source, Source]:
+    """The train and val split of `data.dir`. Errors: UserError for missing or damaged data, or other classes."""
+    if config.data.dir is None:
+        raise UserError("no data", cure="give --data_dir DIR, a folder with train/ and val/")
+    train, val = (open_source(config.data.dir, split) for split in ("train", "val"))
+    for source, split in ((train, "train"), (val, "val")):
+        if len(source.classes) != config.model.num_classes:
+            raise UserError(
+                f"the data has another number of classes than the model ({split})",
+                got=f"{len(source.classes)} classes in {config.data.dir}",
+                allowed=f"model.num_classes={config.model.num_classes}",
+                cure=f"set model.num_classes={len(source.classes)}, or give other data",
+            )
+    if train.classes != val.classes:
+        differing = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise UserError("train and val have different classes", got=", ".join(differing))
+    return train, val
+
+
+@contextmanager
+def start(
+    config: Config,
+    world: World,
+    sources: tuple[Source, Source],
+    resume: str = "auto",
+    init_from: str | None = None,
+    notices: Sequence[str] = (),
+) -> Iterator[Run]:
+    """Build a run, or bring it back from its checkpoint, and hold the lock of its folder while it lasts.
+
+    Every rank calls it. `resume` and `init_from` are the flags of `train.py`. Errors: UserError, on all ranks alike.
+    """
+    train, val = sources
+    length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train.num_samples}
+    schedule = build_schedule(config.schedule, config.optim, **length)
+    trainer = config.trainer
+    every = Intervals(*(to_steps(x, **length) for x in (trainer.log_every, trainer.eval_every, trainer.save_every)))
+    paired = config.augment.mix is not None
+    micro_steps = num_micro_steps(config.global_batch_size, world.size, trainer.micro_batch_size, paired)
+    with ExitStack() as stack:
+        world.on_first(lambda: stack.enter_context(runfolder.locked(config.run_dir)))
+        found = world.on_first(lambda: runfolder.choose_checkpoint(config.run_dir, resume))
+        engine = build_engine(config, world, num_micro_steps=micro_steps)
+        if init_from and not found:
+            notices = [*notices, f"initial weights: {load_weights(engine, init_from)}"]
+        ema = None
+        if config.ema:
+            half_life = to_samples(config.ema.half_life, **length)
+            ema = Ema(
+                engine.fragments()[MODEL],
+                half_life_samples=half_life,
+                global_batch_size=config.global_batch_size,
+            )
+        state = restore(found, engine, ema, config, train) if found else RunState()
+        if world.is_first:
+            runfolder.write_config(config)
+        metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps)
+        stack.callback(metrics.close)
+        for notice in notices:
+            metrics.say(notice)
+        metrics.say(
+            f"{config.tag}: {config.model.name} by {config.engine} on {world.size} x {world.device.type}, "
+            f"{train.num_samples} images, {schedule.total_steps} steps of {config.global_batch_size} "
+            f"in {micro_steps} micro-step(s), from step {state.step}"
+        )
+        if not holds_whole_lanes(config.global_batch_size, world.size, lanes=config.data.lanes, paired=paired):
+            metrics.say(
+                f"reads are not sequential: {world.size} processes do not divide data.lanes={config.data.lanes}, or "
+                f"these not the global batch of {config.global_batch_size} (the samples are the same)"
+            )
+        yield Run(config, world, train, val, schedule, every, engine, ema, state, metrics)
+
+
+def evaluate_all(run: Run) -> bool:
+    """Evaluate the weights and their EMA on val; true where the best so far (the EMA's, if there is one) is beaten."""
+    run.engine.module.eval()
+    top1 = 0.0
+    for name, place in (
+        ("weights", nullcontext()),
+        *((("ema", run.ema.swapped_in(run.engine)),) if run.ema else ()),
+    ):
+        with place:
+            result = evaluate(
+                run.engine,
+                run.val,
+                run.config.data,
+                run.world,
+                img_size=run.config.model.img_size,
+                batch_size=run.config.trainer.eval_batch_size,
+            )
+        run.metrics.log_evaluation(run.state.step, name, result.as_dict())
+        top1 = result.top1
+    if top1 <= run.state.best_top1:
+        return False
+    run.state.best_top1, run.state.best_step = top1, run.state.step
+    return True
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint by all ranks together, then delete old ones."""
+    run.state.updates = run.engine.updates()
+    run.state.ema_updates = run.ema.updates if run.ema else 0
+    folder = runfolder.checkpoints_of(run.config.run_dir)
+    info = {
+        "config": run.config.model_dump(mode="json"),
+        "data": run.train.digest,
+        "world_size": run.world.size,
+    }
+    checkpoint.save(folder, run.state, all_fragments(run.engine, run.ema), info, run.world)
+    if run.world.is_first:
+        checkpoint.prune(folder, keep=run.config.trainer.keep_checkpoints, best_step=run.state.best_step)
+
+
+def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: Source) -> RunState:
+    """Go on from a checkpoint of any engine and world size. Errors: UserError where it is another run's."""
+    found = checkpoint.open_checkpoint(path)
+    if found.info["data"] != train.digest:
+        raise UserError(
+            "the checkpoint was trained on other data",
+            got=path,
+            cure="give that data, or start another run with --init-from",
+        )
+    if found.info["config"]["seed"] != config.seed:
+        raise UserError(
+            "the checkpoint has another seed", got=config.seed, allowed=found.info["config"]["seed"], cure="set seed"
+        )
+    state = found.state
+    if state.samples % config.global_batch_size:
+        raise UserError(
+            "global_batch_size does not divide the samples that the checkpoint has seen",
+            got=config.global_batch_size,
+            allowed=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
+        )
+    state.step = state.samples // config.global_batch_size
+    kinds = all_fragments(engine, ema)
+    ema_is_new = ema is not None and not checkpoint.has_kind(found, "ema")
+    if ema_is_new:
+        kinds.pop("ema")
+    checkpoint.load(found, kinds, engine.world)
+    engine.refresh()
+    engine.set_updates(state.updates)
+    if ema and ema_is_new:
+        ema.restart()
+    elif ema:
+        ema.updates = state.ema_updates
+    return state
+
+
+def load_weights(engine: Engine, source: str) -> str:
+    """Start from given weights (`--init-from`) and say what was found; moments, EMA and schedule start afresh.
+
+    `source` is a file of any layout, a run folder or checkpoint of ours (its EMA where it has one), or the name of a
+    variant, whose published weights are fetched. Errors: UserError for what is none of these, or another model.
+    """
+    if Path(source).is_dir():
+        found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source)))
+        kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
+        parts = engine.fragments()[MODEL]
+        checkpoint.load(found, {kind: parts}, engine.world)
+        description = f"{found.path}: {kind}"
+    else:
+        path = fetch_weights(source) if source in VARIANTS else source
+        state, description = weights.read_fitting(engine.module, path)
+        description += " (published under CC-BY-NC-SA-4.0: not for commercial use)" if source in VARIANTS else ""
+        fill(engine.fragments()[MODEL], lambda name: state[name])
+    engine.refresh()
+    return description
+
+
+def all_fragments(engine: Engine, ema: Ema | None) -> dict[str, Fragments]:
+    return engine.fragments() | ({"ema": ema.fragments} if ema else {})
