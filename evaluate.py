@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 evaluate.py runs/gc_vit_large_fsdp --data_dir /data/imagenet-wds
     python evaluate.py --model gc_vit_tiny --checkpoint gcvit_1k_tiny.pth.tar --data_dir DIR --batch-size 128
 
-The last line of standard output is JSON: top1 and top5 in percent, loss, num_samples, correct_top1, correct_top5.
+The last line of standard output is JSON: top1 and top5 in percent, loss, num_samples, correct_top1.
 """
 
 import argparse
@@ -39,9 +39,11 @@ def main() -> None:
     from gcvit.evaluator import evaluate, load_file, load_run  # loads torch: --help is quicker without
     from gcvit.parallel.world import join_world
 
+    if arguments.batch_size < 1:
+        raise UserError("--batch-size", got=arguments.batch_size, allowed="1 or more")
     source = open_source(arguments.data_dir, arguments.split)
     if arguments.run:
-        model, data = load_run(arguments.run, arguments.weights)
+        model, data = load_run(arguments.run, arguments.weights, num_classes=len(source.classes))
     else:
         model, data = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
     with join_world() as world:

@@ -60,9 +60,8 @@ def save(
     part = final.with_name(final.name + ".tmp")
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (part, final):
-            if stale.exists():
-                shutil.rmtree(stale)
+        for stale in folder.glob("*.tmp"):  # of a save that was killed; the run's lock makes this one alone
+            shutil.rmtree(stale)
     world.barrier()
     fragments = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
     write_fragments(part, fragments, world.host_group)
@@ -79,8 +78,12 @@ def save(
             "files": {name: record for files in files_of_ranks for name, record in files.items()},
         }
         _write_durably(part / STATE_FILE, json.dumps(content, indent=1))
+        old = final.with_name(final.name + ".old.tmp")
+        if final.exists():  # a run that went back to an earlier step comes by again
+            os.rename(final, old)
         os.rename(part, final)
         _sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return final
 

@@ -7,6 +7,7 @@ texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.schedu
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,21 @@ DURATION = re.compile(r"^(?P<amount>\d+(\.\d+)?([eE][+-]?\d+)?) (?P<unit>epoch|s
 
 
 def _check_duration(text: str) -> str:
-    if not DURATION.match(text):
+    if not DURATION.match(text) or math.isinf(float(text.split()[0])):
         raise ValueError('a duration is a number and a unit, such as "20 epochs", "500 steps" or "1e6 samples"')
     return text
 
 
+def _check_length(text: str) -> str:
+    if not float(_check_duration(text).split()[0]):
+        raise ValueError("a duration above 0")
+    return text
+
+
 Duration = Annotated[str, AfterValidator(_check_duration)]
+Length = Annotated[str, AfterValidator(_check_length)]
 Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,7 +45,7 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A node of the config tree: frozen, no unknown keys, the sentence under each knob is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -50,6 +59,17 @@ class ModelConfig(Section):
     """Stochastic depth of the last block, rising linearly from 0; null takes the variant's published value."""
     overrides: dict[str, Any] = {}
     """Further fields of the variant to replace, such as width, depths, num_heads, windows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        for name, knob in (
+            ("num_classes", "num_classes"),
+            ("img_size", "img_size"),
+            ("drop_path_rate", "drop_path"),
+        ):
+            if name in self.overrides:
+                raise ValueError(f"{name} is no override: write model.{knob}")
+        return self
 
 
 class DataConfig(Section):
@@ -84,6 +104,12 @@ class AffineConfig(Section):
     """Range of zoom."""
     shear: NotNegative = 0.0
     """Largest shear either way, in degrees."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AffineConfig":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("scale is [low, high], and low may not exceed high")
+        return self
 
 
 class MixConfig(Section):
@@ -153,7 +179,7 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices and convolutions; vectors have none."""
     decay_bias_tables: bool = True
     """Whether relative-position bias tables decay too: the published runs do it, timm does not."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's first and second moment per step."""
     eps: Positive = 1e-8
     """Term added to the root of the second moment."""
@@ -171,7 +197,7 @@ class ScheduleConfig(Section):
 
 
 class EmaConfig(Section):
-    half_life: Duration = "2.77 epochs"
+    half_life: Length = "2.77 epochs"
     """Time after which a weight counts half in the average (decay .9998 at 1024 samples a step is 2.77 epochs)."""
 
 
@@ -248,9 +274,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `5e-6` as a text, since it wants a dot; users mean a number (as YAML 1.2 says)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers, such as a tag "1e5"."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -282,7 +313,7 @@ def load_config(
     for override in overrides:
         _set(tree, *_read_override(override))
     config = parse_config(tree, source=str(path))
-    if not isinstance(file_batch, int) or config.global_batch_size == file_batch:
+    if not isinstance(file_batch, int) or file_batch < 1 or config.global_batch_size == file_batch:
         return config, []
     factor = config.global_batch_size / file_batch
     scale = {"none": 1.0, "sqrt": factor**0.5, "linear": factor}[config.optim.lr_scaling]
@@ -308,7 +339,7 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, which `load_config` reads back to an equal config."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False)
 
 
 def _read_override(override: str) -> tuple[str, Any]:

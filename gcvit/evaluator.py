@@ -49,7 +49,6 @@ class Result:
             "loss": self.loss,
             "num_samples": self.num_samples,
             "correct_top1": self.correct_top1,
-            "correct_top5": self.correct_top5,
         }
 
 
@@ -100,13 +99,20 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return before.sum(1)
 
 
-def load_run(path: str, kind: str | None) -> tuple[GCViT, DataConfig]:
+def load_run(path: str, kind: str | None, *, num_classes: int) -> tuple[GCViT, DataConfig]:
     """The model of a run folder (its best checkpoint) or of a checkpoint, and how its data is prepared.
 
     `kind` is "ema" or "model"; None takes the EMA where there is one. Errors: UserError where there is none.
     """
     found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
     config = parse_config(found.info["config"], source=str(found.path))
+    if config.model.num_classes != num_classes:
+        raise UserError(
+            "the data has another number of classes than the model",
+            got=f"{num_classes} classes",
+            allowed=f"the {config.model.num_classes} of {found.path}",
+            cure="give the data that it was trained for",
+        )
     has_ema = checkpoint.has_kind(found, "ema")
     if kind == "ema" and not has_ema:
         raise UserError("this run has no EMA", got=found.path, cure="evaluate --weights model")

@@ -5,6 +5,7 @@ fragment is a chunk of a 1-D tensor, and any cut can be read from any other.
 """
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,15 @@ def read_fragments(folder: Path, fragments: Mapping[str, Fragment], group: dist.
     """Fill each fragment in place; `group` None is a single process. Errors: UserError for unusable metadata."""
     metadata = _read_metadata(folder / METADATA_FILE, fragments)  # before the ranks talk: DCP hides what is raised
     reader = _Reader(folder, metadata)
-    dcp.load(
-        dict(fragments),
-        storage_reader=reader,
-        planner=_LoadPlanner(),
-        process_group=group,
-        no_dist=group is None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+        dcp.load(
+            dict(fragments),
+            storage_reader=reader,
+            planner=_LoadPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
 def _read_metadata(path: Path, fragments: Mapping[str, Fragment]) -> Metadata:

@@ -6,6 +6,8 @@ Sums stay on the device between logging steps; only there are they read, once, a
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +80,12 @@ class Metrics:
         """A line for the user, from rank 0."""
         self._say(text)
 
-    def restart_clock(self) -> None:
-        """Called at the end of a step: after a row of numbers, what follows it (evaluation, save) is not timed."""
-        if self._num_steps == 0:
-            self._since = time.perf_counter()
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What is done inside (an evaluation, a save) does not count as training time."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
     def close(self) -> None:
         if self._events is not None:
@@ -105,7 +109,9 @@ class Metrics:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """A resumed run does its steps again: rows of the first try go."""
+    """A resumed run does its steps again: rows of the first try go, and a last line that was cut off."""
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{row}\n" for row in rows))
+        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = path.with_suffix(".tmp")
+        kept.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        kept.replace(path)

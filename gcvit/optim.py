@@ -8,7 +8,7 @@ from torch import Tensor
 from gcvit.config import OptimConfig
 from gcvit.parallel.engine import StepResult
 
-BIAS_TABLE = "relative_position_bias_table"
+BIAS_TABLE = "bias_table"
 
 
 def decays(name: str, shape: Iterable[int], *, decay_bias_tables: bool) -> bool:

@@ -10,7 +10,7 @@ from gcvit.checkpoint import RunState
 from gcvit.config import Config
 from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.source import Source, open_source
-from gcvit.data.stream import num_micro_steps
+from gcvit.data.stream import Batch, check_world, num_micro_steps, train_stream
 from gcvit.ema import Ema
 from gcvit.errors import UserError
 from gcvit.evaluator import evaluate
@@ -42,6 +42,7 @@ class Run:
     val: Source
     schedule: Schedule
     every: Intervals
+    stream: Iterator[tuple[Batch, ...]]
     engine: Engine
     ema: Ema | None
     state: RunState
@@ -81,6 +82,8 @@ def start(
     Every rank calls it. `resume` and `init_from` are the flags of `train.py`. Errors: UserError, on all ranks alike.
     """
     train, val = sources
+    for source in sources:
+        check_world(source, world.size)  # before anything is built or written
     length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train.num_samples}
     schedule = build_schedule(config.schedule, config.optim, **length)
     trainer = config.trainer
@@ -91,7 +94,9 @@ def start(
         world.on_first(lambda: stack.enter_context(runfolder.locked(config.run_dir)))
         found = world.on_first(lambda: runfolder.choose_checkpoint(config.run_dir, resume))
         engine = build_engine(config, world, num_micro_steps=micro_steps)
-        if init_from and not found:
+        if init_from and found:
+            notices = [*notices, f"--init-from is not needed: the run goes on from {found}"]
+        elif init_from:
             notices = [*notices, f"initial weights: {load_weights(engine, init_from)}"]
         ema = None
         if config.ema:
@@ -102,6 +107,22 @@ def start(
                 global_batch_size=config.global_batch_size,
             )
         state = restore(found, engine, ema, config, train) if found else RunState()
+        if state.step > schedule.total_steps:
+            raise UserError(
+                "the checkpoint is past the schedule's end",
+                got=f"step {state.step}",
+                allowed=f"at most {schedule.total_steps} steps",
+                cure="lengthen schedule.cosine or schedule.cooldown, or start another run with --init-from",
+            )
+        stream = train_stream(
+            train,
+            config,
+            start_step=state.step,
+            world_size=world.size,
+            rank=world.rank,
+            micro_batch_size=trainer.micro_batch_size,
+            pin_memory=world.device.type == "cuda",
+        )
         if world.is_first:
             runfolder.write_config(config)
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps)
@@ -118,7 +139,7 @@ def start(
                 f"reads are not sequential: {world.size} processes do not divide data.lanes={config.data.lanes}, or "
                 f"these not the global batch of {config.global_batch_size} (the samples are the same)"
             )
-        yield Run(config, world, train, val, schedule, every, engine, ema, state, metrics)
+        yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, metrics)
 
 
 def evaluate_all(run: Run) -> bool:

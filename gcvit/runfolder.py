@@ -63,7 +63,15 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
                 cure="go on with --resume auto, choose another --tag, or move the folder away",
             )
         return None
-    return find_checkpoint(Path(resume))
+    chosen = find_checkpoint(Path(resume))
+    if newest is not None and chosen.parent.resolve() == newest.parent.resolve() and chosen.name != newest.name:
+        raise UserError(
+            "the run has newer checkpoints than the one to go on from, and would mix with them",
+            got=chosen,
+            allowed=newest,
+            cure="choose another --tag for the new branch, or move the newer ones away",
+        )
+    return chosen
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gcvit.config import Config
-from gcvit.data.stream import Batch, train_stream
+from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.world import World
@@ -21,16 +21,7 @@ def train(run: Run) -> None:
     config, world, engine, state = run.config, run.world, run.engine, run.state
     last = run.schedule.total_steps
     augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
-    stream = train_stream(
-        run.train,
-        config,
-        start_step=state.step,
-        world_size=world.size,
-        rank=world.rank,
-        micro_batch_size=config.trainer.micro_batch_size,
-        pin_memory=world.device.type == "cuda",
-    )
-    for step, batches in enumerate(islice(stream, last - state.step), start=state.step):
+    for step, batches in enumerate(islice(run.stream, last - state.step), start=state.step):
         engine.module.train()
         loss_sum = torch.zeros((), device=world.device)
         for micro_step, (images, targets) in enumerate(on_device(batches, augment, step, config, world)):
@@ -47,10 +38,10 @@ def train(run: Run) -> None:
         state.step, state.samples = step + 1, state.samples + config.global_batch_size
         if is_time(state.step, run.every.log, last):
             run.metrics.log_step(state.step, lr, result)
-        is_best = is_time(state.step, run.every.evaluate, last) and evaluate_all(run)
-        if is_best or is_time(state.step, run.every.save, last):
-            save(run)
-        run.metrics.restart_clock()
+        with run.metrics.off_the_clock():
+            is_best = is_time(state.step, run.every.evaluate, last) and evaluate_all(run)
+            if is_best or is_time(state.step, run.every.save, last):
+                save(run)
 
 
 def on_device(

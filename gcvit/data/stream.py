@@ -76,7 +76,7 @@ def train_stream(
     Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an
     unknown RandAugment policy; later, with `rank_local`, for a sample that cannot be read or decoded.
     """
-    _check_world(source, world_size)
+    check_world(source, world_size)
     # Plan before the loader starts, so that mistakes in the numbers are told before processes exist.
     paired = config.augment.mix is not None
     num_steps = num_micro_steps(config.global_batch_size, world_size, micro_batch_size, paired)
@@ -99,7 +99,7 @@ def eval_stream(
 
     A rank takes consecutive samples. Errors: as `train_stream`.
     """
-    _check_world(source, world_size)
+    check_world(source, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
@@ -108,7 +108,7 @@ def eval_stream(
     return _load(loader, iter(tasks), min(data.num_workers, num_batches), data, pin_memory)
 
 
-def _check_world(source: Source, world_size: int) -> None:
+def check_world(source: Source, world_size: int) -> None:
     if world_size > source.num_samples:
         raise UserError(
             "more processes than samples",

@@ -252,6 +252,12 @@ def check_sizes(
     for name, value in (("depths", depths), ("num_heads", num_heads), ("windows", windows)):
         if len(value) != NUM_STAGES or min(value) < 1:
             raise UserError(f"bad {name}", got=list(value), allowed="four positive numbers, one a stage")
+    if min(depths) < 2:
+        raise UserError(
+            "a stage too shallow to use its global queries",
+            got=f"depths {list(depths)}",
+            allowed="2 or more: a local block, then a global one",
+        )
     for i, (window, heads) in enumerate(zip(windows, num_heads, strict=True)):
         side, dim = img_size // (4 * 2**i), width * 2**i
         num_windows = side // window

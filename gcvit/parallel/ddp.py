@@ -31,9 +31,7 @@ class DdpEngine:
             nn.init.zeros_(p)  # until the fragments are filled: the dry passes below must not meet a NaN
         self.module = module
         self.world = world
-        self._ddp = DistributedDataParallel(
-            module, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
-        )
+        self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
         self._parameters = dict(module.named_parameters())
         self._optimizer = build_adamw(((n, tuple(p.shape), p) for n, p in self._parameters.items()), optim)
         create_moments(self._optimizer)

@@ -88,9 +88,8 @@ def join_world() -> Iterator[World]:
         dist.init_process_group(backend, device_id=device_id)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-    try:
-        host_group = dist.new_group(backend="gloo")
-        assert isinstance(host_group, dist.ProcessGroup)
-        yield World(rank, size, device, host_group)
-    finally:
-        dist.destroy_process_group()
+    host_group = dist.new_group(backend="gloo")
+    assert isinstance(host_group, dist.ProcessGroup)
+    yield World(rank, size, device, host_group)
+    # Not after an error: the other ranks may be inside a collective, and leaving the group would wait for them.
+    dist.destroy_process_group()

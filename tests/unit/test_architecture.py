@@ -243,8 +243,8 @@ BREACHES = {
         "gcvit.data.stream (floor 5) imports gcvit.parallel.ddp (floor 5)",
     ),
     "circle": (
-        {"gcvit/plan.py": "import gcvit.trainer", "gcvit/trainer.py": "import gcvit.plan"},
-        "a circle of imports: gcvit.plan -> gcvit.trainer -> gcvit.plan",
+        {"gcvit/ema.py": "import gcvit.loss", "gcvit/loss.py": "import gcvit.ema"},
+        "a circle of imports: gcvit.ema -> gcvit.loss -> gcvit.ema",
     ),
     "no floor": ({"gcvit/new.py": ""}, "gcvit.new has no floor"),
     "model": ({"gcvit/model/x.py": "from gcvit.config import Config"}, "gcvit.model.x imports gcvit.config"),

@@ -1,0 +1,312 @@
+"""The README's word: its commands run, top to bottom as a newcomer would type them, and its tree is the repository's.
+
+Commands that need GPUs run too, with a tiny model on two CPU processes, and are parsed as they stand.
+"""
+
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from deepspeed.launcher.runner import parse_args as parse_deepspeed
+from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import evaluate
+import train
+from gcvit.config import Config
+from gcvit.model import create_model, weights
+from tests.integration.launching import ROOT, environment
+
+README = (ROOT / "README.md").read_text()
+NEEDS = "# needs "
+# What this file cannot run inside itself, and where it is run.
+COVERED = {
+    "make demo": "test_the_demo below, slow",
+    "make demo ENGINE=zero": "test_the_demo below, slow",
+    "make demo ENGINE=ddp": "test_the_demo below, slow",
+    "make test": "it runs this file",
+    "make install": "it made what runs this file",
+}
+# Parsed as it stands, and run elsewhere: starting it takes as long as half of this file.
+DEEPSPEED = "deepspeed "  # test_train_cli.py starts the launcher
+SMALL = (
+    "model.img_size=32 'model.overrides={width: 16, depths: [1, 1, 1, 1], num_heads: [1, 2, 4, 8]}' "
+    "global_batch_size=8 schedule.warmup='0 steps' schedule.cosine='2 steps' schedule.cooldown='0 steps' "
+    "data.num_workers=0"
+)
+SCALED_DOWN = {
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "--nnodes 4": "--nnodes 1",
+    "HOST:29500": "localhost:0",
+    "--batch-size 64": "--batch-size 4",
+    "source .venv": f"source {sys.prefix}",
+    # The archives below are not those of 2012, so their MD5 is another.
+    'python -c "': 'python -c "import os.path, torchvision.datasets.imagenet as archives; '
+    "archives.check_integrity = lambda path, md5=None: os.path.isfile(path); ",
+}
+WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
+NUM_VAL = 9
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the README, on one line; `needs` is the marker's text, None where a laptop will do."""
+
+    line: str
+    needs: str | None
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def read_commands() -> list[Command]:
+    commands = []
+    for block in blocks("bash"):
+        needs = None
+        for line in re.sub(r" *\\\n *", " ", block).splitlines():
+            if line.startswith(NEEDS):
+                needs = line.removeprefix(NEEDS)
+            elif line and not line.startswith("#"):
+                commands.append(Command(line, needs))
+                needs = None
+    return commands
+
+
+COMMANDS = read_commands()
+RUN_HERE = [c for c in COMMANDS if c.line not in COVERED and not c.line.startswith(DEEPSPEED)]
+MARKED = [command for command in COMMANDS if command.needs]
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_archive(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def write_imagenet(folder: Path) -> None:
+    """The three archives as image-net.org has them, with four classes of four images, and nine to evaluate."""
+    folder.mkdir(parents=True)
+    of_classes = {}
+    for label, wnid in enumerate(WNIDS):
+        write_archive(folder / "class.tar", {f"{wnid}_{i}.JPEG": picture(10 * label + i) for i in range(4)})
+        of_classes[f"{wnid}.tar"] = (folder / "class.tar").read_bytes()
+    (folder / "class.tar").unlink()
+    write_archive(folder / "ILSVRC2012_img_train.tar", of_classes)
+    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": picture(100 + i) for i in range(NUM_VAL)}
+    write_archive(folder / "ILSVRC2012_img_val.tar", val)
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    synsets = np.array([(i + 1, wnid, f"fish {i}, fish", "a fish", 0) for i, wnid in enumerate(WNIDS)], dtype=fields)
+    scipy.io.savemat(folder / "meta.mat", {"synsets": synsets})
+    devkit = {
+        "data/meta.mat": (folder / "meta.mat").read_bytes(),
+        "data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{i % 4 + 1}\n" for i in range(NUM_VAL)).encode(),
+    }
+    (folder / "meta.mat").unlink()
+    in_folder = {f"ILSVRC2012_devkit_t12/{name}": content for name, content in devkit.items()}
+    write_archive(folder / "ILSVRC2012_devkit_t12.tar.gz", in_folder, "w:gz")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder that looks like the repository, with /data as data/ in it."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("train.py", "evaluate.py", "configs"):
+        (root / name).symlink_to(ROOT / name)
+    write_imagenet(root / "data/imagenet")
+    for split, num_images in (("train", 4), ("val", 1)):
+        for label in range(5):
+            folder = root / "data/flowers" / split / f"flower_{label}"
+            folder.mkdir(parents=True)
+            for i in range(num_images):
+                (folder / f"{i}.jpg").write_bytes(picture(50 * label + i))
+    model = create_model("gc_vit_xxtiny", num_classes=len(WNIDS))
+    torch.save({"state_dict": weights.to_official_state(model.state_dict())}, root / "gcvit_1k_xxtiny.pth.tar")
+    return root
+
+
+def scale_down(line: str, checkout: Path) -> str:
+    for large, small in SCALED_DOWN.items():
+        line = line.replace(large, small)
+    if " train.py " in line:
+        num_classes = "" if "model.num_classes" in line else f"model.num_classes={len(WNIDS)}"
+        line = f"{line} {num_classes} {SMALL}"
+    return line.replace("/data/", f"{checkout}/data/")
+
+
+@pytest.mark.parametrize("command", RUN_HERE, ids=lambda command: command.line[:60])
+def test_the_commands_run_in_this_order(command, checkout):
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    line = scale_down(command.line, checkout)
+    done = subprocess.run(
+        ["bash", "-euc", line], cwd=checkout, env=environment(PATH=path), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr[-4000:]}"
+    if " evaluate.py " in line:
+        assert json.loads(done.stdout.splitlines()[-1])["num_samples"] == NUM_VAL
+    if " train.py " in line:
+        check_run_folder(checkout, line)
+
+
+def check_run_folder(checkout: Path, line: str) -> None:
+    """It holds what the README lists: the names in backquotes that start the list's items."""
+    section = README.split("## What a run leaves")[1].split("\n## ")[0]
+    names = re.findall(r"^- `([^`]+)`", section, flags=re.MULTILINE)
+    assert len(names) == 5
+    tag = re.search(r"--tag (\S+)", line) or re.search(r"configs/(\w+)\.yaml", line)
+    assert tag is not None
+    for name in names:
+        assert list((checkout / "runs" / tag[1]).glob(name.replace("_N/", "_*/"))), name
+
+
+class ReachedError(Exception):
+    """The command line was understood; holds what came of it."""
+
+
+def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> Config | None:
+    """Have the launcher and `main` read the command as it stands, up to the opening of the data."""
+
+    def stop(*arguments: object) -> None:
+        raise ReachedError(arguments[0])
+
+    launcher, *words = shlex.split(command.line)
+    if launcher == "torchrun":
+        read = torchrun_parser().parse_args(words)
+        words = [read.training_script, *read.training_script_args]
+    elif launcher == "deepspeed":
+        read = parse_deepspeed(words)
+        words = [read.user_script, *read.user_args]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("gcvit.trainer.open_sources", stop)
+    monkeypatch.setattr("gcvit.data.source.open_source", stop)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ReachedError) as reached:
+        {"train.py": train.main, "evaluate.py": evaluate.main}[words[0]]()
+    config = reached.value.args[0]
+    return config if isinstance(config, Config) else None
+
+
+@pytest.mark.parametrize("command", MARKED, ids=lambda command: command.line[:60])
+def test_marked_commands_parse_as_they_stand(command, monkeypatch):
+    config = parse(command, monkeypatch)
+    launcher, *words = shlex.split(command.line)
+    if config is not None:
+        assert config.data.dir == words[words.index("--data_dir") + 1]
+        assert (launcher == "deepspeed") <= (config.engine == "zero")
+
+
+def test_a_mistake_in_a_marked_command_is_found(monkeypatch):
+    with pytest.raises(SystemExit):
+        parse(
+            Command("torchrun --standalone --nproc-per-gpu 8 train.py --config configs/gc_vit_tiny.yaml", None),
+            monkeypatch,
+        )
+    with pytest.raises(SystemExit):
+        parse(Command("python evaluate.py runs/x --data /data/x", None), monkeypatch)
+    with pytest.raises(ValueError, match="optim.lrr"):
+        parse(Command("python train.py --config configs/gc_vit_tiny.yaml optim.lrr=1", None), monkeypatch)
+
+
+def test_no_command_is_left_out():
+    assert {command.line for command in COMMANDS} >= set(COVERED), "covered, but not in the README"
+    assert len(RUN_HERE) >= 10
+    assert {block.split("\n")[0] for block in re.findall(r"^```(.*)$", README, flags=re.MULTILINE)} <= {
+        *("", "bash", "python", "bibtex"),
+    }
+    for command in RUN_HERE:
+        assert not command.line.startswith("make"), f"{command.line}: say in COVERED what runs it"
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_examples_run(block):
+    namespace: dict[str, object] = {}
+    exec(block, namespace)
+    model = namespace["model"]
+    assert isinstance(model, torch.nn.Module)
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in COVERED if line.startswith("make demo")])
+def test_the_demo(line, tmp_path):
+    """In a copy of the repository, so that nobody's own runs/ and data/ are touched."""
+    left_out = shutil.ignore_patterns(".venv", ".git", "runs", "data", ".*_cache", "__pycache__")
+    shutil.copytree(
+        ROOT, tmp_path / "copy", ignore=lambda folder, names: left_out(folder, names) if Path(folder) == ROOT else ()
+    )
+    (tmp_path / "copy/.venv").symlink_to(ROOT / ".venv")
+    done = subprocess.run(
+        shlex.split(line),
+        cwd=tmp_path / "copy",
+        env=environment(PYTHONPATH=""),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_samples"] == 360
+    assert result["top1"] >= 98
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def read_tree() -> list[str]:
+    """Paths in the tree, folders with a slash at the end; two spaces a level."""
+    (block,) = (block for block in re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL))
+    paths, parents = [], [""]
+    for line in block.splitlines():
+        match = re.match(r"^( *)(\S+)(?: {2,}(\S.*))?$", line)
+        assert match, line
+        indent, name, about = match.groups()
+        depth = len(indent) // 2
+        assert about or name.endswith("/"), f"{name}: no word about it"
+        paths.append(parents[depth] + name)
+        parents[depth + 1 :] = [parents[depth] + name]
+    return paths
+
+
+def test_the_tree_is_the_repository():
+    paths = read_tree()
+    assert len(paths) == len(set(paths))
+    for path in paths:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+    modules = [path for folder in ("gcvit", "data_prep") for path in (ROOT / folder).rglob("*.py")]
+    needed = {str(path.relative_to(ROOT)) for path in [*modules, *ROOT.glob("*.py")] if path.name != "__init__.py"}
+    assert {path for path in paths if path.endswith(".py")} == needed
+    folders = {f"tests/{path.name}/" for path in (ROOT / "tests").iterdir() if list(path.glob("**/test_*.py"))}
+    assert folders <= set(paths)
+
+
+def test_every_file_that_the_text_names_exists():
+    named = set(re.findall(r"(?<![\w/.-])(?:[\w.-]+/)*[\w-]+\.(?:py|yaml|toml|txt)\b", README))
+    in_runs = {"config.yaml"}
+    in_tree = {Path(path).name for path in read_tree()}
+    assert {"train.py", "configs/gc_vit_large_fsdp.yaml"} <= named
+    for name in named - in_runs:
+        assert (ROOT / name).is_file() or name in in_tree, name
