@@ -1,0 +1,178 @@
+"""Weights and checkpoints that do not fit, and run folders that are taken: refused, and nothing is touched."""
+
+import io
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import evaluate
+import train
+from gcvit.model import create_model, weights
+from tests.integration.bad_input.refusals import CONFIG, SHORT, both, expect_line, hashes, refusal
+from tests.integration.launching import ROOT, environment, python, torchrun
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def test_another_class_count(monkeypatch, images, finished, tmp_path):
+    shutil.copytree(images, tmp_path / "data")
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "data" / split / "cat", tmp_path / "data" / split / "eel")
+    for message in both(monkeypatch, tmp_path / "data", finished, tmp_path):
+        assert "classes" in message
+        assert "5" in message
+        assert "4" in message
+
+
+def test_a_file_with_another_class_count(monkeypatch, images, tmp_path):
+    path = tmp_path / "weights.pth.tar"
+    state = weights.to_official_state(create_model("gc_vit_xxtiny", num_classes=7).state_dict())
+    torch.save({"state_dict": state}, path)
+    words = ["--model", "gc_vit_xxtiny", "--checkpoint", path, "--data_dir", images]
+    message = refusal(evaluate.main, monkeypatch, *words)
+    for word in (str(path), "classes", "7", "4"):
+        assert word in message
+
+
+def test_a_file_of_another_model(monkeypatch, images, tmp_path):
+    (tmp_path / "text.pth").write_text("text")
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
+    for name in ("text.pth", "resnet.pth", "absent.pth"):
+        published = ["--model", "gc_vit_xxtiny", "--checkpoint", tmp_path / name, "--data_dir", images]
+        assert str(tmp_path / name) in refusal(evaluate.main, monkeypatch, *published)
+        words = ["--config", CONFIG, "--data_dir", images, f"output_dir={tmp_path / 'runs'}", *SHORT]
+        assert str(tmp_path / name) in refusal(train.main, monkeypatch, *words, "--init-from", tmp_path / name)
+    assert not list((tmp_path / "runs").rglob("step_*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "gc_vit_xxtinyy", "--checkpoint", "x.pth"],
+        ["--model", "gc_vit_xxtiny"],
+        ["--checkpoint", "x.pth"],
+        [],
+        ["absent"],
+    ],
+)
+def test_nothing_to_evaluate(words, monkeypatch, images):
+    refusal(evaluate.main, monkeypatch, *words, "--data_dir", images)
+
+
+@pytest.mark.parametrize("batch_size", ["0", "-1"])
+def test_a_batch_of_nothing(batch_size, monkeypatch, images, finished):
+    words = ["--data_dir", images, "--batch-size", batch_size]
+    assert "--batch-size" in refusal(evaluate.main, monkeypatch, finished, *words)
+
+
+def test_a_checkpoint_of_another_model(monkeypatch, images, finished):
+    before = hashes(finished)
+    words = [
+        "--config",
+        CONFIG,
+        "--data_dir",
+        images,
+        "--tag",
+        "old",
+        f"output_dir={finished.parent}",
+        *SHORT,
+    ]
+    # The last has all its tensors in the checkpoint, which has more.
+    for override in ("width=32", "depths=[2, 2, 4, 2]", "layer_scale=null"):
+        message = refusal(train.main, monkeypatch, *words, f"model.overrides.{override}")
+        assert "checkpoint of another model" in message
+        assert str(finished) in message
+    assert hashes(finished) == before
+
+
+def test_a_checkpoint_of_another_model_is_told_by_all_ranks(images, finished, tmp_path):
+    """Under ZeRO the part that differs, here the last stage's heads, may lie on the last rank alone."""
+    before = hashes(finished)
+    step = sorted((finished / "checkpoints").iterdir())[-1]
+    words = ["--config", CONFIG, "--data_dir", images, f"output_dir={tmp_path}", "--resume", step, *SHORT]
+    done = torchrun(
+        2,
+        "train.py",
+        *words,
+        "engine=zero",
+        "zero.stage=2",
+        "model.overrides.num_heads=[1, 2, 4, 16]",
+        timeout=120,
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, done.stderr[-3000:]
+    assert "checkpoint of another model" in errors[0]
+    assert hashes(finished) == before
+
+
+# ---- the run's folder ----------------------------------------------------------------------------
+
+
+def test_a_new_run_over_an_old_one(monkeypatch, images, finished):
+    before = hashes(finished)
+    words = [
+        "--config",
+        CONFIG,
+        "--data_dir",
+        images,
+        "--tag",
+        "old",
+        f"output_dir={finished.parent}",
+        *SHORT,
+    ]
+    message = refusal(train.main, monkeypatch, *words, "--resume", "none")
+    assert "the run folder holds a run already" in message
+    assert hashes(finished) == before
+
+
+def test_other_data_than_the_checkpoints(monkeypatch, images, shards, finished):
+    before = hashes(finished)
+    words = [
+        "--config",
+        CONFIG,
+        "--data_dir",
+        shards,
+        "--tag",
+        "old",
+        f"output_dir={finished.parent}",
+        *SHORT,
+    ]
+    assert "other data" in refusal(train.main, monkeypatch, *words)
+    assert hashes(finished) == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gcvit.runfolder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(200)
+"""
+
+
+def test_a_run_folder_in_use_by_a_live_run(images, finished):
+    before = hashes(finished)
+    command = [sys.executable, "-c", HOLD, str(finished)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert isinstance(first.stdout, io.TextIOBase)
+            assert first.stdout.readline() == "held\n"
+            words = [
+                "--config",
+                CONFIG,
+                "--data_dir",
+                images,
+                "--tag",
+                "old",
+                f"output_dir={finished.parent}",
+            ]
+            done = python("train.py", *words, *SHORT)
+            expect_line(done, "in use by a live run", str(finished), str(first.pid), "cure: ")
+            assert hashes(finished) == before
+        finally:
+            first.kill()
