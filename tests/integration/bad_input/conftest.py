@@ -1,23 +1,13 @@
 """Good data and a finished run, which the tests of mistakes damage copies of."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
 from tests.integration.bad_input.refusals import CLASSES, CONFIG, SHORT
 from tests.integration.launching import python
-
-
-@pytest.fixture(autouse=True)
-def no_group_left() -> Iterator[None]:
-    """A program that fails leaves its process group to its end; these tests go on in the same process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
