@@ -204,6 +204,8 @@ class EmaConfig(Section):
 class FsdpConfig(Section):
     reshard_after_forward: bool = True
     """Free gathered parameters after forward and gather them again in backward: less memory, more traffic."""
+    unit_parameters: Count = 4_000_000
+    """Neighbouring parts of the model are gathered together until they have so many parameters."""
 
 
 class ZeroConfig(Section):

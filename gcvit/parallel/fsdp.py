@@ -7,7 +7,7 @@ the overhead of dispatching each operation through DTensor.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +33,8 @@ class FsdpEngine:
         bf16: bool,
     ):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-        for name in module.cut_points():
-            fully_shard(module.get_submodule(name), mp_policy=policy, reshard_after_forward=fsdp.reshard_after_forward)
+        for unit in _units(module, fsdp.unit_parameters):
+            fully_shard(unit, mp_policy=policy, reshard_after_forward=fsdp.reshard_after_forward)
         fully_shard(module, mp_policy=policy)
         module.to_empty(device=world.device)
         module.init_buffers()
@@ -104,6 +104,16 @@ class FsdpEngine:
     def _begin_micro_step(self, micro_step: int) -> None:
         self._micro_step = micro_step
         self.module.set_requires_gradient_sync(micro_step == self._num_micro_steps - 1)  # type: ignore[operator]
+
+
+def _units(module: GCViT, num_parameters: int) -> list[list[nn.Module]]:
+    """Neighbouring cut points in groups of at least so many parameters: small ones cost a message, not bytes."""
+    units: list[list[nn.Module]] = [[]]
+    for name in module.cut_points():
+        if sum(p.numel() for part in units[-1] for p in part.parameters()) >= num_parameters:
+            units.append([])
+        units[-1].append(module.get_submodule(name))
+    return units
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ CASES = {
 # ZeRO-3 comes last: it replaces torch.nn.functional.linear in its process for good.
 ENGINES = {
     "ddp": ["engine=ddp"],
-    "fsdp": ["engine=fsdp"],
+    "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000"],
     "zero1": ["engine=zero", "zero.stage=1"],
     "zero2": ["engine=zero", "zero.stage=2"],
     "zero3": ["engine=zero", "zero.stage=3"],
