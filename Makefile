@@ -11,6 +11,8 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 # One thread per process: two processes share the cores of a small machine, and sums keep their order.
 export OMP_NUM_THREADS := 1
+# The demo and the tests start more processes than a workstation has GPUs, and are made for the CPU.
+export CUDA_VISIBLE_DEVICES :=
 
 # ---- environment ----------------------------------------------------------------------------------------------
 

@@ -99,7 +99,8 @@ def find_sources(root: Path, split: str | None) -> list[Source]:
             allowed=LAYOUT,
             cure=f"add it, or shard {root / 'val'} alone with --split val",
         )
-    _refuse_loose(root, _list_folder(root)[1])
+    # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
+    _refuse_loose(root, [name for name in _list_folder(root)[1] if not name.lower().endswith(ARCHIVES)])
     train = _scan(root / "train", "train", None)
     return [train] if splits == ["train"] else [train, _scan(root / "val", "val", train.classes)]
 
