@@ -117,8 +117,8 @@ def find_split(data_dir: Path, split: str) -> Path | None:
 
     A folder of tars without a manifest is found too, so that `read_manifest` can say what is amiss.
     """
-    if holds_shards(data_dir / split):
-        return data_dir / split
+    if (data_dir / split).is_dir():  # then archives that lie in data_dir are what it was unpacked from
+        return data_dir / split if holds_shards(data_dir / split) else None
     try:
         if json.loads((data_dir / FILE_NAME).read_bytes())["split"] == split:
             return data_dir

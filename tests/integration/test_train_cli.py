@@ -175,7 +175,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(images, trained, alone):
     """With PIL and topk, image by image; `golden.yaml` keeps the whole image, so nothing is resized but the
     side."""
     assert alone.keys() == KEYS
-    model, data = load_run(str(trained), None)
+    model, data = load_run(str(trained), None, num_classes=4)
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     correct, loss = np.zeros(2, dtype=int), 0.0
     for path in sorted((images / "val").rglob("*.png")):
