@@ -47,7 +47,7 @@ class Checkpoint:
 
     path: Path
     state: RunState
-    info: Mapping[str, Any]  # config, data digest, engine, world size
+    info: Mapping[str, Any]  # "config" as plain values, "data" (its digest), "world_size"
     shapes: Mapping[str, torch.Size]  # of every stored tensor, by name
     files: Mapping[str, Mapping[str, Any]]  # bytes and sha256 of every file but state.json, by name
 
@@ -78,12 +78,9 @@ def save(
             "files": {name: record for files in files_of_ranks for name, record in files.items()},
         }
         _write_durably(part / STATE_FILE, json.dumps(content, indent=1))
-        old = final.with_name(final.name + ".old.tmp")
-        if final.exists():  # a run that went back to an earlier step comes by again
-            os.rename(final, old)
+        assert not final.exists(), f"{final} is there: a run goes on from its newest checkpoint"
         os.rename(part, final)
         _sync(folder)
-        shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return final
 
@@ -129,6 +126,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"damaged checkpoint: {path / name}", got=got, allowed=f"{record['bytes']} bytes", cure=cure
             )
     return Checkpoint(path, state, content, shapes, files)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The knobs in which two configs, as plain values, differ: "optim.lr 0.001 -> 0.0005"."""
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} {a} -> {b}")
+    return found
 
 
 def has_kind(checkpoint: Checkpoint, kind: str) -> bool:

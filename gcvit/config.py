@@ -48,6 +48,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Stages = tuple[Count, Count, Count, Count]
+
+
+class OverridesConfig(Section):
+    width: Count | None = None
+    """Channels of the first stage; each next one has twice as many."""
+    depths: Stages | None = None
+    """Blocks in each stage."""
+    num_heads: Stages | None = None
+    """Attention heads in each stage."""
+    windows: Stages | None = None
+    """Side of each stage's attention windows."""
+    mlp_ratio: Positive | None = None
+    """Width of the MLPs' hidden layers, as a multiple of the stage's."""
+    layer_scale: Positive | None = None
+    """Initial value of the layer scale."""
+
+
 class ModelConfig(Section):
     name: str
     """A variant of gcvit.model, such as gc_vit_large."""
@@ -57,19 +75,8 @@ class ModelConfig(Section):
     """Height and width of the input in pixels."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Stochastic depth of the last block, rising linearly from 0; null takes the variant's published value."""
-    overrides: dict[str, Any] = {}
-    """Further fields of the variant to replace, such as width, depths, num_heads, windows."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        for name, knob in (
-            ("num_classes", "num_classes"),
-            ("img_size", "img_size"),
-            ("drop_path_rate", "drop_path"),
-        ):
-            if name in self.overrides:
-                raise ValueError(f"{name} is no override: write model.{knob}")
-        return self
+    overrides: OverridesConfig | None = None
+    """What of the variant's architecture is replaced; null is nothing."""
 
 
 class DataConfig(Section):
@@ -216,11 +223,11 @@ class ZeroConfig(Section):
 class TrainerConfig(Section):
     micro_batch_size: Count | None = None
     """Most samples per device and forward pass; null takes a device's whole share of the global batch."""
-    log_every: Duration = "50 steps"
+    log_every: Length = "50 steps"
     """Time between rows of metrics."""
-    eval_every: Duration = "1 epoch"
+    eval_every: Length = "1 epoch"
     """Time between evaluations on val; the last step is always evaluated."""
-    save_every: Duration = "1 epoch"
+    save_every: Length = "1 epoch"
     """Time between checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept, beside the best one."""

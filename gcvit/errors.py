@@ -31,14 +31,14 @@ class UserError(ValueError):
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point and exit: 0 when it returns, 2 with one line on stderr for a `UserError`.
 
-    Every rank of a job meets a bad config at once, so before the ranks are distinguishable only the first one
-    speaks; what a single rank meets later (a damaged file, say) is said by that rank.
+    Every rank of a job meets a bad config alike, so one of each node speaks: what is wrong may lie on one node
+    alone. What a single rank meets (a damaged sample, say) is said by that rank.
     """
     try:
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or getattr(error, "rank_local", False):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "rank_local", False):
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.stdout.flush()

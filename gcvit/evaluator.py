@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gcvit import checkpoint, runfolder
-from gcvit.config import DataConfig, ModelConfig, parse_config
+from gcvit.config import DataConfig, parse_config
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
 from gcvit.errors import UserError
-from gcvit.model import VARIANTS, GCViT, weights
+from gcvit.model import VARIANTS, GCViT, create_model, weights
 from gcvit.parallel.build import build_model
 from gcvit.parallel.world import World
 
@@ -75,8 +75,10 @@ def evaluate(
         pin_memory=world.device.type == "cuda",
     )
     for batch in stream:
-        labels, valid = batch.labels.to(world.device), batch.valid.to(world.device)
-        logits = model(normalize(batch.images.to(world.device), data.mean, data.std))
+        labels, valid, images = (
+            tensor.to(world.device, non_blocking=True) for tensor in (batch.labels, batch.valid, batch.images)
+        )
+        logits = model(normalize(images, data.mean, data.std))
         ranks = rank_of_label(logits, labels)
         counts += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
@@ -124,8 +126,7 @@ def load_run(path: str, kind: str | None, *, num_classes: int) -> tuple[GCViT, D
 
 def load_file(name: str, path: str, *, num_classes: int) -> tuple[GCViT, DataConfig]:
     """A variant with the weights in a file of any layout, and how the variant's card says data is prepared."""
-    card = VARIANTS.get(name)
-    model = build_model(ModelConfig(name=name, num_classes=num_classes, img_size=card.img_size if card else 224))
+    model = create_model(name, num_classes)
     weights.load(model, path)
-    assert card is not None, "build_model refuses an unknown name"
+    card = VARIANTS[name]
     return model, DataConfig(crop_pct=card.crop_pct, eval_resize="squash" if card.crop_mode == "squash" else "crop")

@@ -66,6 +66,7 @@ class Metrics:
         self._say(
             f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {lr:.3g}  norm {row['grad_norm']:.3g}"
             f"  {row['images_per_second']:.0f} img/s"
+            + (f"  REFUSED {row['refused_steps']} steps: gradient not finite" if row["refused_steps"] else "")
         )
         self._loss_sum.zero_()
         self._refused.zero_()

@@ -106,7 +106,10 @@ def start(
                 half_life_samples=half_life,
                 global_batch_size=config.global_batch_size,
             )
-        state = restore(found, engine, ema, config, train) if found else RunState()
+        state = RunState()
+        if found:
+            state, changes = restore(found, engine, ema, config, train)
+            notices = [*notices, *changes]
         if state.step > schedule.total_steps:
             raise UserError(
                 "the checkpoint is past the schedule's end",
@@ -182,9 +185,12 @@ def save(run: Run) -> None:
         checkpoint.prune(folder, keep=run.config.trainer.keep_checkpoints, best_step=run.state.best_step)
 
 
-def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: Source) -> RunState:
-    """Go on from a checkpoint of any engine and world size. Errors: UserError where it is another run's."""
-    found = checkpoint.open_checkpoint(path)
+def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: Source) -> tuple[RunState, list[str]]:
+    """Go on from a checkpoint of any engine and world size; returns the state, and how the config has changed.
+
+    Errors: UserError where it is another run's, or would not be the same run any more.
+    """
+    found = engine.world.on_first(lambda: checkpoint.open_checkpoint(path))
     if found.info["data"] != train.digest:
         raise UserError(
             "the checkpoint was trained on other data",
@@ -202,6 +208,21 @@ def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: 
             got=config.global_batch_size,
             allowed=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
         )
+    if path.parent.resolve() != runfolder.checkpoints_of(config.run_dir).resolve():
+        state.best_top1, state.best_step = -1.0, -1  # the best lies in the other run's folder
+    elif config.global_batch_size != found.info["config"]["global_batch_size"]:
+        raise UserError(
+            "another global batch would number the steps of this folder anew",
+            got=config.global_batch_size,
+            allowed=found.info["config"]["global_batch_size"],
+            cure=f"go on in another run: --tag NAME --resume {path}",
+        )
+    elif ema is None and checkpoint.has_kind(found, "ema"):
+        raise UserError(
+            "the run has an EMA, which would be lost",
+            got="ema=null",
+            cure=f"keep ema (--model-ema), or go on in another run: --tag NAME --resume {path}",
+        )
     state.step = state.samples // config.global_batch_size
     kinds = all_fragments(engine, ema)
     ema_is_new = ema is not None and not checkpoint.has_kind(found, "ema")
@@ -214,7 +235,10 @@ def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: 
         ema.restart()
     elif ema:
         ema.updates = state.ema_updates
-    return state
+    changes = checkpoint.differences(found.info["config"], config.model_dump(mode="json"))
+    return state, [
+        f"changed since {found.path.name}: {x}" for x in changes if not x.startswith(("tag ", "output_dir "))
+    ]
 
 
 def load_weights(engine: Engine, source: str) -> str:
@@ -224,7 +248,7 @@ def load_weights(engine: Engine, source: str) -> str:
     variant, whose published weights are fetched. Errors: UserError for what is none of these, or another model.
     """
     if Path(source).is_dir():
-        found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source)))
+        found = engine.world.on_first(lambda: checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source))))
         kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
         parts = engine.fragments()[MODEL]
         checkpoint.load(found, {kind: parts}, engine.world)

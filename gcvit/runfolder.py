@@ -34,12 +34,18 @@ def locked(run_dir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise UserError(
                 "the run folder is in use by a live run",
                 got=f"{run_dir}, held by {file.read().strip() or 'a run that is just starting'}",
                 cure="wait for it, stop it, or choose another --tag",
+            ) from None
+        except OSError as error:
+            raise UserError(
+                "the file system of the run folder has no locks",
+                got=f"{run_dir} ({error.strerror})",
+                cure="mount it with flock, or set output_dir to one that has them",
             ) from None
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
@@ -64,12 +70,12 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
             )
         return None
     chosen = find_checkpoint(Path(resume))
-    if newest is not None and chosen.parent.resolve() == newest.parent.resolve() and chosen.name != newest.name:
+    if newest is not None and chosen.resolve() != newest.resolve():
         raise UserError(
-            "the run has newer checkpoints than the one to go on from, and would mix with them",
+            "the run folder has checkpoints of its own, which would mix with the one to go on from",
             got=chosen,
             allowed=newest,
-            cure="choose another --tag for the new branch, or move the newer ones away",
+            cure="choose another --tag for the new branch, or move those away",
         )
     return chosen
 

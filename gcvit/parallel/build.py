@@ -20,7 +20,7 @@ def build_model(model: ModelConfig) -> GCViT:
         num_classes=model.num_classes,
         img_size=model.img_size,
         drop_path_rate=model.drop_path,
-        **model.overrides,
+        **(model.overrides.model_dump(exclude_none=True) if model.overrides else {}),
     )
 
 

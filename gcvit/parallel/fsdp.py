@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gcvit.config import FsdpConfig, OptimConfig
+from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
@@ -32,6 +33,13 @@ class FsdpEngine:
         num_micro_steps: int,
         bf16: bool,
     ):
+        last = world.size - 1
+        if not any(last * -(-p.shape[0] // world.size) < p.shape[0] for p in module.parameters()):
+            raise UserError(
+                "engine=fsdp cuts parameters by rows, and there are too few for all processes",
+                got=f"{world.size} processes",
+                cure="start fewer, or take engine=ddp: the model is small",
+            )
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
         for unit in _units(module, fsdp.unit_parameters):
             fully_shard(unit, mp_policy=policy, reshard_after_forward=fsdp.reshard_after_forward)

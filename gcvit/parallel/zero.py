@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim import build_adamw, create_moment, set_lr
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
@@ -35,6 +36,13 @@ class ZeroEngine:
         num_micro_steps: int,
         bf16: bool,
     ):
+        if bf16 and zero.stage == 1 and num_micro_steps > 1:
+            # With fp32 sums DeepSpeed takes another optimizer here, one that this engine does not know.
+            raise UserError(
+                "zero.stage=1 in bf16 sums the gradients of micro-steps in bf16",
+                got=f"{num_micro_steps} micro-steps",
+                cure="take zero.stage=2, which sums in fp32, or a larger trainer.micro_batch_size",
+            )
         _prepare_environment(world)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         settings = _settings(optim, zero, num_micro_steps, bf16)
@@ -145,6 +153,9 @@ def _settings(optim: OptimConfig, zero: ZeroConfig, num_micro_steps: int, bf16: 
         "gradient_accumulation_steps": num_micro_steps,
         "gradient_clipping": optim.clip_norm or 0.0,  # always written: DeepSpeed's default is 1.0
         "bf16": {"enabled": bf16},
+        # By default gradients are summed in the compute precision, over micro-steps and over ranks.
+        "communication_data_type": "fp32",
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if zero.stage > 1 else {}),
         "zero_optimization": {
             "stage": zero.stage,
             "contiguous_gradients": True,

@@ -138,7 +138,13 @@ def test_a_shorter_schedule_than_what_is_done_is_no_traceback(images, trained):
 def test_init_from_takes_the_weights_alone(images, trained, tmp_path):
     """From a file in the official layout; the class count is that of the config, the schedule begins at 0."""
     config, _ = load_config(CONFIG)
-    model = create_model("gc_vit_xxtiny", num_classes=4, img_size=32, drop_path_rate=0.0, **config.model.overrides)
+    model = create_model(
+        "gc_vit_xxtiny",
+        num_classes=4,
+        img_size=32,
+        drop_path_rate=0.0,
+        **config.model.overrides.model_dump(exclude_none=True),
+    )
     model.init_weights(seed=99)
     path = tmp_path / "weights.pth.tar"
     torch.save({"state_dict": weights.to_official_state(model.state_dict())}, path)

@@ -223,7 +223,7 @@ def test_overrides_are_yaml(path):
     assert config.optim.min_lr == 5e-7
     assert config.augment.mix is None
     assert config.optim.clip_norm is None
-    assert config.model.overrides == {"depths": [1, 1, 1, 1]}
+    assert config.model.overrides.depths == (1, 1, 1, 1)
 
 
 def test_an_absent_section_springs_up_with_its_first_knob(path):

@@ -39,14 +39,15 @@ raise UserError("now")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: now\n")
 
 
-def test_of_many_ranks_the_first_speaks():
-    assert run_main("raise UserError('x')", RANK="0").stderr == "error: x\n"
-    done = run_main("raise UserError('x')", RANK="1")
+def test_of_many_ranks_the_first_of_each_node_speaks():
+    assert run_main("raise UserError('x')", RANK="0", LOCAL_RANK="0").stderr == "error: x\n"
+    done = run_main("raise UserError('x')", RANK="1", LOCAL_RANK="1")
     assert (done.returncode, done.stderr) == (2, "")
+    assert run_main("raise UserError('x')", RANK="8", LOCAL_RANK="0").stderr == "error (rank 8): x\n"
 
 
 def test_what_one_rank_alone_meets_is_said_by_it():
-    done = run_main("error = UserError('x')\nerror.rank_local = True\nraise error", RANK="3")
+    done = run_main("error = UserError('x')\nerror.rank_local = True\nraise error", RANK="3", LOCAL_RANK="3")
     assert (done.returncode, done.stderr) == (2, "error (rank 3): x\n")
 
 
