@@ -33,6 +33,12 @@ def _check_length(text: str) -> str:
     return text
 
 
+def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("a range is [low, high], and low may not exceed high")
+    return ends
+
+
 Duration = Annotated[str, AfterValidator(_check_duration)]
 Length = Annotated[str, AfterValidator(_check_length)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,6 +46,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_check_range)]
 
 
 class Section(BaseModel):
@@ -107,16 +114,10 @@ class AffineConfig(Section):
     """Largest rotation either way, in degrees."""
     translate: Share = 0.0
     """Largest shift either way, as a share of the side."""
-    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    scale: Range = (1.0, 1.0)
     """Range of zoom."""
     shear: NotNegative = 0.0
     """Largest shear either way, in degrees."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "AffineConfig":
-        if self.scale[0] > self.scale[1]:
-            raise ValueError("scale is [low, high], and low may not exceed high")
-        return self
 
 
 class MixConfig(Section):
@@ -141,9 +142,9 @@ class MixConfig(Section):
 
 
 class AugmentConfig(Section):
-    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    scale: Range = (0.08, 1.0)
     """Range of the random crop's area, as a share of the image."""
-    ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+    ratio: Range = (0.75, 4 / 3)
     """Range of the random crop's aspect ratio."""
     interpolation: Literal["random", "bicubic", "bilinear"] = "random"
     """How crops are resized; random draws bilinear or bicubic for each."""
@@ -166,10 +167,6 @@ class AugmentConfig(Section):
     def _check(self) -> "AugmentConfig":
         if self.rand_augment and self.color_jitter:
             raise ValueError("color_jitter has no effect where rand_augment is on (as in timm): set one to null")
-        for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} is [low, high], and low may not exceed high")
         return self
 
 
