@@ -4,5 +4,6 @@ import torch
 
 
 def soft_target_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Loss of each sample, [B], in fp32. `logits` [B, C] of any float type, `targets` [B, C] rows that sum to 1."""
-    return torch.sum(-targets * torch.log_softmax(logits.float(), dim=-1), dim=-1)
+    """Loss of each sample, [B], in fp32 or better. `logits` [B, C] of any float type, `targets` rows that sum to 1."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.sum(-targets * torch.log_softmax(logits, dim=-1, dtype=dtype), dim=-1)

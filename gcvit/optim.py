@@ -63,9 +63,9 @@ def create_moment(optimizer: torch.optim.AdamW, p: torch.Tensor) -> None:
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all given tensors together, [] in fp32, on their device."""
-    norms = torch._foreach_norm([grad.detach() for grad in grads])
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    """L2 norm over all given tensors together, [] in fp32 or better, on their device."""
+    norms = torch.stack(torch._foreach_norm([grad.detach() for grad in grads]))
+    return torch.linalg.vector_norm(norms, dtype=torch.promote_types(norms.dtype, torch.float32))
 
 
 def clip_and_step(

@@ -1,0 +1,42 @@
+"""Fetching published weights, with the hub's client replaced: what is asked for, and what its errors become."""
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from gcvit.errors import UserError
+from gcvit.model import VARIANTS, variants
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_variants_file_is_asked_for_at_its_repository(name, monkeypatch):
+    asked = []
+
+    def download(*what: str) -> str:
+        asked.append(what)
+        return "/cache/weights"
+
+    monkeypatch.setattr(variants, "hf_hub_download", download)
+    assert variants.fetch_weights(name) == "/cache/weights"
+    assert asked == [("nvidia/GCViT", VARIANTS[name].weights_file)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no route to host\nand a second line"),
+        ConnectionError("no route to host"),
+        LocalEntryNotFoundError("no route to host, and nothing in the cache"),  # what the client says when offline
+    ],
+)
+def test_a_hub_out_of_reach_is_the_users_error(error, monkeypatch):
+    def download(*what: str) -> str:
+        raise error
+
+    monkeypatch.setattr(variants, "hf_hub_download", download)
+    with pytest.raises(UserError) as caught:
+        variants.fetch_weights("gc_vit_tiny")
+    text = str(caught.value)
+    assert text.startswith("cannot fetch the published weights of gc_vit_tiny: got no route to host")
+    file = VARIANTS["gc_vit_tiny"].weights_file
+    assert text.endswith(f"cure: download {file} of nvidia/GCViT yourself, and give its path")
+    assert "\n" not in text

@@ -1,0 +1,227 @@
+"""What a run says of itself: rows, TensorBoard events and lines or a bar, in a world of one."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gcvit import metrics as metrics_module
+from gcvit.config import Config, load_config
+from gcvit.metrics import Metrics
+from gcvit.parallel.engine import StepResult
+from gcvit.parallel.world import World, join_world
+from tests.integration.launching import ROOT, environment
+
+BATCH_SIZE = 32  # of golden.yaml
+TOTAL_STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with join_world() as joined:
+        yield joined
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    config, _ = load_config(ROOT / "tests/integration/golden.yaml", [f"output_dir={tmp_path}"])
+    config.run_dir.mkdir()
+    return config
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """A clock that goes on only where a test says so: `clock.now += seconds`."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def begin(config: Config, world: World, first_step: int = 0) -> Metrics:
+    return Metrics(config, world, first_step=first_step, total_steps=TOTAL_STEPS)
+
+
+def outcome(world: World, applied: bool = True, norm: float = 0.5) -> StepResult:
+    norm = norm if applied else float("inf")
+    return StepResult(torch.tensor(norm, device=world.device), torch.tensor(float(applied), device=world.device))
+
+
+def add(metrics: Metrics, world: World, mean_loss: float, applied: bool = True) -> StepResult:
+    result = outcome(world, applied)
+    metrics.add(torch.tensor(mean_loss * BATCH_SIZE, device=world.device), result)
+    return result
+
+
+def rows(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def test_a_row_holds_the_mean_over_its_interval(config, world, clock):
+    metrics = begin(config, world)
+    for step, loss in enumerate([4.0, 2.0, 1.0, 0.5, 0.25], start=1):
+        clock.now += 2
+        result = add(metrics, world, loss)
+        if step in (3, 5):
+            metrics.log_step(step, 1e-3 * step, result)
+    metrics.close()
+    speed = pytest.approx(BATCH_SIZE / 2)
+    common = {"kind": "train", "grad_norm": 0.5, "refused_steps": 0, "images_per_second": speed}
+    assert rows(config) == [
+        {"step": 3, "loss": pytest.approx(7 / 3), "lr": pytest.approx(3e-3), **common},
+        {"step": 5, "loss": pytest.approx(0.375), "lr": pytest.approx(5e-3), **common},
+    ]
+
+
+def test_refused_steps_are_counted_and_said(config, world, capsys):
+    metrics = begin(config, world)
+    for step, applied in enumerate([True, False, False, True, True, True], start=1):
+        result = add(metrics, world, 1.0, applied)
+        if step % 3 == 0:
+            metrics.log_step(step, 1e-3, result)
+    metrics.close()
+    assert [row["refused_steps"] for row in rows(config)] == [2, 0]
+    first, second = capsys.readouterr().err.splitlines()
+    assert "refused 2" in first.lower()
+    assert "refused" not in second.lower()
+
+
+def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, clock):
+    metrics = begin(config, world)
+    clock.now += 4
+    with metrics.off_the_clock():  # an evaluation in the middle of an interval
+        clock.now += 500
+    result = add(metrics, world, 1.0)
+    clock.now += 4
+    metrics.log_step(1, 1e-3, result)
+    with metrics.off_the_clock():  # and one right behind a row
+        clock.now += 500
+    clock.now += 16
+    metrics.log_step(2, 1e-3, add(metrics, world, 1.0))
+    metrics.close()
+    assert [row["images_per_second"] for row in rows(config)] == [BATCH_SIZE / 8, BATCH_SIZE / 16]
+
+
+def test_an_evaluation_is_a_row_of_its_kind(config, world, capsys):
+    metrics = begin(config, world)
+    found = {"top1": 71.25, "top5": 90.0, "loss": 1.5, "num_samples": 31, "correct_top1": 22}
+    metrics.log_evaluation(10, "ema", found)
+    metrics.close()
+    assert rows(config) == [{"step": 10, "kind": "val/ema", **found}]
+    assert capsys.readouterr().err == "step 10/20  ema: top-1 71.25 %  loss 1.5000\n"
+
+
+def test_a_resume_drops_the_rows_that_are_done_again(config, world):
+    """And a last line that was cut off, wherever it was cut."""
+    old = [{"step": step, "kind": kind, "loss": 1.0} for step in (5, 10, 15) for kind in ("train", "val/weights")]
+    text = "".join(json.dumps(row) + "\n" for row in old)
+    torn = json.dumps({"step": 16, "kind": "train", "loss": 1.0})
+    for cut in (0, 1, len(torn) // 2, len(torn)):
+        (config.run_dir / "metrics.jsonl").write_text(text + torn[:cut])
+        metrics = begin(config, world, first_step=10)
+        assert rows(config) == old[:4], cut
+        metrics.log_step(11, 1e-3, add(metrics, world, 2.0))
+        metrics.close()
+        assert [row["step"] for row in rows(config)] == [5, 5, 10, 10, 11], cut
+
+
+def test_a_torn_row_of_a_kept_step_is_dropped(config, world):
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 5, "kind": "train"}\n{"step": 10, "ki')
+    begin(config, world, first_step=10).close()
+    assert [row["step"] for row in rows(config)] == [5]
+
+
+def test_a_fresh_start_over_old_rows_keeps_none(config, world):
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n')
+    begin(config, world).close()
+    assert rows(config) == []
+
+
+# ---- TensorBoard ---------------------------------------------------------------------------------
+
+
+def test_tensorboard_reads_what_stands_in_the_rows(config, world):
+    """Over a resume too: what was done again shows once."""
+    for first_step in (0, 4):
+        metrics = begin(config, world, first_step)
+        for step in range(first_step + 1, first_step + 7):
+            result = add(metrics, world, 1 / (step + first_step))
+            if step % 2 == 0:
+                metrics.log_step(step, 1e-3 / step, result)
+        metrics.log_evaluation(first_step + 6, "weights", {"top1": 50.0 + first_step, "loss": 2.0})
+        metrics.close()
+    written = rows(config)
+    assert [row["step"] for row in written if row["kind"] == "train"] == [2, 4, 6, 8, 10]
+    events = EventAccumulator(str(config.run_dir), size_guidance={"scalars": 0}).Reload()
+    names = {f"{row['kind']}/{name}" for row in written for name in row.keys() - {"step", "kind"}}
+    assert set(events.Tags()["scalars"]) == names
+    for name in names:
+        kind, _, key = name.rpartition("/")
+        wanted = [(row["step"], row[key]) for row in written if row["kind"] == kind]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted], name
+
+
+# ---- lines or a bar ------------------------------------------------------------------------------
+
+STEPS = """
+import sys, torch
+from gcvit.config import load_config
+from gcvit.metrics import Metrics
+from gcvit.parallel.engine import StepResult
+from gcvit.parallel.world import join_world
+
+config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])
+config.run_dir.mkdir()
+result = StepResult(torch.tensor(0.5), torch.tensor(1.0))
+with join_world() as world:
+    metrics = Metrics(config, world, first_step=5, total_steps=20)
+    metrics.say("a word")
+    for step in range(6, 21):
+        metrics.add(torch.tensor(64.0), result)
+    metrics.log_step(20, 1e-3, result)
+    metrics.close()
+"""
+
+
+def run_steps(tmp_path: Path, stderr: int) -> None:
+    command = [sys.executable, "-c", STEPS, str(tmp_path)]
+    # On the CPU: the script's tensors are there.
+    shape = {"COLUMNS": "120", "TERM": "xterm", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=ROOT, env=environment(**shape), stderr=stderr, check=True, timeout=120)
+
+
+def test_a_log_file_gets_lines_without_control_characters(tmp_path):
+    path = tmp_path / "log"
+    with open(path, "wb") as file:
+        run_steps(tmp_path, file.fileno())
+    text = path.read_bytes().decode()
+    assert all(character == "\n" or character.isprintable() for character in text), text
+    said = [line for line in text.splitlines() if line == "a word" or line.startswith("step ")]
+    assert said[0] == "a word"
+    assert said[1].startswith("step 20/20  loss 2.0000  lr 0.001  norm 0.5  ")
+
+
+def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path):
+    terminal, stderr = pty.openpty()
+    try:
+        run_steps(tmp_path, stderr)  # so little that it fits the terminal's buffer
+        text = os.read(terminal, 65536).decode()
+    finally:
+        os.close(stderr)
+        os.close(terminal)
+    assert "\r" in text
+    assert "| 5/20" in text
+    assert "| 20/20" in text
+    assert "a word" in text
+    assert "step 20/20  loss 2.0000" in text
