@@ -135,6 +135,29 @@ def test_a_shorter_schedule_than_what_is_done_is_no_traceback(images, trained):
     assert hashes(trained / "checkpoints") == before
 
 
+def test_resume_of_a_path_goes_on_in_another_run(images, trained):
+    """From the middle of `trained`: its second half again, to the bit, in a folder of its own."""
+    before = hashes(trained)
+    middle = trained / "checkpoints" / "step_00000005"
+    others = ["--batch-size", "16", "--model-ema", "--resume", str(middle), "optim.lr=1e-4"]
+    done = succeed(python(*arguments(images, trained.parent, "branch", *others)))
+    assert "from step 5" in done.stderr
+    branch = trained.parent / "branch"
+    for kind in ("train", "val/ema"):
+        wanted = [row for row in rows(trained, kind) if row["step"] > 5]
+        found = rows(branch, kind)
+        for row in [*wanted, *found]:
+            row.pop("images_per_second", None)
+        assert found == wanted
+    assert [path.name for path in (branch / "checkpoints").iterdir()] == ["step_00000010"]
+    ends = [open_checkpoint(run_dir / "checkpoints" / "step_00000010") for run_dir in (trained, branch)]
+    assert ends[1].state.samples == 320
+    for kind in ("model", "exp_avg", "ema"):
+        whole, resumed = (read_tensors(end, kind) for end in ends)
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert hashes(trained) == before
+
+
 def test_init_from_takes_the_weights_alone(images, trained, tmp_path):
     """From a file in the official layout; the class count is that of the config, the schedule begins at 0."""
     config, _ = load_config(CONFIG)

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,9 +197,8 @@ with join_world() as world:
 
 def run_steps(tmp_path: Path, stderr: int) -> None:
     command = [sys.executable, "-c", STEPS, str(tmp_path)]
-    # On the CPU: the script's tensors are there.
-    shape = {"COLUMNS": "120", "TERM": "xterm", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=ROOT, env=environment(**shape), stderr=stderr, check=True, timeout=120)
+    on_cpu = environment(CUDA_VISIBLE_DEVICES="")  # the script's tensors are there
+    subprocess.run(command, cwd=ROOT, env=on_cpu, stderr=stderr, check=True, timeout=120)
 
 
 def test_a_log_file_gets_lines_without_control_characters(tmp_path):
@@ -214,6 +214,7 @@ def test_a_log_file_gets_lines_without_control_characters(tmp_path):
 
 def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path):
     terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))
     try:
         run_steps(tmp_path, stderr)  # so little that it fits the terminal's buffer
         text = os.read(terminal, 65536).decode()
