@@ -4,7 +4,7 @@
 # make clean                         remove what the demo, the tests and the linters wrote; .venv stays
 
 SHELL := /bin/bash
-MAKEFLAGS += --no-builtin-rules --no-print-directory
+MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL:
 .PHONY: install lint test test-unit test-parity test-integration test-slow demo clean
 

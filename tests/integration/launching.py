@@ -8,9 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# A child is no rank of this process's group and, where make started the tests, no part of that make.
+NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+
+
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: one thread each, and none of this process's place in a group."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    """The environment of a child: one thread each, and a place of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
