@@ -9,7 +9,8 @@ Any knob of the config can be set behind the flags as dotted.key=value.
 
 import argparse
 
-from gcvit.config import EmaConfig, load_config
+from gcvit.config import EmaConfig
+from gcvit.config_file import load_config
 from gcvit.errors import run_main
 
 

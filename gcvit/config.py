@@ -2,21 +2,15 @@
 
 A config is one YAML file without inheritance. Unknown keys, wrong types and knobs that would have no effect in the
 chosen mode are refused. Absent is `None`: a section such as `ema` or `zero` that is not there is off. Durations are
-texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.schedule`.
+texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.schedule`. `gcvit.config_file` reads it.
 """
 
-import difflib
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from gcvit.errors import UserError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 DURATION = re.compile(r"^(?P<amount>\d+(\.\d+)?([eE][+-]?\d+)?) (?P<unit>epoch|step|sample)s?$")
 
@@ -88,17 +82,25 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     dir: str | None = None
-    """Folder with train/ and val/: shards written by data_prep, or class folders of images."""
+    """Folder or URL (https, s3, gs, hf) with train/ and val/: shards, or in a folder also class folders of images."""
+    cache_dir: str | None = None
+    """Folder on each node for the shards of a URL; null takes ~/.cache/gcvit. Refused where `dir` is a folder."""
+    cache_bytes: Count | None = None
+    """Most bytes of shards that are kept there, the least recently used go first; null keeps all."""
     num_workers: Annotated[int, Field(ge=0)] = 8
     """Loader processes per rank; 0 loads in the training process."""
     prefetch_batches: Count = 4
     """Micro-batches that each loader process keeps ready."""
-    lanes: Count = 1024
+    lanes: Count = 256
     """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
-    run_bytes: Count = 4_000_000
+    run_bytes: Count = 2_000_000
     """Bytes of consecutive samples that are read together and shuffled as one run."""
     open_runs: Count = 4
-    """Runs per lane that are open, and mixed, at once."""
+    """Runs per lane that are open, and mixed, at once; all ranks together hold lanes * open_runs * run_bytes."""
+    max_damaged_fraction: Share = 1e-4
+    """Training replaces samples that are damaged, and stops when they exceed this share of its samples."""
+    exif_orientation: bool = False
+    """Turn photographs upright by their EXIF tag; the published models were trained and evaluated without."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Evaluation: share of the resized image that the centre crop keeps."""
     eval_resize: Literal["crop", "squash"] = "crop"
@@ -107,6 +109,12 @@ class DataConfig(Section):
     """Per-channel mean subtracted from pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation that divides them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.dir is not None and "://" not in self.dir and (self.cache_dir or self.cache_bytes):
+            raise ValueError("cache_dir and cache_bytes have no effect where data.dir is a folder: remove them")
+        return self
 
 
 class AffineConfig(Section):
@@ -274,125 +282,3 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.tag
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `5e-6` as a text, since it wants a dot; users mean a number (as YAML 1.2 says)."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers, such as a tag "1e5"."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-    )
-
-
-def parse_yaml(text: str) -> Any:
-    """Safe YAML in which `5e-6` is a number. Errors: `yaml.YAMLError`."""
-    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-
-
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
-) -> tuple[Config, list[str]]:
-    """Read `path`, apply `flags` (plain values by dotted key, None is absent) and `dotted.key=value` overrides.
-
-    Returns the config and notices for the user. Errors: UserError for a missing or malformed file, an unknown key
-    (with the nearest valid name), a wrong type, a value out of range, or a knob without effect.
-    """
-    path = Path(path)
-    try:
-        tree = parse_yaml(path.read_text())
-    except OSError as error:
-        raise UserError("cannot read the config", got=f"{path} ({error.strerror})", cure="see configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("the config is no YAML", got=f"{path} ({error})", cure="see configs/ for examples") from None
-    if not isinstance(tree, dict):
-        raise UserError("the config must be a mapping of keys", got=f"{path} with a {type(tree).__name__}")
-    file_batch = tree.get("global_batch_size")
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _set(tree, key, value)
-    for override in overrides:
-        _set(tree, *_read_override(override))
-    config = parse_config(tree, source=str(path))
-    if not isinstance(file_batch, int) or file_batch < 1 or config.global_batch_size == file_batch:
-        return config, []
-    factor = config.global_batch_size / file_batch
-    scale = {"none": 1.0, "sqrt": factor**0.5, "linear": factor}[config.optim.lr_scaling]
-    optim = config.optim.model_copy(update={"lr": config.optim.lr * scale})
-    notice = (
-        f"global batch {config.global_batch_size} instead of the recipe's {file_batch}: "
-        f"optim.lr_scaling={config.optim.lr_scaling} makes the peak learning rate {optim.lr:g} "
-        f"(it was {config.optim.lr:g}); warm-up and EMA keep their length in samples"
-    )
-    return config.model_copy(update={"optim": optim}), [notice]
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Check a tree of plain values, as read from YAML or JSON; `source` names it in errors."""
-    try:
-        # Strict JSON mode: lists become tuples and 1 becomes 1.0, but "1" is no number and 1 is no bool.
-        return Config.model_validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        raise _explain(error, source) from None
-    except (TypeError, ValueError) as error:  # json cannot write it: a date, say
-        raise UserError("the config holds a value of an unknown kind", got=f"{source} ({error})") from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML, which `load_config` reads back to an equal config."""
-    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False)
-
-
-def _read_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not re.match(r"^[A-Za-z_][\w.]*$", key):
-        raise UserError("cannot read an override", got=override, allowed="dotted.key=value", cure="e.g. optim.lr=1e-3")
-    try:
-        return key, parse_yaml(text)
-    except yaml.YAMLError:
-        raise UserError("cannot read an override's value", got=override, allowed="a YAML value") from None
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        # A section that is absent or null springs up with its first knob: `ema.half_life=...` switches EMA on.
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    tree[last] = value
-
-
-def _explain(error: ValidationError, source: str) -> UserError:
-    first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
-    where = f"{source}: {key}" if key else source
-    more = f" ({len(others)} more after this one)" if others else ""
-    got = f"{first['input']!r}{more}" if key else None
-    if first["type"] == "extra_forbidden":
-        names = _section_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
-        cure = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])}?" if near else None
-        return UserError("unknown config key", got=where + more, allowed=", ".join(names), cure=cure)
-    if first["type"] == "missing":
-        return UserError(f"a config key is missing: {where}{more}", cure="add it, or see configs/ for complete files")
-    allowed = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return UserError(f"{where}: {allowed}{more}")
-    if first["type"] == "value_error" and isinstance(first["input"], dict):
-        return UserError(f"{where}: {allowed}{more}")  # a rule between knobs: the message names them
-    return UserError(where, got=got, allowed=allowed)
-
-
-def _section_keys(location: Sequence[str | int]) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(section.model_fields)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gcvit import checkpoint, runfolder
-from gcvit.config import DataConfig, parse_config
+from gcvit.config import DataConfig
+from gcvit.config_file import parse_config
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from gcvit.config import Config, dump_config
+from gcvit.config import Config
+from gcvit.config_file import dump_config
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World
 

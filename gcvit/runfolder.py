@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gcvit import checkpoint
-from gcvit.config import Config, dump_config
+from gcvit.config import Config
+from gcvit.config_file import dump_config
 from gcvit.errors import UserError
 
 

@@ -3,6 +3,9 @@
 A split's folder holds tars `SPLIT-000000.tar`, a small `manifest.json`, and one `.npy` column per field of a
 sample. Samples are numbered through the shards in the order of `manifest.json`, and lie in each shard in that
 order. The columns are memory-mapped, so that opening 14 million samples costs no memory of its own.
+
+Tars that others made may lie beside a manifest too (`data_prep.index`): their checksums, for which all bytes must
+be read, are optional. A manifest has the SHA-256 of all shards and the crc32 of all samples, or neither.
 """
 
 import hashlib
@@ -26,21 +29,22 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "offset": np.dtype("<i8"),
     "length": np.dtype("<u4"),
     "label": np.dtype("<i4"),
-    "crc32": np.dtype("<u4"),
+    "crc32": np.dtype("<u4"),  # absent where a manifest has no checksums
 }
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 HEADER_BYTES = 512  # a tar member's header directly before its payload
 SHARD_AGAIN = "python -m data_prep.shard SOURCE OUT writes shards and their manifest"
+INDEX = "python -m data_prep.index DIR writes a manifest for tars that are there"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, how many samples it holds, its size in bytes, its SHA-256 in hex."""
+    """One tar: its file name, how many samples it holds, its size in bytes, its SHA-256 in hex if it is known."""
 
     name: str
     num_samples: NonNegativeInt
     num_bytes: NonNegativeInt
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +52,9 @@ class Manifest:
     """A split: `root` is its folder; a label is an index into `classes`; every column has shape [N].
 
     `offset` (int64) is the byte at which a sample's image begins in its tar, `length` (uint32) the image's
-    size in bytes, `label` (int32) its class, `crc32` (uint32) the checksum of the image's bytes. Columns that
-    were read are memory-mapped and read-only; pickling copies them, so hand the folder to other processes.
+    size in bytes, `label` (int32) its class, `crc32` (uint32) the checksum of the image's bytes, None where it is
+    unknown. Columns that were read are memory-mapped and read-only; pickling copies them, so hand the folder to
+    other processes.
     """
 
     root: Path
@@ -59,7 +64,7 @@ class Manifest:
     offset: np.ndarray
     length: np.ndarray
     label: np.ndarray
-    crc32: np.ndarray
+    crc32: np.ndarray | None = None
 
     @property
     def num_samples(self) -> int:
@@ -77,7 +82,8 @@ class Manifest:
 
     @property
     def _columns(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name) for name in COLUMNS}
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        return {name: column for name, column in columns.items() if column is not None}
 
     def member_name(self, index: int) -> str:
         """Shard and member of sample `index`: "train-000123.tar: n01440764/n01440764_10026.jpg".
@@ -145,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = _read_file(folder)
     shards = tuple(file.shards)
-    columns = {name: _open_column(folder, name, file.num_samples) for name in COLUMNS}
+    columns = {name: _open_column(folder, name, file.num_samples) for name in COLUMNS if name in file.columns}
     manifest = Manifest(folder, file.split, tuple(file.classes), shards, **columns)
     # A shard's number of samples, a class or a checksum edited by hand is found here, as is a flipped bit.
     found = _describe(manifest.split, manifest.classes, shards, columns)
@@ -177,7 +183,7 @@ def write_manifest(
 
     The manifest comes last: a folder that has one is complete.
     """
-    columns = {name: np.ascontiguousarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
+    columns = {name: np.ascontiguousarray(columns[name], dtype=COLUMNS[name]) for name in COLUMNS if name in columns}
     num_samples = sum(shard.num_samples for shard in shards)
     assert all(column.shape == (num_samples,) for column in columns.values()), "a column's length is not N"
     for name, column in columns.items():
@@ -218,8 +224,9 @@ def _describe(
         "num_samples": len(columns["label"]),
         "shards": [asdict(shard) for shard in shards],
         "columns": {
-            name: hashlib.sha256(np.ascontiguousarray(columns[name], dtype=dtype).data).hexdigest()
-            for name, dtype in COLUMNS.items()
+            name: hashlib.sha256(np.ascontiguousarray(columns[name], dtype=COLUMNS[name]).data).hexdigest()
+            for name in COLUMNS
+            if name in columns
         },
     }
 
@@ -260,6 +267,8 @@ def _read_file(folder: Path) -> _File:
             allowed="equal and above 0",
             cure=SHARD_AGAIN,
         )
+    if missing := {"offset", "length", "label"} - file.columns.keys():
+        raise UserError(f"the manifest lacks columns: {path}", got=", ".join(sorted(missing)), cure=SHARD_AGAIN)
     return file
 
 
@@ -272,7 +281,7 @@ def _explain_absence(folder: Path) -> UserError:
         return UserError(
             f"shards without a manifest: {folder}",
             got=f"{len(names)} tars and no {FILE_NAME}",
-            cure="start the command that was writing them again; " + SHARD_AGAIN,
+            cure="start the command that was writing them again; for tars made by others: " + INDEX,
         )
     allowed = f"a folder of tars with {FILE_NAME}"
     return UserError("no shards here", got=folder, allowed=allowed, cure=SHARD_AGAIN)

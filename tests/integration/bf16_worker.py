@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from gcvit.config import Config, load_config
+from gcvit.config import Config
+from gcvit.config_file import load_config
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Fragment

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from gcvit import optim
-from gcvit.config import load_config
+from gcvit.config_file import load_config
 from gcvit.parallel.world import World, join_world
 from gcvit.run import open_sources, start
 from gcvit.trainer import train

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from gcvit.checkpoint import open_checkpoint, read_tensors
-from gcvit.config import load_config
+from gcvit.config_file import load_config
 from gcvit.evaluator import load_run
 from gcvit.model import create_model, weights
 from tests.integration.launching import python, run, succeed, torchrun

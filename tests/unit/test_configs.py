@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from gcvit.config import Config, OverridesConfig, Section, load_config, parse_yaml
+from gcvit.config import Config, OverridesConfig, Section
+from gcvit.config_file import load_config, parse_yaml
 from gcvit.schedule import build_schedule, to_samples
 
 FOLDER = Path(__file__).parents[2] / "configs"

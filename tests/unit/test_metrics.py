@@ -15,7 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gcvit import metrics as metrics_module
-from gcvit.config import Config, load_config
+from gcvit.config import Config
+from gcvit.config_file import load_config
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World, join_world
@@ -177,7 +178,7 @@ def test_tensorboard_reads_what_stands_in_the_rows(config, world):
 
 STEPS = """
 import sys, torch
-from gcvit.config import load_config
+from gcvit.config_file import load_config
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import join_world

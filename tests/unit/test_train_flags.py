@@ -9,7 +9,8 @@ import pytest
 
 import evaluate
 import train
-from gcvit.config import Config, EmaConfig, load_config
+from gcvit.config import Config, EmaConfig
+from gcvit.config_file import load_config
 from gcvit.errors import UserError
 from tests.integration.launching import ROOT
 

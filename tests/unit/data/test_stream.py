@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcvit.config import Config, parse_config
+from gcvit.config import Config
+from gcvit.config_file import parse_config
 from gcvit.data import stream
 from gcvit.data.source import open_source
 from gcvit.data.stream import eval_stream, num_micro_steps, train_stream
