@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 evaluate.py runs/gc_vit_large_fsdp --data_dir /data/imagenet-wds
     python evaluate.py --model gc_vit_tiny --checkpoint gcvit_1k_tiny.pth.tar --data_dir DIR --batch-size 128
 
-The last line of standard output is JSON: top1 and top5 in percent, loss, num_samples, correct_top1.
+The last line of standard output is JSON: top1, top5 (percent), loss, num_samples, correct_top1, num_skipped (damaged).
 """
 
 import argparse
@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder with the split")
     parser.add_argument("--split", default="val", help="folder below DIR (val)")
     parser.add_argument("--batch-size", "--batch_size", type=int, default=64, metavar="N", help="per device (64)")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave damaged samples out, and count them")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
 
@@ -48,7 +49,8 @@ def main() -> None:
         model, data = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
     with join_world() as world:
         model.eval().to(world.device)
-        result = evaluate(model, source, data, world, img_size=model.img_size, batch_size=arguments.batch_size)
+        options = {"batch_size": arguments.batch_size, "skip_damaged": arguments.skip_damaged}
+        result = evaluate(model, source, data, world, img_size=model.img_size, **options)
         if world.is_first:
             print(json.dumps(result.as_dict()), flush=True)
 

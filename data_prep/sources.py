@@ -1,27 +1,17 @@
 """Where samples come from: class folders of images, their labels, and the keys that name them in a shard."""
 
-import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
 
 from gcvit.errors import UserError
 
-# Pillow's name of a format -> the extension in a shard. MPO is a JPEG with a second picture.
-EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "GIF": "gif",
-    "BMP": "bmp",
-    "TIFF": "tif",
-}
-OPENERS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens MPO as JPEG, then renames it
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz", ".7z", ".rar")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LAYOUT = "SOURCE/CLASS/image files, or SOURCE/train/CLASS and SOURCE/val/CLASS"
@@ -32,11 +22,30 @@ LAYOUT = "SOURCE/CLASS/image files, or SOURCE/train/CLASS and SOURCE/val/CLASS"
 _CODED = re.compile(rb"[^ -~]|[.%]|^_(?=_)")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A split's files: `paths[i]`, relative to `root`, has label `labels[i]`, an index into `classes`.
+class Place(NamedTuple):
+    """Where an image's bytes lie: `file` is relative to a source's root; `length` None is the whole file."""
 
-    Sorted by class, then by path.
+    file: str
+    offset: int = 0
+    length: int | None = None
+
+
+class Spans(NamedTuple):
+    """Where each sample lies: `length[i]` bytes at `offset[i]` of `files[file[i]]`; columns of shape [N]."""
+
+    files: tuple[str, ...]
+    file: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A split's samples: `paths[i]`, CLASS/name, has label `labels[i]`, an index into `classes`.
+
+    Sorted by class, then by path. `paths` name samples in shards; where their bytes lie is told by `place`.
+    `root` is a folder, or a single archive, whose places have the file "". `split_folder` tells that the source has
+    splits of its own, so that the shards go to OUT/SPLIT.
     """
 
     root: Path
@@ -44,6 +53,25 @@ class Source:
     classes: tuple[str, ...]
     paths: list[str]
     labels: list[int]
+    split_folder: bool = False
+    spans: Spans | None = None
+
+    def place(self, index: int) -> Place:
+        if self.spans is None:
+            return Place(self.paths[index])
+        files, file, offset, length = self.spans
+        return Place(files[file[index]], int(offset[index]), int(length[index]))
+
+
+def read_place(root: Path, place: Place) -> bytes:
+    """The bytes at a place. Errors: OSError; ValueError where the file ends before."""
+    if place.length is None:
+        return (root / place.file).read_bytes()
+    with open(root / place.file, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), place.length, place.offset)
+    if len(data) < place.length:
+        raise ValueError(f"ends {place.length - len(data)} bytes before the sample at {place.offset} does")
+    return data
 
 
 def encode_key(path: str) -> str:
@@ -55,24 +83,24 @@ def encode_key(path: str) -> str:
     return _CODED.sub(lambda match: b"%%%02X" % match[0][0], os.fsencode(stem)).decode("ascii")
 
 
-def image_extension(data: bytes) -> str:
-    """The extension that fits an image's content by magic bytes and header, whatever its file was called.
+@contextmanager
+def spooled(source: Source, chosen: np.ndarray, folder: Path) -> Iterator[Source]:
+    """The source itself; or for one whose samples cannot be read singly (parquet), its `chosen` ones in a file.
 
-    Errors: ValueError (with Pillow's reason) where the bytes are no image of a known format. Pixels are not
-    decoded.
+    `chosen` are sample numbers; only their places may be asked of the source that this yields. The file lies in
+    `folder` and is removed afterwards, as is what a killed run left.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=OPENERS) as image:
-            extension = EXTENSIONS[str(image.format)]
-            image.verify()
-    except UnidentifiedImageError:
-        raise ValueError("no known image format" if data else "an empty file") from None
-    except Exception as error:  # Pillow's plugins raise whatever their parsing meets in damaged bytes
-        raise ValueError(f"damaged: {error}") from None
-    return extension
+    yield source
 
 
-def find_sources(root: Path, split: str | None) -> list[Source]:
+def find_sources(
+    root: Path,
+    split: str | None,
+    *,
+    classes: Path | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+) -> list[Source]:
     """The splits below `root`: `train` and `val` where it has these folders, else one named `split`.
 
     Labels number the sorted class folders of `train`, for `val` too. Errors: UserError for a missing, empty
@@ -101,11 +129,11 @@ def find_sources(root: Path, split: str | None) -> list[Source]:
         )
     # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
     _refuse_loose(root, [name for name in _list_folder(root)[1] if not name.lower().endswith(ARCHIVES)])
-    train = _scan(root / "train", "train", None)
-    return [train] if splits == ["train"] else [train, _scan(root / "val", "val", train.classes)]
+    train = _scan(root / "train", "train", None, True)
+    return [train] if splits == ["train"] else [train, _scan(root / "val", "val", train.classes, True)]
 
 
-def _scan(root: Path, split: str, classes: tuple[str, ...] | None) -> Source:
+def _scan(root: Path, split: str, classes: tuple[str, ...] | None, split_folder: bool = False) -> Source:
     """Read the names in a class-folder tree; `classes` fixes the labels, None takes its own folders."""
     folders, files = _list_folder(root)
     _refuse_loose(root, files)
@@ -128,7 +156,7 @@ def _scan(root: Path, split: str, classes: tuple[str, ...] | None) -> Source:
         _refuse_collisions(root, found)
         paths += found
         labels += [label_of[name]] * len(found)
-    return Source(root, split, tuple(label_of), paths, labels)
+    return Source(root, split, tuple(label_of), paths, labels, split_folder)
 
 
 def _walk(root: Path, folder: str) -> Iterator[str]:

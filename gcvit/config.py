@@ -91,11 +91,11 @@ class DataConfig(Section):
     """Loader processes per rank; 0 loads in the training process."""
     prefetch_batches: Count = 4
     """Micro-batches that each loader process keeps ready."""
-    lanes: Count = 256
+    lanes: Count = 1024
     """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
     run_bytes: Count = 2_000_000
     """Bytes of consecutive samples that are read together and shuffled as one run."""
-    open_runs: Count = 4
+    open_runs: Count = 2
     """Runs per lane that are open, and mixed, at once; all ranks together hold lanes * open_runs * run_bytes."""
     max_damaged_fraction: Share = 1e-4
     """Training replaces samples that are damaged, and stops when they exceed this share of its samples."""

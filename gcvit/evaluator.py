@@ -4,6 +4,7 @@ All ranks take equally many steps of one fixed shape (a sharded model gathers it
 that stopped early would hang the others); padding is masked. Ranks sum integers, and one division comes last.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class Result:
     correct_top1: int
     correct_top5: int
     loss: float  # mean cross entropy
+    num_skipped: int = 0  # damaged samples, which are not among `num_samples`
 
     @property
     def top1(self) -> float:
@@ -50,6 +52,7 @@ class Result:
             "loss": self.loss,
             "num_samples": self.num_samples,
             "correct_top1": self.correct_top1,
+            "num_skipped": self.num_skipped,
         }
 
 
@@ -62,9 +65,13 @@ def evaluate(
     *,
     img_size: int,
     batch_size: int,
+    skip_damaged: bool = False,
 ) -> Result:
-    """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks."""
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+    """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks.
+
+    Errors: UserError for a damaged sample, unless `skip_damaged` leaves it out and counts it.
+    """
+    counts = torch.zeros(4, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     stream = eval_stream(
         source,
@@ -74,21 +81,27 @@ def evaluate(
         world_size=world.size,
         rank=world.rank,
         pin_memory=world.device.type == "cuda",
+        skip_damaged=skip_damaged,
     )
     for batch in stream:
+        for damage in batch.damaged:
+            print(f"skipped: {damage.where} ({damage.reason})", file=sys.stderr, flush=True)
         labels, valid, images = (
             tensor.to(world.device, non_blocking=True) for tensor in (batch.labels, batch.valid, batch.images)
         )
         logits = model(normalize(images, data.mean, data.std))
         ranks = rank_of_label(logits, labels)
-        counts += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
+        counts[:3] += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
+        counts[3] += len(batch.damaged)
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
         loss += torch.where(valid, losses, 0.0).sum()
     world.sum(counts)
     world.sum(loss)
-    num_samples, correct_top1, correct_top5 = counts.tolist()
-    assert num_samples == source.num_samples, f"counted {num_samples} of {source.num_samples} samples"
-    return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples)
+    num_samples, correct_top1, correct_top5, num_skipped = counts.tolist()
+    assert num_samples + num_skipped == source.num_samples, f"counted {num_samples} of {source.num_samples} samples"
+    if not num_samples:
+        raise UserError("all samples are damaged", got=num_skipped, cure="python -m data_prep.verify tells more")
+    return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples, num_skipped)
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:

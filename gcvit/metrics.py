@@ -6,8 +6,9 @@ Sums stay on the device between logging steps; only there are they read, once, a
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from gcvit.config import Config
 from gcvit.config_file import dump_config
+from gcvit.data.batch import Damage
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World
 
@@ -78,6 +80,12 @@ class Metrics:
         self._write(step, f"val/{name}", row)
         self._say(f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}")
 
+    def log_damage(self, step: int, new: Sequence[Damage], num_damaged: int) -> None:
+        """Log samples that were found damaged and replaced by others; `num_damaged` counts all so far."""
+        for damage in new:
+            self._append({"step": step, "kind": "damage", **asdict(damage), "num_damaged": num_damaged})
+            self._say(f"step {step}/{self._total_steps}  DAMAGED, replaced: {damage.where} ({damage.reason})")
+
     def say(self, text: str) -> None:
         """A line for the user, from rank 0."""
         self._say(text)
@@ -102,12 +110,15 @@ class Metrics:
             print(text, file=sys.stderr, flush=True)
 
     def _write(self, step: int, kind: str, row: dict[str, Any]) -> None:
-        if self._rows is None or self._events is None:
-            return
-        with open(self._rows, "a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
-        for name, value in row.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._append({"step": step, "kind": kind, **row})
+        if self._events is not None:
+            for name, value in row.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._rows is not None:
+            with open(self._rows, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import RunState
 from gcvit.config import Config
+from gcvit.damage import DamageBudget
 from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.source import Source, open_source
 from gcvit.data.stream import Batch, check_world, num_micro_steps, train_stream
@@ -47,6 +48,7 @@ class Run:
     ema: Ema | None
     state: RunState
     metrics: Metrics
+    damage: DamageBudget
 
 
 def open_sources(config: Config) -> tuple[Source, Source]:
@@ -139,10 +141,17 @@ def start(
         )
         if not holds_whole_lanes(config.global_batch_size, world.size, lanes=config.data.lanes, paired=paired):
             metrics.say(
-                f"reads are not sequential: {world.size} processes do not divide data.lanes={config.data.lanes}, or "
-                f"these not the global batch of {config.global_batch_size} (the samples are the same)"
+                f"samples are read one by one: {world.size} processes do not divide data.lanes={config.data.lanes}, "
+                f"or these not the global batch of {config.global_batch_size} (the samples are the same)"
             )
-        yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, metrics)
+        damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
+        yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, metrics, damage)
+
+
+def settle_damage(run: Run) -> None:
+    """Tell of the samples that any rank had to replace. Errors: UserError, on all ranks alike, past the budget."""
+    run.metrics.log_damage(run.state.step, run.damage.settle(run.world), len(run.damage.found))
+    run.damage.check()
 
 
 def evaluate_all(run: Run) -> bool:

@@ -12,7 +12,7 @@ from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.world import World
-from gcvit.run import Run, evaluate_all, save
+from gcvit.run import Run, evaluate_all, save, settle_damage
 from gcvit.schedule import is_time
 
 
@@ -34,10 +34,12 @@ def train(run: Run) -> None:
         if run.ema:
             run.ema.update()
         run.metrics.add(loss_sum, result)
+        run.damage.add(batches)
 
         state.step, state.samples = step + 1, state.samples + config.global_batch_size
         if is_time(state.step, run.every.log, last):
             run.metrics.log_step(state.step, lr, result)
+            settle_damage(run)
         with run.metrics.off_the_clock():
             is_best = is_time(state.step, run.every.evaluate, last) and evaluate_all(run)
             if is_best or is_time(state.step, run.every.save, last):

@@ -7,6 +7,30 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Damage:
+    """A sample that cannot be read: its number in its source, where it lies, and what is wrong with it."""
+
+    sample: int
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one loader process makes of a micro-batch: some of its rows."""
+
+    rows: Tensor  # int64 [p], ascending
+    images: Tensor  # uint8 [p, 3, H, W]
+    labels: Tensor  # int64 [p]
+    erase: Tensor  # int64 [p, 5]
+    damaged: tuple[Damage, ...]  # whose rows hold other samples instead
+
+    def pin_memory(self) -> "Piece":
+        # Only the images are worth it: the rest is a few hundred bytes.
+        return Piece(self.rows, self.images.pin_memory(), self.labels, self.erase, self.damaged)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's share of one micro-step of training; it may be empty.
 
@@ -14,14 +38,37 @@ class Batch:
     are neighbours here. `erase` holds top, left, height, width (height 0: nothing) and the noise's seed.
     """
 
-    images: Tensor  # uint8 [b, 3, H, W]
+    positions: Tensor  # int64 [b], ascending
     labels: Tensor  # int64 [b]
-    positions: Tensor  # int64 [b]
     erase: Tensor  # int64 [b, 5]
+    pieces: tuple[Piece, ...]  # which together have each row once
 
-    def pin_memory(self) -> "Batch":
-        # Only the images are worth it: the rest is a few hundred bytes.
-        return Batch(self.images.pin_memory(), self.labels, self.positions, self.erase)
+    def images_on(self, device: torch.device) -> Tensor:
+        """uint8 [b, 3, H, W]. Pieces find their rows on the device: the host copies nothing together."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].images.to(device, non_blocking=True)
+        sizes = self.pieces[0].images.shape[1:]
+        images = torch.empty((len(self.labels), *sizes), dtype=torch.uint8, device=device)
+        for piece in self.pieces:
+            rows, part = (tensor.to(device, non_blocking=True) for tensor in (piece.rows, piece.images))
+            images.index_copy_(0, rows, part)
+        return images
+
+    @property
+    def images(self) -> Tensor:
+        return self.images_on(torch.device("cpu"))
+
+    @property
+    def damaged(self) -> list[Damage]:
+        return [damage for piece in self.pieces for damage in piece.damaged]
+
+
+def join_pieces(positions: Tensor, pieces: tuple[Piece, ...]) -> Batch:
+    labels = torch.empty(len(positions), dtype=torch.int64)
+    erase = torch.empty((len(positions), 5), dtype=torch.int64)
+    for piece in pieces:
+        labels[piece.rows], erase[piece.rows] = piece.labels, piece.erase
+    return Batch(positions, labels, erase, pieces)
 
 
 @dataclass(frozen=True)
@@ -32,9 +79,10 @@ class EvalBatch:
     labels: Tensor  # int64 [b]
     valid: Tensor  # bool [b]
     indices: Tensor  # int64 [b], the sample's number in its source
+    damaged: tuple[Damage, ...] = ()  # samples that are left out: their rows are padding too
 
     def pin_memory(self) -> "EvalBatch":
-        return EvalBatch(self.images.pin_memory(), self.labels, self.valid, self.indices)
+        return EvalBatch(self.images.pin_memory(), self.labels, self.valid, self.indices, self.damaged)
 
 
 def empty_images(num_images: int, img_size: int) -> Tensor:

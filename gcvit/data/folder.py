@@ -47,7 +47,17 @@ class FolderSource:
             digest.update(f"{column.dtype} ".encode() + column.tobytes())
         return digest.hexdigest()
 
-    def read(self, index: int) -> bytes:
+    @property
+    def in_runs(self) -> bool:
+        return False
+
+    def fetch(self, begin: int, end: int) -> list[memoryview]:
+        return [memoryview(self._read(index)) for index in range(begin, end)]
+
+    def check(self, index: int, content: memoryview) -> None:
+        """A file may have changed since it was listed: whether it is an image shows when it is decoded."""
+
+    def _read(self, index: int) -> bytes:
         try:
             with open(self.root / self.name(index), "rb") as file:
                 return file.read()

@@ -78,10 +78,11 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """SHA-256 in hex of split, classes, shards (by their hashes) and columns: equal for equal data."""
-        return _digest(_describe(self.split, self.classes, self.shards, self._columns))
+        return _digest(_describe(self.split, self.classes, self.shards, self.columns))
 
     @property
-    def _columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns that there are, by their names in `COLUMNS`."""
         columns = {name: getattr(self, name) for name in COLUMNS}
         return {name: column for name, column in columns.items() if column is not None}
 
@@ -143,15 +144,17 @@ def holds_shards(folder: Path) -> bool:
     return (folder / FILE_NAME).exists() or bool(_shard_names(folder))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Open the split in `folder` and check its schema, its columns' hashes and its shards' sizes.
+def read_manifest(folder: Path, check_shards: bool = True) -> Manifest:
+    """Open the split in `folder` and check its schema, its columns' hashes and, if asked to, its shards' sizes.
 
     Errors: UserError for a missing or malformed manifest, damaged columns, a missing, truncated or
     compressed shard. The shards' bytes are not read: `data_prep.verify` does that.
     """
     file = _read_file(folder)
     shards = tuple(file.shards)
-    columns = {name: _open_column(folder, name, file.num_samples) for name in COLUMNS if name in file.columns}
+    columns: dict[str, np.ndarray] = {
+        name: _open_column(folder, name, file.num_samples) for name in COLUMNS if name in file.columns
+    }
     manifest = Manifest(folder, file.split, tuple(file.classes), shards, **columns)
     # A shard's number of samples, a class or a checksum edited by hand is found here, as is a flipped bit.
     found = _describe(manifest.split, manifest.classes, shards, columns)
@@ -168,7 +171,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(what, got=folder / FILE_NAME, cure=SHARD_AGAIN)
     # The property's value is known now: spare it a second pass over the columns.
     manifest.__dict__["digest"] = file.digest
-    _check_shards(folder, shards)
+    if check_shards:
+        _check_shards(folder, shards)
     return manifest
 
 

@@ -10,11 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gcvit.data.folder import LAYOUT, class_folders, open_folder
-from gcvit.data.manifest import COLUMNS, Manifest, Shard, column_path, find_split, read_manifest
+from gcvit.data.manifest import Manifest, Shard, column_path, find_split, read_manifest
 from gcvit.errors import UserError
 
-# Per process: more than the lanes of a rank have open, less than the usual limit of 1024 files.
+# Per process, less than the usual limit of 1024 files. A shard is opened for each of its runs at worst.
 _MAX_OPEN_SHARDS = 256
+_MAX_WASTE = 2  # bytes read for each byte wanted
+
+
+class DamagedSample(UserError):
+    """A sample's bytes are not what was sharded."""
 
 
 class Source(Protocol):
@@ -42,8 +47,18 @@ class Source(Protocol):
     def digest(self) -> str:
         """Hex text that is equal where the samples, their order and their classes are."""
 
-    def read(self, index: int) -> bytes:
-        """The encoded image. Errors: UserError, naming the sample, where it cannot be read or is damaged."""
+    @property
+    def in_runs(self) -> bool:
+        """Whether neighbours lie together, so that many are read as quickly as one."""
+
+    def fetch(self, begin: int, end: int) -> list[memoryview]:
+        """The encoded images `begin` to `end` (exclusive) as they are stored, in few reads: see `check`.
+
+        Errors: UserError where they cannot be read.
+        """
+
+    def check(self, index: int, content: memoryview) -> None:
+        """Errors: DamagedSample where `content` is not what sample `index` was when it was sharded."""
 
     def name(self, index: int) -> str:
         """Where sample `index` lies, for messages."""
@@ -63,7 +78,7 @@ class ShardSource:
     def __reduce__(self) -> tuple[Any, ...]:
         # Columns are mapped again rather than copied, and not checked again, by each worker.
         manifest = self._manifest
-        return _reopen, (manifest.root, manifest.split, manifest.classes, manifest.shards)
+        return _reopen, (manifest.root, manifest.split, manifest.classes, manifest.shards, tuple(manifest.columns))
 
     def __del__(self) -> None:
         self._close()
@@ -75,22 +90,42 @@ class ShardSource:
     def name(self, index: int) -> str:
         return self._manifest.member_name(index)
 
-    def read(self, index: int) -> bytes:
+    @property
+    def in_runs(self) -> bool:
+        return True
+
+    def fetch(self, begin: int, end: int) -> list[memoryview]:
+        contents: list[memoryview] = []
+        while begin < end:
+            shard = int(np.searchsorted(self.first, begin, side="right")) - 1
+            stop = min(end, int(self.first[shard + 1]))
+            contents += self._fetch_from(shard, begin, stop)
+            begin = stop
+        return contents
+
+    def _fetch_from(self, shard: int, begin: int, end: int) -> list[memoryview]:
+        offset = self._manifest.offset[begin:end].astype(np.int64)
+        ends = offset + self.length[begin:end]
+        low, high = int(offset.min()), int(ends.max())
+        # In tars of others, something large may lie between the images.
+        if high - low > _MAX_WASTE * int(self.length[begin:end].sum()) and end - begin > 1:
+            return [self._fetch_from(shard, index, index + 1)[0] for index in range(begin, end)]
+        try:
+            stored = memoryview(os.pread(self._open(shard), high - low, low))
+        except OSError as error:
+            raise UserError("cannot read a sample", got=f"{self.name(begin)} ({error.strerror})") from None
+        return [stored[one:other] for one, other in zip((offset - low).tolist(), (ends - low).tolist(), strict=True)]
+
+    def check(self, index: int, content: memoryview) -> None:
         manifest = self._manifest
         length = int(manifest.length[index])
-        try:
-            shard = int(np.searchsorted(manifest.first, index, side="right")) - 1
-            content = os.pread(self._open(shard), length, int(manifest.offset[index]))
-        except OSError as error:
-            raise UserError("cannot read a sample", got=f"{self.name(index)} ({error.strerror})") from None
-        if len(content) != length or zlib.crc32(content) != int(manifest.crc32[index]):
-            kind = "another checksum" if len(content) == length else f"{len(content)} of {length} bytes"
-            raise UserError(
-                f"a sample differs from what was sharded: {manifest.root}",
-                got=f"{self.name(index)} ({kind})",
-                cure=f"python -m data_prep.verify {manifest.root} lists all damage",
-            )
-        return content
+        if len(content) != length:
+            kind = f"{len(content)} of {length} bytes"
+        elif manifest.crc32 is not None and zlib.crc32(content) != int(manifest.crc32[index]):
+            kind = "another checksum"
+        else:
+            return
+        raise DamagedSample(kind)
 
     def _open(self, shard: int) -> int:
         if self._owner != os.getpid():  # forked: the descriptors are the parent's, only this table is ours
@@ -107,8 +142,10 @@ class ShardSource:
             os.close(self._files.popitem()[1])
 
 
-def _reopen(root: Path, split: str, classes: tuple[str, ...], shards: tuple[Shard, ...]) -> ShardSource:
-    columns = {name: np.load(column_path(root, name), mmap_mode="r", allow_pickle=False) for name in COLUMNS}
+def _reopen(
+    root: Path, split: str, classes: tuple[str, ...], shards: tuple[Shard, ...], names: tuple[str, ...]
+) -> ShardSource:
+    columns = {name: np.load(column_path(root, name), mmap_mode="r", allow_pickle=False) for name in names}
     return ShardSource(Manifest(root, split, classes, shards, **columns))
 
 

@@ -2,63 +2,71 @@
 
 1. The run's place is one integer, the samples consumed: step t begins at t * global_batch_size.
 2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the
-   sample. Of each global batch it takes its rank's share (`gcvit.data.assignment`), cuts it into
-   micro-batches, and sends each as a task of a few numbers.
-3. A loader process reads the samples, seeds each by (seed, epoch, position), decodes, transforms, stacks.
-4. The main process receives the batches in the order of the tasks, pins them where wanted, groups a step's.
-5. A sample that cannot be read travels as an error; the main process raises it, and it stays a UserError.
+   sample. Of each global batch it takes its rank's share (`gcvit.data.assignment`), cuts it into micro-batches,
+   and each of these into one task per loader process, of a few numbers.
+3. A run of neighbouring samples is one loader process's, which reads it at once and keeps it until its last sample
+   is used. (Where a rank does not keep its lanes, runs are several ranks', and samples are read one by one.)
+4. A loader process seeds each sample by (seed, epoch, position), decodes, transforms, stacks.
+5. The main process receives the pieces in the order of the tasks, pins them where wanted, groups a step's.
+6. A damaged sample is replaced by another, which (seed, epoch, position) chooses; the batch tells. What else fails
+   travels as an error; the main process raises it, and it stays a UserError.
 
 Nothing is remembered but the step: resuming is starting at another one, on any number of processes.
 """
 
 import itertools
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from gcvit.config import Config, DataConfig
 from gcvit.data.assignment import (
+    EpochOrder,
     cut_micro_batches,
     deal_share,
+    holds_whole_lanes,
     micro_batch_capacity,
     num_micro_steps,
-    order_epoch,
 )
-from gcvit.data.batch import Batch, EvalBatch, empty_images
-from gcvit.data.source import Source
-from gcvit.data.transforms import (
-    EvalTransform,
-    TrainTransform,
-    decode,
-    draw_erase,
-    preserved_generators,
-    seed_sample,
-)
+from gcvit.data.batch import Batch, Damage, EvalBatch, Piece, empty_images, join_pieces
+from gcvit.data.decode import DecodeError
+from gcvit.data.source import DamagedSample, Source
+from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
 from gcvit.errors import UserError
 
 __all__ = ["Batch", "EvalBatch", "eval_stream", "num_micro_steps", "train_stream"]
 
-AnyBatch = TypeVar("AnyBatch", Batch, EvalBatch)
+Loaded = TypeVar("Loaded", Piece, EvalBatch)
 Indices = npt.NDArray[np.int64]
+
+_REPLACEMENT_STREAM = 4  # keeps these draws apart from others that begin with the same seed
+_MAX_REPLACEMENTS = 100  # tries: so many damaged samples in a row are no accident
 
 
 @dataclass(frozen=True)
 class _TrainTask:
-    """A micro-batch to load; all [b]: positions in the global batch, epochs, positions therein, samples."""
+    """Some rows of a micro-batch to load; every array is [p].
 
-    positions: Indices
+    Row in the micro-batch; epoch and position therein; the sample, its run's begin and end, and whether the run
+    is done with it.
+    """
+
+    rows: Indices
     epochs: Indices
     places: Indices
     samples: Indices
+    begin: Indices
+    end: Indices
+    last: npt.NDArray[np.bool_]
 
 
 def train_stream(
@@ -73,16 +81,20 @@ def train_stream(
 ) -> Iterator[tuple[Batch, ...]]:
     """Endless: for each optimizer step from `start_step` on, this rank's `num_micro_steps` batches.
 
-    Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an
-    unknown RandAugment policy; later, with `rank_local`, for a sample that cannot be read or decoded.
+    Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an unknown
+    RandAugment policy; later, with `rank_local`, for files that cannot be read, and for nothing but damage.
     """
     check_world(source, world_size)
     # Plan before the loader starts, so that mistakes in the numbers are told before processes exist.
-    paired = config.augment.mix is not None
-    num_steps = num_micro_steps(config.global_batch_size, world_size, micro_batch_size, paired)
-    tasks = _plan_training(source, config, start_step, world_size, rank, micro_batch_size)
-    batches = _load(_TrainLoader(source, config), tasks, config.data.num_workers, config.data, pin_memory)
-    return _group(batches, num_steps)
+    batch_size, paired = config.global_batch_size, config.augment.mix is not None
+    num_steps = num_micro_steps(batch_size, world_size, micro_batch_size, paired)
+    share = deal_share(batch_size, world_size, rank, lanes=config.data.lanes, paired=paired)
+    capacity = micro_batch_capacity(batch_size, world_size, micro_batch_size, paired=paired)
+    micro_batches = cut_micro_batches(share, num_steps, capacity)
+    in_runs = source.in_runs and holds_whole_lanes(batch_size, world_size, lanes=config.data.lanes, paired=paired)
+    tasks = _plan_training(source, config, start_step, micro_batches, in_runs)
+    pieces = _load(_TrainLoader(source, config), tasks, config.data.num_workers, config.data, pin_memory)
+    return _group(pieces, micro_batches, _num_pieces(config.data))
 
 
 def eval_stream(
@@ -94,17 +106,19 @@ def eval_stream(
     world_size: int,
     rank: int,
     pin_memory: bool = False,
+    skip_damaged: bool = False,
 ) -> Iterator[EvalBatch]:
     """Each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
 
-    A rank takes consecutive samples. Errors: as `train_stream`.
+    A rank takes consecutive samples. A damaged one is an error, or with `skip_damaged` a row of padding. Errors:
+    as `train_stream`.
     """
     check_world(source, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
     tasks = cut_micro_batches(np.arange(low, high), num_batches, batch_size)
-    loader = _EvalLoader(source, data, img_size, batch_size)
+    loader = _EvalLoader(source, data, img_size, batch_size, skip_damaged)
     return _load(loader, iter(tasks), min(data.num_workers, num_batches), data, pin_memory)
 
 
@@ -117,110 +131,185 @@ def check_world(source: Source, world_size: int) -> None:
         )
 
 
-def _plan_training(
-    source: Source, config: Config, start_step: int, world_size: int, rank: int, micro_batch_size: int | None
-) -> Iterator[_TrainTask]:
-    data, batch_size, paired = config.data, config.global_batch_size, config.augment.mix is not None
-    share = deal_share(batch_size, world_size, rank, lanes=data.lanes, paired=paired)
-    num_steps = num_micro_steps(batch_size, world_size, micro_batch_size, paired)
-    capacity = micro_batch_capacity(batch_size, world_size, micro_batch_size, paired=paired)
+class _Orders:
+    """The orders of the epochs as they come; the next one is planned in a thread while this one is used."""
 
-    @lru_cache(maxsize=2)  # a batch may straddle two epochs
-    def order(epoch: int) -> npt.NDArray[np.uint32]:
-        return order_epoch(
+    def __init__(self, source: Source, config: Config, share: Indices):
+        self._source, self._config = source, config
+        # A batch's slot meets only lanes that are congruent to it, less the epoch's first sample, modulo this.
+        self._period = math.gcd(config.global_batch_size, config.data.lanes)
+        self._share = np.unique(share % self._period)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="order")
+        self._orders: dict[int, Future[EpochOrder]] = {}
+
+    def __getitem__(self, epoch: int) -> EpochOrder:
+        for wanted in (epoch, epoch + 1):
+            if wanted not in self._orders:
+                self._orders[wanted] = self._thread.submit(self._plan, wanted)
+        self._orders.pop(epoch - 2, None)  # a batch may straddle two epochs, or more where they are small
+        return self._orders[epoch].result()
+
+    def _plan(self, epoch: int) -> EpochOrder:
+        data, source = self._config.data, self._source
+        order = EpochOrder(
             source.first,
             source.length,
-            seed=config.seed,
+            seed=self._config.seed,
             epoch=epoch,
             lanes=data.lanes,
             run_bytes=data.run_bytes,
             open_runs=data.open_runs,
         )
+        slot = (np.arange(data.lanes) + epoch * source.num_samples) % self._period
+        order.plan(np.flatnonzero(np.isin(slot, self._share)))
+        return order
 
+
+def _plan_training(
+    source: Source, config: Config, start_step: int, micro_batches: list[Indices], in_runs: bool
+) -> Iterator[_TrainTask]:
+    orders = _Orders(source, config, np.concatenate(micro_batches))
     for step in itertools.count(start_step):
-        for positions in cut_micro_batches(share, num_steps, capacity):
-            epochs, places = np.divmod(step * batch_size + positions, source.num_samples)
-            samples = np.empty_like(places)
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                samples[here] = order(int(epoch))[places[here]]
-            yield _TrainTask(positions, epochs, places, samples)
+        for positions in micro_batches:
+            epochs, places = np.divmod(step * config.global_batch_size + positions, source.num_samples)
+            yield from _cut_tasks(orders, epochs, places, in_runs, _num_pieces(config.data))
 
 
-class _TrainLoader(Dataset[Batch | UserError]):
-    """Runs in the loader processes: a task becomes a batch, or the error that its first bad sample makes."""
+def _cut_tasks(
+    orders: _Orders, epochs: Indices, places: Indices, in_runs: bool, num_pieces: int
+) -> Iterator[_TrainTask]:
+    samples, begin, end, opened = (np.empty_like(places) for _ in range(4))
+    last = np.ones(len(places), dtype=bool)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        picks = orders[int(epoch)].take(places[here])
+        samples[here], begin[here], end[here] = picks.samples, picks.begin, picks.end
+        opened[here], last[here] = picks.opened, picks.last
+    if not in_runs:
+        begin, end, opened, last = samples, samples + 1, np.arange(len(samples)), np.ones_like(last)
+    for piece in range(num_pieces):
+        rows = np.flatnonzero(opened % num_pieces == piece)
+        yield _TrainTask(rows, *(column[rows] for column in (epochs, places, samples, begin, end, last)))
+
+
+def _num_pieces(data: DataConfig) -> int:
+    # The loader hands tasks to its processes in turn, so that piece w of each micro-batch is process w's.
+    return max(1, data.num_workers)
+
+
+class _TrainLoader(Dataset[Piece | UserError]):
+    """Runs in the loader processes: a task becomes a piece of a batch."""
 
     def __init__(self, source: Source, config: Config):
         self._source, self._seed, self._img_size = source, config.seed, config.model.img_size
-        self._transform = TrainTransform(config.augment, config.data.mean, config.model.img_size)
+        self._transform = TrainTransform(config.augment, config.data, config.model.img_size)
         self._erase_prob = config.augment.erase_prob
+        self._runs: dict[tuple[int, int], list[memoryview]] = {}  # that are open, by epoch and first sample
 
-    def __getitem__(self, task: _TrainTask) -> Batch | UserError:
-        images = empty_images(len(task.samples), self._img_size)
-        erase = torch.zeros((len(task.samples), 5), dtype=torch.int64)
+    def __getitem__(self, task: _TrainTask) -> Piece | UserError:
+        images = empty_images(len(task.rows), self._img_size)
+        erase = torch.zeros((len(task.rows), 5), dtype=torch.int64)
+        samples = task.samples.copy()
+        damaged: list[Damage] = []
         with preserved_generators():
-            for row, sample in enumerate(task.samples.tolist()):
+            for i, (epoch, place, sample) in enumerate(
+                zip(task.epochs.tolist(), task.places.tolist(), task.samples.tolist(), strict=True)
+            ):
                 try:
-                    image = _read_image(self._source, sample)
+                    content = self._stored(epoch, sample, int(task.begin[i]), int(task.end[i]), bool(task.last[i]))
+                    for attempt in range(_MAX_REPLACEMENTS):
+                        seed_sample(self._seed, epoch, place)
+                        try:
+                            self._source.check(sample, content)
+                            images[i] = self._transform(content)
+                            break
+                        except (DamagedSample, DecodeError) as error:
+                            damaged.append(Damage(sample, self._source.name(sample), str(error)))
+                        sample = self._replacement(epoch, place, attempt)
+                        (content,) = self._source.fetch(sample, sample + 1)
+                    else:
+                        return _too_much_damage(damaged)
                 except UserError as error:
                     return error
-                seed_sample(self._seed, int(task.epochs[row]), int(task.places[row]))
-                images[row] = self._transform(image)
-                erase[row] = torch.tensor(draw_erase(self._erase_prob, self._img_size, self._img_size))
-        labels = torch.from_numpy(self._source.label[task.samples].astype(np.int64))
-        return Batch(images, labels, torch.from_numpy(task.positions), erase)
+                samples[i] = sample
+                erase[i] = torch.tensor(draw_erase(self._erase_prob, self._img_size, self._img_size))
+        labels = torch.from_numpy(self._source.label[samples].astype(np.int64))
+        return Piece(torch.from_numpy(task.rows), images, labels, erase, tuple(damaged))
+
+    def _stored(self, epoch: int, sample: int, begin: int, end: int, is_last: bool) -> memoryview:
+        run = self._runs.pop((epoch, begin), None)
+        if run is None:
+            run = self._source.fetch(begin, end)
+        if not is_last:
+            self._runs[epoch, begin] = run
+        return run[sample - begin]
+
+    def _replacement(self, epoch: int, place: int, attempt: int) -> int:
+        words = np.random.SeedSequence((self._seed, _REPLACEMENT_STREAM, epoch, place, attempt)).generate_state(
+            1, np.uint64
+        )
+        return int(words[0]) % self._source.num_samples
+
+
+def _too_much_damage(damaged: list[Damage]) -> UserError:
+    return UserError(
+        f"{len(damaged)} samples in a row are damaged",
+        got="; ".join(f"{damage.where} ({damage.reason})" for damage in damaged[-3:]),
+        cure="python -m data_prep.verify lists all damage in shards",
+    )
 
 
 class _EvalLoader(Dataset[EvalBatch | UserError]):
-    """As `_TrainLoader`; a task holds the numbers of up to `batch_size` samples."""
+    """As `_TrainLoader`; a task holds the numbers of up to `batch_size` consecutive samples."""
 
-    def __init__(self, source: Source, data: DataConfig, img_size: int, batch_size: int):
+    def __init__(self, source: Source, data: DataConfig, img_size: int, batch_size: int, skip_damaged: bool):
         self._source, self._img_size, self._batch_size = source, img_size, batch_size
         self._transform = EvalTransform(data, img_size)
+        self._skip_damaged = skip_damaged
 
     def __getitem__(self, samples: Indices) -> EvalBatch | UserError:
-        num_valid = len(samples)
         images = empty_images(self._batch_size, self._img_size)
-        images[num_valid:] = 0
-        for row, sample in enumerate(samples.tolist()):
-            try:
-                images[row] = self._transform(_read_image(self._source, sample))
-            except UserError as error:
-                return error
+        images[len(samples) :] = 0
+        valid = torch.arange(self._batch_size) < len(samples)
+        damaged: list[Damage] = []
+        try:
+            contents = self._source.fetch(int(samples[0]), int(samples[-1]) + 1) if len(samples) else []
+            for row, (sample, content) in enumerate(zip(samples.tolist(), contents, strict=True)):
+                try:
+                    self._source.check(sample, content)
+                    images[row] = self._transform(content)
+                except (DamagedSample, DecodeError) as error:
+                    damaged.append(Damage(sample, self._source.name(sample), str(error)))
+                    images[row], valid[row] = 0, False
+        except UserError as error:
+            return error
+        if damaged and not self._skip_damaged:
+            return UserError(
+                "a sample is damaged",
+                got=f"{damaged[0].where} ({damaged[0].reason})",
+                cure="python -m data_prep.verify lists all damage, and --repair mends; --skip-damaged leaves it out",
+            )
         labels, indices = torch.zeros((2, self._batch_size), dtype=torch.int64)
-        labels[:num_valid] = torch.from_numpy(self._source.label[samples].astype(np.int64))
-        indices[:num_valid] = torch.from_numpy(samples)
-        return EvalBatch(images, labels, torch.arange(self._batch_size) < num_valid, indices)
-
-
-def _read_image(source: Source, sample: int) -> Image.Image:
-    content = source.read(sample)
-    try:
-        return decode(content)
-    except Exception as error:  # Pillow raises almost anything for damaged bytes, and only Pillow runs in there
-        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise UserError(
-            "a sample is no image that can be decoded",
-            got=f"{source.name(sample)} ({reason})",
-            cure="python -m data_prep.verify lists all damage in shards",
-        ) from None
+        labels[: len(samples)] = torch.from_numpy(self._source.label[samples].astype(np.int64))
+        indices[: len(samples)] = torch.from_numpy(samples)
+        return EvalBatch(images, labels, valid, indices, tuple(damaged))
 
 
 def _load(
-    loader: Dataset[AnyBatch | UserError],
+    loader: Dataset[Loaded | UserError],
     tasks: Iterator[Any],
     num_workers: int,
     data: DataConfig,
     pin_memory: bool,
-) -> Iterator[AnyBatch]:
-    """Batches in the order of the tasks; with 0 workers they are made when asked for, in this process."""
+) -> Iterator[Loaded]:
+    """What becomes of the tasks, in their order; with 0 workers it is made when asked for, in this process."""
     # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh one,
     # which imports this module once, however many loader processes are then forked from it.
     context = None
     if num_workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["gcvit.data.stream"])
-    batches = DataLoader(
+    loaded = DataLoader(
         loader,
         batch_size=None,
         sampler=tasks,
@@ -232,7 +321,7 @@ def _load(
         # The loader draws its workers' seeds, which nobody reads, from here, not from the global generator.
         generator=torch.Generator(),
     )
-    return _raise_error(iter(batches))
+    return _raise_error(iter(loaded))
 
 
 def _start_worker(worker: int) -> None:
@@ -241,18 +330,18 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _raise_error(batches: Iterator[AnyBatch | UserError]) -> Iterator[AnyBatch]:
-    """Pass batches on; raise the first error that comes in place of one."""
-    for batch in batches:
-        if isinstance(batch, UserError):
-            error = batch
+def _raise_error(items: Iterator[Loaded | UserError]) -> Iterator[Loaded]:
+    """Pass items on; raise the first error that comes in place of one."""
+    for item in items:
+        if isinstance(item, UserError):
+            error = item
             break
-        yield batch
+        yield item
     else:
         return
     # Nothing may hold the loader when the error leaves, this frame and the error's traceback included: where
     # it dies in a cycle, its queues close before the workers are told to end, and each is awaited for 5 s.
-    del batches, batch
+    del items, item
     error.rank_local = True  # type: ignore[attr-defined]  # other ranks do not meet this error
     try:
         raise error
@@ -260,6 +349,7 @@ def _raise_error(batches: Iterator[AnyBatch | UserError]) -> Iterator[AnyBatch]:
         del error
 
 
-def _group(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
+def _group(pieces: Iterator[Piece], micro_batches: list[Indices], num_pieces: int) -> Iterator[tuple[Batch, ...]]:
+    positions = [torch.from_numpy(micro_batch) for micro_batch in micro_batches]
     while True:
-        yield tuple(next(batches) for _ in range(size))
+        yield tuple(join_pieces(where, tuple(itertools.islice(pieces, num_pieces))) for where in positions)

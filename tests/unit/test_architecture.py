@@ -25,7 +25,8 @@ FLOORS = [
     ("gcvit.model", "gcvit.model.*"),
     (
         *("gcvit.data", "gcvit.data.manifest", "gcvit.data.folder", "gcvit.data.source"),
-        *("gcvit.data.assignment", "gcvit.data.batch", "gcvit.data.transforms"),
+        *("gcvit.data.assignment", "gcvit.data.batch", "gcvit.data.transforms", "gcvit.data.decode"),
+        *("gcvit.data.remote", "gcvit.data.shard_cache"),
         *("gcvit.parallel", "gcvit.parallel.world", "gcvit.parallel.engine"),
     ),
     ("gcvit.optim", "gcvit.loss", "gcvit.ema"),
@@ -36,7 +37,7 @@ FLOORS = [
     ("gcvit.parallel.build",),
     (
         *("gcvit.evaluator", "gcvit.checkpoint", "gcvit.export", "gcvit.metrics", "gcvit.report"),
-        *("gcvit.flat_dcp", "gcvit.runfolder"),
+        *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage"),
     ),
     ("gcvit.run", "gcvit.plan"),
     ("gcvit.trainer",),

@@ -165,7 +165,7 @@ def test_missing_and_truncated_shards_are_named(folder):
 
 def test_shards_without_a_manifest_and_compressed_ones_are_refused(folder):
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"without a manifest.*2 tars.*cure.*data_prep\.shard"):
+    with pytest.raises(UserError, match=r"without a manifest.*2 tars.*cure.*data_prep\.index"):
         read_manifest(folder)
     (folder / "train-000001.tar").rename(folder / "train-000001.tar.gz")
     with pytest.raises(UserError, match=r"compressed.*train-000001\.tar\.gz.*allowed: \.tar;"):

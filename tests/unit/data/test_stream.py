@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import os
 import random
 import shutil
 from collections import Counter
@@ -7,12 +8,19 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gcvit.config import Config
 from gcvit.config_file import parse_config
 from gcvit.data import stream
+from gcvit.data.assignment import (
+    cut_micro_batches,
+    deal_share,
+    holds_whole_lanes,
+    micro_batch_capacity,
+    order_epoch,
+)
 from gcvit.data.source import open_source
 from gcvit.data.stream import eval_stream, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
@@ -123,40 +131,86 @@ def test_mixed_images_do_not_depend_on_the_world(source):
         assert_equal_rows(mixed(world_size, micro_batch_size), expected)
 
 
-def plan(source, config, num_tasks, **place):
-    return list(itertools.islice(stream._plan_training(source, config, **place), num_tasks))
-
-
 @given(
     batch_size=st.integers(1, 70),
     world_size=st.integers(1, 9),
     micro=st.integers(2, 9) | st.none(),
+    num_workers=st.integers(0, 8),
     paired=st.booleans(),
+    of_shards=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
-def test_each_epoch_takes_each_sample_once(source, batch_size, world_size, micro, paired):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_epoch_takes_each_sample_once(
+    source, shard_dir, batch_size, world_size, micro, num_workers, paired, of_shards
+):
+    source = open_source(shard_dir, "train") if of_shards else source
     batch_size *= 2 if paired else 1
-    config = make_config(batch_size, augment={} if paired else {"mix": None})
-    num_steps = num_micro_steps(batch_size, world_size, micro, paired)
+    config = make_config(batch_size, num_workers, augment={} if paired else {"mix": None})
     num_batches = -(-3 * NUM_TRAIN // batch_size)
     seen = {}
     for rank in range(world_size):
-        tasks = plan(
-            source,
-            config,
-            num_batches * num_steps,
-            start_step=0,
-            world_size=world_size,
-            rank=rank,
-            micro_batch_size=micro,
-        )
-        for task in tasks:
+        tasks, num_steps = plan(source, config, world_size, rank, micro)
+        for task in itertools.islice(tasks, num_batches * num_steps * max(1, num_workers)):
             for epoch, place, sample in zip(task.epochs, task.places, task.samples, strict=True):
                 assert (epoch, place) not in seen
                 seen[epoch, place] = sample
     orders = [[seen[epoch, place] for place in range(NUM_TRAIN)] for epoch in range(3)]
     assert all(sorted(order) == list(range(NUM_TRAIN)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
+    whole = order_epoch(source.first, source.length, seed=7, epoch=1, lanes=8, run_bytes=3000, open_runs=2)
+    assert orders[1] == whole.tolist()
+
+
+def plan(source, config, world_size, rank, micro):
+    """The endless tasks of a rank, and how many micro-steps make a step."""
+    paired = config.augment.mix is not None
+    numbers = (config.global_batch_size, world_size)
+    num_steps = num_micro_steps(*numbers, micro, paired)
+    share = deal_share(*numbers, rank, lanes=8, paired=paired)
+    capacity = micro_batch_capacity(*numbers, micro, paired=paired)
+    in_runs = source.in_runs and holds_whole_lanes(*numbers, lanes=8, paired=paired)
+    micro_batches = cut_micro_batches(share, num_steps, capacity)
+    return stream._plan_training(source, config, 0, micro_batches, in_runs), num_steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_rank_reads_its_share_once_in_runs(shard_dir, monkeypatch, world_size, num_workers):
+    """Two epochs: each run is one read of one loader process, dropped after its last sample."""
+    source = open_source(shard_dir, "train")
+    config = make_config(16, num_workers)
+    fetched = []
+    monkeypatch.setattr(source, "fetch", lambda begin, end: fetched.append((begin, end)) or [memoryview(b"")] * 99)
+    num_read = 0
+    for rank in range(world_size):
+        loaders = [stream._TrainLoader(source, config) for _ in range(num_workers)]
+        tasks, num_steps = plan(source, config, world_size, rank, None)
+        most_open = 0
+        wanted = 0
+        for number, task in enumerate(itertools.islice(tasks, 6 * num_steps * num_workers)):
+            wanted += len(task.rows)
+            for row, sample in enumerate(task.samples):
+                run = int(task.begin[row]), int(task.end[row])
+                loaders[number % num_workers]._stored(int(task.epochs[row]), sample, *run, bool(task.last[row]))
+            most_open = max(most_open, sum(len(loader._runs) for loader in loaders))
+        assert wanted == 6 * 16 // world_size
+        assert most_open <= 8 // world_size * 2 + 8  # lanes * open_runs, and the next epoch's first
+        still_open = sum(len(loader._runs) for loader in loaders)
+        num_read += sum(end - begin for begin, end in fetched)
+        assert len(fetched) < wanted / 1.5
+        assert len(set(fetched)) > still_open
+        fetched.clear()
+    # Two epochs and two samples: what was begun of the third comes on top.
+    assert 2 * NUM_TRAIN <= num_read <= 2 * NUM_TRAIN + 2 * 8 * 3
+
+
+def test_ranks_without_lanes_of_their_own_read_single_samples(shard_dir):
+    source = open_source(shard_dir, "train")
+    tasks, _ = plan(source, make_config(12), 5, 1, None)
+    for task in itertools.islice(tasks, 20):
+        assert (task.begin == task.samples).all()
+        assert (task.end == task.samples + 1).all()
+        assert task.last.all()
 
 
 def test_labels_belong_to_their_images(source, reference):
@@ -174,8 +228,8 @@ def test_augmentation_changes_between_epochs(source):
     config = make_config(NUM_TRAIN, augment={"mix": None})
     epochs = [by_position(step) for step in take_steps(source, config, 2)]
     images = [{row[0].numpy().tobytes() for row in rows.values()} for rows in epochs]
-    assert len(images[0]) == NUM_TRAIN
-    assert len(images[0] & images[1]) == 0
+    assert len(images[0]) >= NUM_TRAIN - 2  # RandAugment may leave two of these small ones blank
+    assert len(images[0] & images[1]) <= 1
 
 
 def test_an_odd_batch_without_mixing(source):
@@ -232,24 +286,80 @@ def test_loader_processes_give_the_same_batches(source, reference, image_tree):
         assert torch.equal(alone.indices, loaded.indices)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_sample_is_named(image_tree, tmp_path, num_workers):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_sample_is_replaced_and_told(image_tree, tmp_path, reference, num_workers):
     root = shutil.copytree(image_tree, tmp_path / "copy")
     (root / "train" / "bee" / "001.jpg").write_text("I am no image")
-    with pytest.raises(UserError, match=r"no image that can be decoded: got bee/001.jpg") as caught:
-        take_steps(open_source(root, "train"), make_config(num_workers=num_workers), 5)
+    source = open_source(root, "train")
+    bad = next(index for index in range(NUM_TRAIN) if source.name(index) == "bee/001.jpg")
+    # Sizes make runs: give the old one, so that the order is the reference's.
+    source.length[bad] = (image_tree / "train" / "bee" / "001.jpg").stat().st_size
+    steps = take_steps(source, make_config(num_workers=num_workers), 4)  # an epoch and a sample
+    damaged = [damage for step in steps for batch in step for damage in batch.damaged]
+    assert {(damage.sample, damage.where) for damage in damaged} == {(bad, "bee/001.jpg")}
+    assert all(damage.reason for damage in damaged)
+    replaced = []
+    for step, expected in zip(steps, reference, strict=False):
+        rows = by_position(step)
+        replaced += [rows[position] for position in rows if not torch.equal(rows[position][0], expected[position][0])]
+    assert len(replaced) == len(damaged) in (1, 2)
+    again = take_steps(source, make_config(), 4)
+    for one, other in zip(steps, again, strict=True):
+        assert_equal_rows(by_position(one), by_position(other))
+
+
+def test_nothing_but_damage_ends_with_an_error(image_tree, tmp_path):
+    root = shutil.copytree(image_tree, tmp_path / "copy")
+    for file in (root / "train").rglob("*.jpg"):
+        file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"100 samples in a row are damaged: got .*\.jpg \(") as caught:
+        take_steps(open_source(root, "train"), make_config(num_workers=1), 1)
     assert caught.value.rank_local
     assert not multiprocessing.active_children()  # though the error is still held
 
 
-def test_a_truncated_shard_is_named(shard_dir):
+def test_a_missing_shard_is_an_error_at_once(shard_dir):
     source = open_source(shard_dir, "train")
-    tar = shard_dir / "train" / "train-000001.tar"
-    with open(tar, "r+b") as file:
-        file.truncate(tar.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"train-000001.tar: ") as caught:
+    (shard_dir / "train" / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"cannot read a sample: got train-000001.tar: .*No such file") as caught:
         take_steps(source, make_config(), 5)
     assert caught.value.rank_local
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_damage_told_is_the_damage_done(shard_dir, tmp_path_factory, data):
+    """Bytes of images flipped, and shards cut at any block: each damaged sample is told, and no other."""
+    root = shutil.copytree(shard_dir, tmp_path_factory.mktemp("damage") / "copy")
+    source = open_source(root, "train")
+    offset, length = source._manifest.offset.astype(int), source.length.astype(int)
+    shard_of = np.searchsorted(source.first, np.arange(NUM_TRAIN), side="right") - 1
+    bad = set()
+    for index in data.draw(st.sets(st.integers(0, NUM_TRAIN - 1), max_size=5)):
+        at = int(offset[index]) + data.draw(st.integers(0, int(length[index]) - 1))
+        path = root / "train" / source._manifest.shards[shard_of[index]].name
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        bad.add(index)
+    if (cut := data.draw(st.none() | st.integers(0, 3))) is not None:
+        path = root / "train" / source._manifest.shards[cut].name
+        size = data.draw(st.integers(0, path.stat().st_size // 512)) * 512
+        os.truncate(path, size)
+        bad |= set(np.flatnonzero((shard_of == cut) & (offset + length > size)).tolist())
+    batches = itertools.chain(*take_steps(source, make_config(NUM_TRAIN, augment=PLAIN), 1))
+    damaged = [damage.sample for batch in batches for damage in batch.damaged]
+    assert set(damaged) == bad
+    assert len(damaged) >= len(bad)  # a damaged one may be drawn as a replacement as well
+    config = make_config(augment=PLAIN)
+    sizes = {"img_size": 32, "batch_size": 7, "world_size": 1, "rank": 0}
+    evaluated = list(eval_stream(source, config.data, **sizes, skip_damaged=True))
+    assert sorted(damage.sample for batch in evaluated for damage in batch.damaged) == sorted(bad)
+    counted = torch.cat([batch.indices[batch.valid] for batch in evaluated]).tolist()
+    assert sorted(counted) == sorted(set(range(NUM_TRAIN)) - bad)
+    if bad:
+        with pytest.raises(UserError, match=r"a sample is damaged.*--skip-damaged"):
+            list(eval_stream(source, config.data, **sizes))
 
 
 def test_shards_and_folders_give_the_same_epoch(source, shard_dir):

@@ -1,0 +1,174 @@
+"""Images inside tars: class tars, a tar of class tars, ILSVRC's validation tar with its labels.
+
+Nothing is unpacked. One pass reads the headers and skips what lies between them; a sample is then a range of bytes
+of the outermost file. A member's name names a sample and never becomes a path on disk.
+"""
+
+import io
+import re
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.class_folders import ARCHIVES
+from data_prep.members import Member, list_members, open_tar
+from gcvit.errors import UserError
+
+META = "data/meta.mat"
+TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+_VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+class Spans(NamedTuple):
+    """Where each sample lies: `length[i]` bytes at `offset[i]` of `files[file[i]]`; columns of shape [N]."""
+
+    files: tuple[str, ...]
+    file: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+
+
+class _Class(NamedTuple):
+    """The images of one class: CLASS/name, sorted, and the ranges of their bytes."""
+
+    paths: list[str]
+    offset: np.ndarray
+    length: np.ndarray
+
+
+def first_member(tar: Path) -> str:
+    """Name of the first file in `tar`, which tells what kind of archive it is; "" where it is empty."""
+    with open_tar(tar) as (descriptor, num_bytes):
+        return next((member.name for member in list_members(descriptor, str(tar), 0, num_bytes)), "")
+
+
+def scan_class_tars(folder: Path, files: list[str]) -> tuple[list[str], Spans]:
+    """CLASS/name of each image in the tars CLASS.tar in `folder`, sorted by class and then by name; and its place.
+
+    Errors: UserError for a tar that is compressed, damaged or empty, and for members that are no plain files.
+    """
+    files = sorted(files, key=_class_of)
+    found = []
+    for name in files:
+        with open_tar(folder / name) as (descriptor, num_bytes):
+            members = list_members(descriptor, str(folder / name), 0, num_bytes)
+            found.append(_sort_class(_class_of(name), members, str(folder / name)))
+    return _join(tuple(files), range(len(files)), found)
+
+
+def scan_nested(tar: Path) -> tuple[list[str], Spans]:
+    """As `scan_class_tars` for a tar of class tars; the spans' only file is "", that tar itself."""
+    with open_tar(tar) as (descriptor, num_bytes):
+        inner: dict[str, Member] = {}
+        for member in list_members(descriptor, str(tar), 0, num_bytes):
+            name = member.name.rsplit("/", 1)[-1]
+            if name.startswith("."):
+                continue
+            if not name.endswith(".tar") or _class_of(name) in inner:
+                what = "two tars of one class" if name.endswith(".tar") else "a member that is no class tar"
+                raise UserError(what, got=f"{tar}: {member.name}", allowed="CLASS.tar, one each", cure="pack it again")
+            inner[_class_of(name)] = member
+        found = []
+        for name, (path, offset, length) in sorted(inner.items()):
+            members = list_members(descriptor, f"{tar}: {path}", offset, length)
+            found.append(_sort_class(name, members, f"{tar}: {path}"))
+    return _join(("",), [0] * len(found), found)
+
+
+def scan_validation(tar: Path, kit: Path) -> tuple[list[str], Spans, tuple[str, ...]]:
+    """WNID/name of each image in ILSVRC's validation tar, sorted; its place; and the sorted WNIDs of all classes.
+
+    Errors: UserError for archives that are damaged or do not belong together.
+    """
+    classes, wnid_of_image = read_kit(kit)
+    members_of: dict[str, list[Member]] = {name: [] for name in classes}
+    with open_tar(tar) as (descriptor, num_bytes):
+        for member in list_members(descriptor, str(tar), 0, num_bytes):
+            match = _VAL_IMAGE.fullmatch(member.name.rsplit("/", 1)[-1])
+            number = int(match[1]) if match else 0
+            if match is None or not 1 <= number <= len(wnid_of_image):
+                allowed = f"ILSVRC2012_val_00000001.JPEG to {len(wnid_of_image):08d}, as {kit.name} lists them"
+                raise UserError("an image without a label", got=f"{tar}: {member.name}", allowed=allowed)
+            members_of[wnid_of_image[number - 1]].append(member._replace(name=match[0]))
+    num_images = sum(len(members) for members in members_of.values())
+    if num_images != len(wnid_of_image):
+        got = f"{num_images:,} images in {tar}, {len(wnid_of_image):,} labels in {kit}"
+        raise UserError("images and labels of the validation set differ in number", got=got, cure="fetch both again")
+    found = [_sort_class(name, members, str(tar)) for name, members in members_of.items() if members]
+    return *_join(("",), [0] * len(found), found), classes
+
+
+def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
+    """The sorted WNIDs of ILSVRC's classes, and the WNID of each validation image in the order of their numbers.
+
+    The ground truth numbers the classes in an order of its own, which META translates: its synsets without children
+    are the classes. Errors: UserError for a kit that is missing or cannot be read, and without SciPy.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"the kit's {META} needs SciPy, which is missing", cure="pip install scipy") from None
+    if not kit.exists():
+        raise UserError("the labels of the validation images are missing", got=kit, cure="put it beside the images")
+    try:
+        data: dict[str, bytes] = {}
+        with tarfile.open(kit) as tar:
+            for member in tar:
+                name = next((name for name in (META, TRUTH) if member.name.endswith(name)), None)
+                if name is not None and member.isreg() and (file := tar.extractfile(member)) is not None:
+                    data[name] = file.read()
+        synsets = np.atleast_1d(loadmat(io.BytesIO(data[META]), squeeze_me=True)["synsets"])
+        fields = [synsets[name] for name in ("ILSVRC2012_ID", "WNID", "num_children")]
+        wnid_of = {int(number): str(wnid) for number, wnid, children in zip(*fields, strict=True) if int(children) == 0}
+        wnid_of_image = [wnid_of[int(number)] for number in data[TRUTH].split()]
+    except Exception as error:  # tarfile, zlib, loadmat and NumPy raise whatever they meet in damaged bytes
+        got = f"{kit} ({type(error).__name__}: {error})"
+        raise UserError("ILSVRC's development kit cannot be read", got=got, cure="fetch it again") from None
+    if malformed := [wnid for wnid in wnid_of.values() if not re.fullmatch(r"n\d{8}", wnid)]:
+        raise UserError("the development kit names no WordNet id", got=f"{kit}: {malformed[0]!r}", allowed="n01440764")
+    return tuple(sorted(wnid_of.values())), wnid_of_image
+
+
+def _class_of(tar_name: str) -> str:
+    return tar_name.removesuffix(".tar")
+
+
+def _sort_class(name: str, members: Iterable[Member], where: str) -> _Class:
+    """The images among a class's members. Hidden files are left out, as in a folder; no images are refused."""
+    found = []
+    for path, offset, length in members:
+        image = _image_name(name, path, where)
+        if image is not None:
+            found.append(Member(f"{name}/{image}", offset, length))
+    if not found:
+        raise UserError("a class tar holds no images", got=where, cure="remove it or fill it")
+    found.sort()
+    paths, offsets, lengths = zip(*found, strict=True)
+    return _Class(list(paths), np.array(offsets, np.int64), np.array(lengths, np.int64))
+
+
+def _image_name(class_name: str, path: str, where: str) -> str | None:
+    parts = path.split("/")
+    if len(parts) > 1:
+        parts = [part for part in parts if part not in ("", ".")]
+        if len(parts) == 2 and parts[0] == class_name:
+            del parts[0]
+    if len(parts) != 1 or parts[0] == "..":
+        got, allowed = f"{where}: {path!r}", f"NAME, or {class_name}/NAME"
+        raise UserError("a class tar's images lie in folders", got=got, allowed=allowed, cure="unpack it, or repack it")
+    if parts[0].lower().endswith(ARCHIVES):
+        got, cure = f"{where}: {path!r}", "name a tar of class tars itself as SOURCE; unpack others"
+        raise UserError("an archive in a class tar", got=got, cure=cure)
+    return None if parts[0].startswith(".") else parts[0]
+
+
+def _join(files: tuple[str, ...], numbers: Iterable[int], found: list[_Class]) -> tuple[list[str], Spans]:
+    """Put classes together, the i-th of which lies in file `numbers[i]` of `files`."""
+    if not found:
+        raise UserError("an archive holds no class tars", got=files, allowed="CLASS.tar for each class")
+    file = np.repeat(np.fromiter(numbers, np.int32), [len(part.paths) for part in found])
+    offset, length = (np.concatenate([part[column] for part in found]) for column in (1, 2))
+    return [path for part in found for path in part.paths], Spans(files, file, offset, length)

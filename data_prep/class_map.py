@@ -1,0 +1,53 @@
+"""`--classes`: the names of the classes in the order of their labels, from a file or from timm's lists."""
+
+import importlib.util
+from pathlib import Path
+
+from gcvit.errors import UserError
+
+
+def read_class_map(path: Path) -> tuple[str, ...]:
+    """The classes that a text file lists, one a line, the first being label 0.
+
+    A line begins with the name of a class folder (a WordNet id, say), which ends at the first tab or, where there
+    is none, at the first blank; the rest is for people. Blank lines do not count. A plain word that is no file
+    names one of timm's lists of synsets: `imagenet`, `imagenet22k`. Errors: UserError for an unreadable or empty
+    file, a class listed twice.
+    """
+    if not path.exists() and path.name == str(path):
+        path = _find_timm_list(path.name)
+    try:
+        # Names of folders need not be UTF-8; os.fsdecode and this agree on how to spell those that are not.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError("cannot read the class map", got=f"{path} ({error.strerror})") from None
+    lines = [line for line in text.split("\n") if line.strip()]
+    classes = [line.partition("\t")[0].strip() if "\t" in line else line.split()[0] for line in lines]
+    if not classes or "" in classes:
+        what = "the class map has a line without a name" if classes else "the class map is empty"
+        raise UserError(what, got=path, allowed="a name of a class folder a line")
+    line_of: dict[str, int] = {}
+    for number, name in enumerate(classes):
+        if line_of.setdefault(name, number) != number:
+            got = f"{name} on lines {line_of[name] + 1} and {number + 1} of {path}"
+            cure = "remove one; a name that holds blanks ends at a tab"
+            raise UserError("the class map names a class twice", got=got, cure=cure)
+    return tuple(classes)
+
+
+def _find_timm_list(name: str) -> Path:
+    # To look for timm does not import it: that would load torch.
+    spec = importlib.util.find_spec("timm")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    lists = {
+        path.name.removesuffix("_synsets.txt"): path
+        for folder in folders
+        for path in Path(folder, "data/_info").glob("*_synsets.txt")
+    }
+    if name not in lists:
+        raise UserError(
+            "no such class map",
+            got=f"--classes {name}",
+            allowed=f"a text file, or of timm's: {', '.join(sorted(lists)) or 'none, since timm is not installed'}",
+        )
+    return lists[name]

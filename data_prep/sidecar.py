@@ -1,0 +1,164 @@
+"""What makes sharding restartable: a sidecar beside each complete shard, and a mark in the folder until all are.
+
+`.sharding.json`, the mark, says what the folder is to hold. `train-000123.tar.json`, a sidecar, stands beside a
+shard that is complete, and holds its part of the manifest. Both are written whole or not at all, under names of
+their own until then, so that any number of processes on any number of nodes may write into one folder and be
+killed at any moment. `merge` makes the manifest of them.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gcvit.data.manifest import COLUMNS, FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
+from gcvit.errors import UserError
+
+MARK = ".sharding.json"
+MERGING = ".merging"  # the head of the names of the folders in which manifests are made
+AGAIN = "start the command that was writing them again, with --part all its parts; what is complete is kept"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a folder is to hold: `plan` is the digest of sources and options, in hex."""
+
+    plan: str
+    split: str
+    classes: tuple[str, ...]
+    num_shards: int
+
+    def shard_name(self, number: int) -> str:
+        return f"{self.split}-{number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A complete shard with its part of the columns, each [num_samples of the shard].
+
+    `num_source_bytes` is the size of its images before any of them was re-encoded.
+    """
+
+    shard: Shard
+    columns: dict[str, np.ndarray]
+    num_source_bytes: int
+
+
+def sidecar_path(tar_path: Path) -> Path:
+    return tar_path.with_name(f"{tar_path.name}.json")
+
+
+def has_sidecars(folder: Path) -> bool:
+    """Whether `merge` has something to do in `folder`: the mark comes first and goes last."""
+    return (folder / MARK).exists()
+
+
+def write_mark(folder: Path, mark: Mark) -> None:
+    with replacing(folder / MARK) as temporary:
+        temporary.write_text(json.dumps(asdict(mark)))
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """The folder's mark; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / MARK).read_bytes())
+        return Mark(str(found["plan"]), str(found["split"]), tuple(found["classes"]), int(found["num_shards"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def write_sidecar(tar_path: Path, plan: str, sidecar: Sidecar) -> None:
+    """Say that the shard at `tar_path` is complete: it must be on disk under that name already."""
+    content = asdict(sidecar) | {"columns": {name: column.tolist() for name, column in sidecar.columns.items()}}
+    with replacing(sidecar_path(tar_path)) as temporary:
+        temporary.write_text(json.dumps({"plan": plan} | content))
+
+
+def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:
+    """The sidecar of a shard; None where the shard is not complete, or belongs to another plan."""
+    try:
+        found = json.loads(sidecar_path(tar_path).read_bytes())
+        shard = Shard(**found["shard"])
+        columns = {name: np.array(found["columns"][name], dtype) for name, dtype in COLUMNS.items()}
+        sidecar = Sidecar(shard, columns, int(found["num_source_bytes"]))
+        is_whole = (
+            found["plan"] == plan
+            and shard.name == tar_path.name
+            and all(column.shape == (shard.num_samples,) for column in columns.values())
+            and tar_path.stat().st_size == shard.num_bytes
+        )
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None
+    return sidecar if is_whole else None
+
+
+def merge(folder: Path) -> Manifest:
+    """Make the manifest of a folder's sidecars, and remove these and the mark.
+
+    Twice, or in two processes at once, it gives the same bytes. Errors: UserError for shards that are missing.
+    """
+    if not (folder / FILE_NAME).exists():
+        try:
+            _write_manifest(folder)
+        except (FileNotFoundError, UserError):
+            # Another process may have been faster and have tidied up already: its manifest was there before that.
+            if not (folder / FILE_NAME).exists():
+                raise
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        sidecar_path(folder / shard.name).unlink(missing_ok=True)
+    for path in folder.glob(f"{MERGING}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+    (folder / MARK).unlink(missing_ok=True)
+    return manifest
+
+
+def _write_manifest(folder: Path) -> None:
+    mark = read_mark(folder)
+    if mark is None:
+        raise UserError("no interrupted sharding here", got=folder, allowed=f"a folder with {MARK}", cure=AGAIN)
+    names = [mark.shard_name(number) for number in range(mark.num_shards)]
+    sidecars = [read_sidecar(folder / name, mark.plan) for name in names]
+    if missing := [name for name, sidecar in zip(names, sidecars, strict=True) if sidecar is None]:
+        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{len(missing):,} of {mark.num_shards:,} shards are not complete: {folder}",
+            got=", ".join(missing[:5]) + more,
+            cure=AGAIN,
+        )
+    whole = [sidecar for sidecar in sidecars if sidecar is not None]
+    columns = {name: np.concatenate([sidecar.columns[name] for sidecar in whole]) for name in COLUMNS}
+    # In a folder of its own, so that two processes never write to one file; then file by file, the manifest last.
+    workshop = folder / f"{MERGING}-{secrets.token_hex(4)}"
+    workshop.mkdir()
+    try:
+        write_manifest(workshop, mark.split, mark.classes, [sidecar.shard for sidecar in whole], columns)
+        for path in sorted(workshop.iterdir(), key=lambda path: path.name == FILE_NAME):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    sync_folder(folder)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new name to write to, unlike that of any other process; then rename what was written to `path`."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_splits(out: Path) -> dict[str, Any]:
+    raise NotImplementedError

@@ -1,0 +1,235 @@
+"""From encoded bytes to pixels, and of these no more than are asked for.
+
+1. The header tells the size, so that a crop can be drawn before anything is decoded.
+2. Of a JPEG that comes in one scan, the rows below the crop are not decoded: the decoder gets a copy whose header
+   announces fewer rows, and stops there.
+3. A JPEG's crop that is to shrink by two or more is decoded at 1/2, 1/4 or 1/8 of its size, which the inverse cosine
+   transform does by itself: it computes fewer values, and fewer are left to resize.
+4. All else is Pillow's: other formats, CMYK, and any JPEG of which libjpeg-turbo says that something is wrong. So an
+   image is damaged where Pillow cannot read it, whichever part of it a crop asks for.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 1 << 27  # 400 MB when decoded: what announces more is a bomb, no photograph
+_ORIENTATION_TAG = 0x0112
+# Rows below a crop of which none in it depends: chroma is interpolated between neighbours of its coarser grid.
+_MARGIN_ROWS = 16
+# What libjpeg-turbo says of an image whose header announces fewer rows than follow, after it has decoded those.
+_STOPPED_EARLY = "extraneous bytes before marker 0xd9"
+
+Bytes = bytes | memoryview
+Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+class DecodeError(ValueError):
+    """Bytes that are no image of ours, and why: no such format, damaged, or too many pixels."""
+
+
+class Box(NamedTuple):
+    """A rectangle in an image, in pixels and fractions thereof."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+def decode(content: Bytes, *, upright: bool = False) -> Image.Image:
+    """The whole image in RGB, by Pillow alone: grey repeated, alpha dropped, CMYK converted, as timm does.
+
+    16-bit grey is scaled to 8 bits; of an animation it is the first frame. `upright` turns the image as its EXIF
+    orientation says. Errors: DecodeError.
+    """
+    image = _open(content, upright)
+    return _guard(lambda: _to_rgb(image))
+
+
+class EncodedImage:
+    """An image whose header alone was read; `height` and `width` are in pixels, upright where that was asked for."""
+
+    def __init__(self, content: Bytes, *, upright: bool = False):
+        """Errors: DecodeError for what is no image, and for more than `MAX_PIXELS`, of which none is decoded."""
+        self._content, self._upright = content, upright
+        self._jpeg = _read_jpeg_header(content)
+        if self._jpeg is None:
+            self._image = _open(content, upright)
+            self.height, self.width = self._image.height, self._image.width
+        else:
+            self.height, self.width = self._jpeg.height, self._jpeg.width
+            _check_size(self.height, self.width)
+            self._turn = _TURNS[self._jpeg.orientation if upright else 1]
+            if self._turn.swap:
+                self.height, self.width = self.width, self.height
+
+    def read(self, box: Box, min_side: int) -> tuple[Pixels, Box]:
+        """RGB pixels uint8 [h, w, 3] of a box of whole pixels, and where in them the box lies: they may hold more.
+
+        A JPEG's may be at 1/2, 1/4 or 1/8 of the size, where neither side is less than `min_side` then.
+        Errors: DecodeError.
+        """
+        if self._jpeg is not None:
+            try:
+                pixels, inner = _decode_jpeg(self._content, self._jpeg, self._turn.undo(box, self), min_side)
+                return self._turn(pixels, inner)
+            except ValueError:
+                self._image = _open(self._content, self._upright)
+        if self._image.size != (self.width, self.height):
+            raise DecodeError("its headers disagree on its size")
+        edges = int(box.left), int(box.top), int(box.left + box.width), int(box.top + box.height)
+        pixels = _guard(lambda: np.array(_to_rgb(self._image.crop(edges))))
+        return pixels, Box(0, 0, box.height, box.width)
+
+
+def _open(content: Bytes, upright: bool) -> Image.Image:
+    """An image of which Pillow has read the header, or all where it is to be turned upright."""
+    image = _guard(lambda: Image.open(io.BytesIO(content), formats=FORMATS))
+    _check_size(image.height, image.width)
+    return _guard(lambda: ImageOps.exif_transpose(image)) if upright else image
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"it announces {width} x {height} pixels, more than 2^27")
+
+
+def _guard(work: Callable[[], T]) -> T:
+    """What `work` returns, without Pillow's warnings. Errors: DecodeError for almost anything that Pillow raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, whose size is checked, and of faults in metadata
+            return work()
+    except Exception as error:  # damaged bytes make Pillow raise almost anything, and only Pillow runs in here
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise DecodeError(f"it is none of {', '.join(FORMATS)}") from None
+        reason = str(error) if isinstance(error, OSError | DecodeError) else f"{type(error).__name__}: {error}"
+        raise DecodeError(reason) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # which Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class _JpegHeader(NamedTuple):
+    height: int
+    width: int
+    rows_at: int | None  # byte offset of the 16-bit number of rows, where decoding may stop before the last
+    orientation: int  # EXIF's, 1 to 8; 1 is upright
+
+
+def _read_jpeg_header(content: Bytes) -> _JpegHeader | None:
+    """None for all but 8-bit grey and YCbCr or RGB JPEGs. ITU-T T.81, annex B; nothing is decoded."""
+    if content[:2] != b"\xff\xd8":
+        return None
+    frame, restarts, orientation, at = None, False, 1, 2
+    try:
+        while content[at] == 0xFF:
+            marker = content[at + 1]
+            if marker == 0xFF:  # a fill byte
+                at += 1
+                continue
+            if marker == 0xDA:  # start of scan
+                break
+            payload = at + 4
+            end = at + 2 + (content[at + 2] << 8 | content[at + 3])
+            if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+                frame = (marker, payload)
+            elif marker == 0xDD:  # define restart interval
+                restarts = True
+            elif marker == 0xE1 and content[payload : payload + 6] == b"Exif\0\0":
+                orientation = _read_orientation(bytes(content[payload:end]))
+            at = end
+        if frame is None or content[frame[1]] != 8 or content[frame[1] + 5] not in (1, 3):
+            return None
+    except IndexError:  # truncated
+        return None
+    marker, payload = frame
+    height, width = (content[i] << 8 | content[i + 1] for i in (payload + 1, payload + 3))
+    if not height * width:
+        return None
+    # Progressive scans each cover all rows. Restart markers make the rest look different to the decoder.
+    return _JpegHeader(height, width, payload + 1 if marker != 0xC2 and not restarts else None, orientation)
+
+
+def _read_orientation(exif: bytes) -> int:
+    try:
+        parsed = Image.Exif()
+        parsed.load(exif)
+        orientation = parsed.get(_ORIENTATION_TAG, 1)
+    except Exception:  # as `_guard`: whatever is wrong with the metadata, the photograph may be whole
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -> tuple[Pixels, Box]:
+    """As `EncodedImage.read`, before any turn. Errors: ValueError, which may be no more than a warning."""
+    eighths = 8
+    while eighths > 1 and min(box.height, box.width) * eighths >= 16 * min_side:
+        eighths //= 2
+    num_rows = header.height
+    if header.rows_at is not None:
+        num_rows = min(num_rows, int(box.top + box.height) + _MARGIN_ROWS)
+        if num_rows < header.height:
+            content = bytearray(content)
+            content[header.rows_at : header.rows_at + 2] = num_rows.to_bytes(2, "big")
+    height, width = (-(-side * eighths // 8) for side in (num_rows, header.width))
+    pixels = np.empty((height, width, 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(content, min_height=height, min_width=width, buffer=pixels)
+    except ValueError as error:
+        if num_rows == header.height or not str(error).endswith(_STOPPED_EARLY):
+            raise
+    box = Box(*(side * eighths / 8 for side in box))
+    top, left = math.floor(box.top), math.floor(box.left)
+    bottom, right = math.ceil(box.top + box.height), math.ceil(box.left + box.width)
+    return pixels[top:bottom, left:right], box._replace(top=box.top - top, left=box.left - left)
+
+
+class _Turn(NamedTuple):
+    """A turn by quarters, mirrored or not: rows and columns swapped, then their order reversed."""
+
+    swap: bool = False
+    reverse_rows: bool = False
+    reverse_columns: bool = False
+
+    def __call__(self, pixels: Pixels, box: Box) -> tuple[Pixels, Box]:
+        """Pixels [h, w, 3] and a box in them after the turn."""
+        if self.swap:
+            pixels, box = pixels.swapaxes(0, 1), Box(box.left, box.top, box.width, box.height)
+        box = self._reverse(box, pixels.shape[0], pixels.shape[1])
+        return pixels[:: -1 if self.reverse_rows else 1, :: -1 if self.reverse_columns else 1], box
+
+    def undo(self, box: Box, image: EncodedImage) -> Box:
+        """The box of an upright image where it lies in the image as it is stored."""
+        top, left, height, width = self._reverse(box, image.height, image.width)
+        return Box(left, top, width, height) if self.swap else Box(top, left, height, width)
+
+    def _reverse(self, box: Box, height: int, width: int) -> Box:
+        top = height - box.top - box.height if self.reverse_rows else box.top
+        left = width - box.left - box.width if self.reverse_columns else box.left
+        return Box(top, left, box.height, box.width)
+
+
+_TURNS = {  # by EXIF's orientation
+    1: _Turn(),
+    2: _Turn(reverse_columns=True),
+    3: _Turn(reverse_rows=True, reverse_columns=True),
+    4: _Turn(reverse_rows=True),
+    5: _Turn(swap=True),
+    6: _Turn(swap=True, reverse_columns=True),
+    7: _Turn(swap=True, reverse_rows=True, reverse_columns=True),
+    8: _Turn(swap=True, reverse_rows=True),
+}

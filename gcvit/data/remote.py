@@ -1,0 +1,268 @@
+"""Files of a data directory that lies elsewhere (s3://, gs://, https://, hf://), brought here whole and checked.
+
+`download` is the one way in: it tries again after what time may mend (a cut connection, a 5xx, silence, wrong bytes),
+refuses at once what it will not (a 404, a 403, a full disk), and never waits without a limit. fsspec speaks the
+protocols, and finds the credentials where each protocol's package looks for them.
+
+`hold` keeps two processes of a node from bringing the same file: whoever makes a file locks the file it is made
+in. A lock goes with its holder, so that a killed process leaves nothing but a partial file, which the next one
+overwrites.
+"""
+
+import fcntl
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedRandom
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from gcvit.errors import UserError
+
+# Protocol to the package that fsspec needs for it.
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+# These answer a plain read with one request for all; the others with one for each block.
+STREAMED = ("http", "https", "hf")
+BLOCK_BYTES = 16 << 20
+
+NUM_TRIES = 5
+FIRST_DELAY_S = 1.0  # doubled after each try
+CONNECT_TIMEOUT_S = 15
+READ_TIMEOUT_S = 30
+# Slower is taken for stuck: a server that sends a byte now and then would pass every timeout.
+MIN_BYTES_PER_S = 20_000
+SLOW_S = 30  # what takes longer is said
+# Not the module's own generator, whose draws belong to the samples that a loader process transforms.
+_JITTER = SystemRandom()
+
+Say = Callable[[str], None]
+
+
+class Absent(UserError):
+    """The server answers, and does not give the file out: it is not there, or not for us."""
+
+
+class Stopped(Exception):
+    """A download ended because its caller no longer wants it."""
+
+
+class _Failed(Exception):
+    """One try failed in a way of our own; its text is the reason."""
+
+
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def is_remote(data_dir: str) -> bool:
+    """Whether `data_dir` is a URL; whether its protocol is one of ours is told when it is read."""
+    return re.match(r"[A-Za-z][\w+.:-]*://", data_dir) is not None
+
+
+def join(url: str, name: str) -> str:
+    """The URL of `name` below `url`; where HTTP has a query (an access token, say), it stays at the end."""
+    if not url.startswith(("http://", "https://")):
+        return f"{url.rstrip('/')}/{name}"
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}", fragment=""))
+
+
+def redact(url: str) -> str:
+    """`url` as it may be printed: without user, password, query and fragment.
+
+    Where a password's own "/", "?" or "#" makes it unclear which part is the host, nothing but the protocol stays.
+    """
+    protocol, mark, rest = url.partition("://")
+    split = re.match(r"([^/?#]*)([^?#]*)", rest)
+    assert split  # both parts may be empty
+    host, path = split[1].rpartition("@")[2], split[2]
+    # In hf:// an "@" in the path names a revision.
+    unclear = protocol.lower() in ("http", "https") and "@" in rest[len(split[1]) :]
+    if not mark or unclear or not re.fullmatch(r"([\w.-]*|\[[\w.:]*\])(:\d*)?", host):
+        return f"{protocol}://..." if mark else "..."
+    return f"{protocol}://{host}{path}"
+
+
+@contextmanager
+def hold(path: Path, wait: bool = True) -> Iterator[BufferedRandom | None]:
+    """Lock `path` against every other process and thread of the node; it is made for that, and may be renamed.
+
+    Gives the open file, with what a killed holder left in it; None where another holds it and not `wait`. A file
+    that still has its name at the end is removed.
+    """
+    while True:
+        with local_errors():
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            is_ours = _lock(file, wait)
+        if not is_ours:
+            file.close()
+            yield None
+            return
+        if _is_same(file, path):
+            break
+        file.close()  # renamed or removed while we waited: what has the name now is another file
+    try:
+        yield file
+    finally:
+        # Only a holder renames or removes, so that this cannot hit another's file.
+        if _is_same(file, path):
+            path.unlink()
+        fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open too
+        with suppress(OSError):  # a write that failed fails again
+            file.close()
+
+
+def _lock(file: BufferedRandom, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _is_same(file: BufferedRandom, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def download(
+    url: str,
+    file: BinaryIO,
+    *,
+    num_bytes: int | None = None,
+    check: Callable[[], str | None],
+    say: Say = say_on_stderr,
+    stop: threading.Event | None = None,
+) -> None:
+    """Fill `file`, from its begin, with what `url` holds: `num_bytes`, if that is known; flushed to disk.
+
+    `check` reads the file again and says what is wrong with it, or None. A try that fails is said in one line.
+    Errors: `Absent` for a file that is not given out, at once; UserError for a protocol that lacks its package, for
+    a disk that is full, and after the last try; `Stopped`, soon after `stop` is set.
+    """
+    stop = stop or threading.Event()
+    begin = time.monotonic()
+    reason: str | None = None
+    for num_failed in range(NUM_TRIES):
+        if num_failed:
+            delay = FIRST_DELAY_S * 2 ** (num_failed - 1) * _JITTER.uniform(0.5, 1.5)
+            say(f"{redact(url)}: {reason}; try {num_failed + 1} of {NUM_TRIES} in {delay:.1f} s")
+            stop.wait(delay)
+        if stop.is_set():
+            raise Stopped
+        try:
+            received = _copy(url, file, num_bytes, stop)
+            if reason := check():
+                continue
+        except (UserError, Stopped):
+            raise
+        except Exception as error:  # the packages raise their own kinds, and their libraries' kinds
+            reason = _describe(error)
+            if _is_refusal(error):
+                what = "a remote file is not there, or not for us"
+                raise Absent(what, got=f"{redact(url)} ({reason})", cure="check the URL and the credentials") from None
+            continue
+        if (seconds := time.monotonic() - begin) > SLOW_S:
+            say(f"{redact(url)}: {received / 1e6:.1f} MB took {seconds:.0f} s")
+        return
+    raise UserError(
+        "a download failed",
+        got=f"{redact(url)} ({NUM_TRIES} tries, the last: {reason})",
+        cure="check the network and the server; a hash that differs each time means that the remote file is damaged",
+    )
+
+
+def _copy(url: str, file: BinaryIO, num_bytes: int | None, stop: threading.Event) -> int:
+    """One try. Returns the bytes received. Errors: whatever fsspec and the protocol's package raise."""
+    filesystem, options = _open_filesystem(url)
+    file.seek(0)
+    begin, received = time.monotonic(), 0
+    with filesystem.open(url, "rb", cache_type="none", **options) as remote:
+        # A streamed read gives what has come, at most a block.
+        while chunk := remote.read(BLOCK_BYTES):
+            received += len(chunk)
+            if stop.is_set():
+                raise Stopped
+            if num_bytes is not None and received > num_bytes:
+                raise _Failed(f"more than {num_bytes} bytes")
+            if received < MIN_BYTES_PER_S * (time.monotonic() - begin - READ_TIMEOUT_S):
+                raise _Failed(f"{received} bytes in {time.monotonic() - begin:.0f} s")
+            with local_errors():
+                file.write(chunk)
+    if num_bytes not in (None, received):
+        raise _Failed(f"{received} of {num_bytes} bytes")
+    with local_errors():
+        file.truncate(received)
+        file.flush()
+        os.fsync(file.fileno())
+    return received
+
+
+def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
+    """fsspec's file system for `url`, and the options with which it reads a file front to back."""
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {"block_size": 0 if protocol in STREAMED else BLOCK_BYTES}
+    settings: dict[str, Any] = {}
+    if protocol not in PACKAGES:
+        allowed = ", ".join(f"{name}://" for name in PACKAGES)
+        raise UserError("a data directory of an unknown protocol", got=f"{protocol}://", allowed=allowed)
+    try:
+        import fsspec  # type: ignore[import-untyped]
+
+        if protocol in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(
+                total=None, sock_connect=CONNECT_TIMEOUT_S, connect=2 * CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
+            )
+            # Proxies are found in the environment, as the other packages do. A tar that arrives compressed is work
+            # for nothing.
+            headers = {"Accept-Encoding": "identity"}
+            settings["client_kwargs"] = {"timeout": timeout, "trust_env": True, "headers": headers, "read_bufsize": 8388608}
+            options["size"] = 1  # any: it spares a HEAD request and is not used in a streamed read
+        # fsspec keeps one for each process, and throws it away in a fork. The other packages have short timeouts.
+        return fsspec.filesystem(protocol, **settings), options
+    except ImportError:
+        package = PACKAGES[protocol]
+        raise UserError(f"{protocol}:// needs the package {package}", cure=f"pip install {package}") from None
+
+
+@contextmanager
+def local_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "cannot write to the cache of remote shards",
+            got=error.strerror if error.filename is None else f"{error.filename} ({error.strerror})",
+            cure="free space on its disk, or choose another folder or a smaller budget",
+        ) from None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether another try would get the same answer."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return True
+    # Where aiohttp, gcsfs and huggingface_hub have the status.
+    places = ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code"))
+    status = next((found for place, name in places if isinstance(found := getattr(place, name, None), int)), 0)
+    return 400 <= status < 500 and status not in (408, 425, 429)  # these three say "later"
+
+
+def _describe(error: Exception) -> str:
+    """An error of the network in a line that may be printed."""
+    if isinstance(error, _Failed):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    text = re.sub(r"[\w+]+://\S+", lambda match: redact(match[0]), " ".join(str(error).split()))
+    text = re.sub(r"\?\S+", "?...", text)
+    return f"{type(error).__name__}: {text[:200]}"
