@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from gcvit.errors import UserError
@@ -27,6 +28,12 @@ def list_tree(root: Path) -> list[str]:
             raise UserError("a class folder holds no images", got=root / name, cure="remove it or fill it")
         paths += found
     return paths
+
+
+def group_classes(paths: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each class of the paths CLASS/name, which are sorted by class, with its paths."""
+    for name, group in groupby(paths, key=lambda path: path.partition("/")[0]):
+        yield name, list(group)
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:

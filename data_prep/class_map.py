@@ -23,9 +23,11 @@ def read_class_map(path: Path) -> tuple[str, ...]:
         raise UserError("cannot read the class map", got=f"{path} ({error.strerror})") from None
     lines = [line for line in text.split("\n") if line.strip()]
     classes = [line.partition("\t")[0].strip() if "\t" in line else line.split()[0] for line in lines]
-    if not classes or "" in classes:
-        what = "the class map has a line without a name" if classes else "the class map is empty"
-        raise UserError(what, got=path, allowed="a name of a class folder a line")
+    if not classes:
+        raise UserError("the class map is empty", got=path, allowed="the name of a class folder a line")
+    if wrong := [name for name in classes if name.startswith(".") or "/" in name or not name]:
+        got = f"{wrong[0]!r} in {path}"
+        raise UserError("no class folder can be called this", got=got, allowed="a name without slash or first dot")
     line_of: dict[str, int] = {}
     for number, name in enumerate(classes):
         if line_of.setdefault(name, number) != number:

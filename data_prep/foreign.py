@@ -1,142 +1,127 @@
-"""Reads tars that others made: where their members lie, without reading what these hold.
+"""The samples of a tar that others made: an image and a label under one key, as webdataset tells keys.
 
-One pass over the headers of a tar, which skips the images and reads labels where they lie. Knows ustar with its
-prefixes, GNU long names and sizes, and pax headers, and checks each header's checksum, so that a damaged header
-is never followed. A member's name is a key and an extension here, never a path.
+In the style of timm's ImageNet, KEY.jpg and KEY.cls with the label as text; in the style of open_clip, KEY.jpg and
+KEY.json with a label among its fields. Images are skipped, unless their checksums are asked for.
 """
 
+import hashlib
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
+
+import numpy as np
+
+from data_prep.tar_reader import MAX_TEXT_BYTES, BrokenTar, TarReader
+from gcvit.data.manifest import Shard
 
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
-BLOCK = 512
-MAX_TEXT_BYTES = 1 << 20  # of a label or an extended header; more is no label, and none of ours to load
-_EMPTY = bytes(BLOCK)
-# What follows an image up to the next image's header fits in this: a pread per sample, not one per member.
-_WINDOW_BYTES = 4096
-_SCAN_BYTES = 1 << 20
-_ADLER_MODULUS = 65521
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_CHUNK_BYTES = 1 << 20
 
 
-class BrokenTar(Exception):
-    """A tar cannot be read on at byte `position`."""
+@dataclass(frozen=True)
+class Task:
+    """One tar to index; `label_of` numbers the names of classes, where these are known."""
 
-    def __init__(self, position: int, reason: str):
-        super().__init__(reason)
-        self.position = position
-
-
-# A regular file in a tar: its name, the byte at which its payload begins, the payload's size.
-Member = tuple[str, int, int]
+    path: Path
+    label_of: dict[str, int]
+    checksums: bool
 
 
-class TarReader:
-    """A tar that is open for reading at any place. Use it as a context manager."""
+@dataclass(frozen=True)
+class Result:
+    """A tar and its part of the columns; `problems` names the samples that are no part of them.
 
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.num_bytes = os.fstat(self._descriptor).st_size
-        self._window = b""
-        self._window_start = 0
+    `refused` says why the tar cannot be indexed, if it cannot.
+    """
 
-    def __enter__(self) -> Self:
-        return self
+    shard: Shard
+    columns: dict[str, np.ndarray]
+    problems: list[str]
+    refused: str | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)
 
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; fewer where the file ends."""
-        start = offset - self._window_start
-        if 0 <= start and start + size <= len(self._window):
-            return self._window[start : start + size]
-        if size > _WINDOW_BYTES:
-            return os.pread(self._descriptor, size, offset)
-        self._window, self._window_start = os.pread(self._descriptor, _WINDOW_BYTES, offset), offset
-        return self._window[:size]
+def index_tar(task: Task) -> Result:
+    """Find the samples of one tar: keys with one image and one label, their members in any order."""
+    try:
+        with TarReader(task.path) as tar:
+            found, problems = _find_samples(tar, task.label_of)
+            if not found:
+                raise BrokenTar(tar.num_bytes, f"no samples; {problems[0] if problems else 'no images or labels'}")
+            offsets, lengths, labels = zip(*found, strict=True)
+            columns: dict[str, np.ndarray] = {
+                "offset": np.array(offsets, np.int64),
+                "length": np.array(lengths, np.uint32),
+                "label": np.array(labels, np.int32),
+            }
+            sha256 = None
+            if task.checksums:
+                sha256, columns["crc32"] = _hash(tar, offsets, lengths)
+            return Result(Shard(task.path.name, len(found), tar.num_bytes, sha256), columns, problems)
+    except BrokenTar as error:
+        refused = f"{error} (at byte {error.position:,})"
+    except OSError as error:
+        refused = str(error.strerror)
+    return Result(Shard(task.path.name, 0, 0, None), {}, [], refused)
 
-    def members(self, position: int = 0) -> Iterator[Member]:
-        """The regular files from the header at byte `position` on. Errors: BrokenTar."""
-        long_name: str | None = None
-        long_size: int | None = None
-        start = position  # of the member with its extended headers
-        while True:
-            header = self.read(position, BLOCK)
-            if header == _EMPTY:
-                self._check_end(position)
-                return
-            size = _payload_size(header)
-            if size is None:
-                raise self._explain(header, position, start)
-            position += BLOCK
-            kind = header[156]
-            if kind in b"LxX":
-                text = self._read_extended(position, size, start)
-                if kind == ord("L"):
-                    long_name = _text(text)
-                else:
-                    long_name, long_size = _read_pax(text, start)
-                position += size + -size % BLOCK
-                continue
-            if long_name is not None:
-                name = long_name
-            else:
-                name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-                if header[345] and header[257:263] == b"ustar\0":
-                    name = f"{_text(header[345:500])}/{name}"
-            if long_size is not None:
-                size = long_size
-            if kind in b"0\x007" and not (kind == 0 and name.endswith("/")):
-                if position + size > self.num_bytes:
-                    raise BrokenTar(start, f"truncated in {name}: {self.num_bytes - position} of {size} bytes")
-                yield name, position, size
-            elif kind == ord("S"):
-                raise BrokenTar(start, f"{name} is a sparse member, whose bytes do not lie together")
-            if kind not in b"123456":  # links, devices and folders have no payload
-                position += size + -size % BLOCK
-            start, long_name, long_size = position, None, None
 
-    def find_header(self, position: int) -> int | None:
-        """The place of the first sound header at or after byte `position`, a multiple of 512; None if there is none."""
-        while chunk := os.pread(self._descriptor, _SCAN_BYTES, position):
-            for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
-                block = chunk[start : start + BLOCK]
-                if block[257:262] == b"ustar" and _payload_size(block) is not None:
-                    return position + start
+def _find_samples(tar: TarReader, label_of: Mapping[str, int]) -> tuple[list[tuple[int, int, int]], list[str]]:
+    """(offset, length, label) of each sample, in the order of the images; and what is wrong with which keys."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, bytes] = {}
+    abouts: dict[str, bytes] = {}
+    twice: set[str] = set()
+    fields: dict[str, dict[str, Any]] = dict.fromkeys(IMAGES, images) | {"cls": labels, "json": abouts}
+    for name, offset, size in tar.members():
+        key, extension = split_name(name)
+        field = fields.get(extension)
+        if field is None:
+            continue
+        if key in field:
+            twice.add(key)
+        field[key] = (offset, size) if field is images else tar.read(offset, min(size, MAX_TEXT_BYTES))
+    samples = []
+    problems = [f"{key}: no image" for key in {**labels, **abouts} if key not in images]
+    for key, (offset, size) in images.items():
+        try:
+            if key in twice:
+                raise ValueError("two images, two .cls or two .json")
+            if not 0 < size < 2**32:
+                raise ValueError(f"its image has {size} bytes")
+            samples.append((offset, size, read_label(labels.get(key), abouts.get(key), label_of)))
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    return sorted(samples), problems
+
+
+def _hash(tar: TarReader, offsets: Sequence[int], lengths: Sequence[int]) -> tuple[str, np.ndarray]:
+    """SHA-256 of the tar and crc32 of its images, which lie in the order of `offsets`, in one pass."""
+    sha256 = hashlib.sha256()
+    crcs = []
+    position = 0
+
+    def read_to(end: int) -> Iterator[bytes]:
+        nonlocal position
+        while position < end:
+            chunk = tar.read(position, min(_CHUNK_BYTES, end - position))
+            if not chunk:
+                raise BrokenTar(position, "truncated while it was read")
+            sha256.update(chunk)
             position += len(chunk)
-        return None
+            yield chunk
 
-    def _explain(self, header: bytes, position: int, start: int) -> BrokenTar:
-        if len(header) < BLOCK and position:
-            return BrokenTar(start, "truncated: the empty blocks at its end are missing")
-        kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), None)
-        if position == 0 and kind is not None:
-            return BrokenTar(0, f"compressed with {kind}")
-        return BrokenTar(start, "a damaged header" if position else "no tar")
-
-    def _read_extended(self, position: int, size: int, start: int) -> bytes:
-        if size > MAX_TEXT_BYTES:
-            raise BrokenTar(start, f"an extended header of {size} bytes")
-        text = self.read(position, size)
-        if len(text) < size:
-            raise BrokenTar(start, "truncated in an extended header")
-        return text
-
-    def _check_end(self, position: int) -> None:
-        """An empty block ends a tar. What follows it must be empty too, or members would be lost in silence."""
-        place = position
-        while chunk := os.pread(self._descriptor, _SCAN_BYTES, place):
-            if chunk.count(0) < len(chunk):
-                raise BrokenTar(position, "an empty block before the end: overwritten, or two tars in one file")
-            place += len(chunk)
+    for offset, length in zip(offsets, lengths, strict=True):
+        for _ in read_to(offset):
+            pass
+        crc = 0
+        for chunk in read_to(offset + length):
+            crc = zlib.crc32(chunk, crc)
+        crcs.append(crc)
+    for _ in read_to(tar.num_bytes):
+        pass
+    return sha256.hexdigest(), np.array(crcs, np.uint32)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -147,55 +132,6 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower() if stem else ""
-
-
-def _payload_size(header: bytes) -> int | None:
-    """The size that a header tells; None where it is no header, or its checksum or its size is wrong.
-
-    The checksum is the sum of all bytes, its own field taken as spaces. Adler-32's lower half is one more than the
-    sum of the bytes, modulo 65521, and is computed in C: this runs once a member.
-    """
-    if len(header) < BLOCK:
-        return None
-    try:
-        checksum = int(header[148:156].strip(b"\0 "), 8)
-        if ((zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 256 - checksum) % _ADLER_MODULUS:
-            return None
-        if header[124] == 0x80:  # GNU tar writes sizes that need more digits to base 256, after a marked byte
-            return int.from_bytes(header[125:136], "big")
-        size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-        return size if size >= 0 else None
-    except ValueError:
-        return None
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def _read_pax(text: bytes, position: int) -> tuple[str | None, int | None]:
-    """Name and size from a pax header: records `LENGTH KEY=VALUE\\n`, the length counting all of the record."""
-    name, size = None, None
-    start = 0
-    try:
-        while start < len(text) and text[start]:
-            digits = text[start : start + 20].partition(b" ")[0]
-            end = start + int(digits)
-            key, equals, value = text[start + len(digits) + 1 : end - 1].partition(b"=")
-            if not equals or text[end - 1 : end] != b"\n":
-                raise ValueError
-            if key == b"path":
-                name = value.decode("utf-8", "surrogateescape").rstrip("/")
-            elif key == b"size":
-                size = int(value)
-                if size < 0:
-                    raise ValueError
-            elif key.startswith(b"GNU.sparse."):
-                raise BrokenTar(position, "a sparse member, whose bytes do not lie together")
-            start = end
-    except ValueError:
-        raise BrokenTar(position, "a damaged pax header") from None
-    return name, size
 
 
 def read_label(cls: bytes | None, about: bytes | None, label_of: Mapping[str, int]) -> int:

@@ -1,7 +1,7 @@
 """Images in the rows of Hugging Face's parquet files: the column `image` (bytes, path) and the integer `label`.
 
-A row's bytes cannot be read singly, so that they are copied, file after file, into a spool file that can. What a
-file says of paths names samples and is never used as a path on disk.
+A row's bytes cannot be read singly: they are copied, file after file, into a spool file where they can. What a file
+says of paths names samples and is never used as a path on disk.
 """
 
 import fcntl
@@ -9,8 +9,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,8 +19,10 @@ import numpy as np
 from data_prep.archives import Spans
 from gcvit.errors import UserError
 
-_PREFIX = re.compile(r"(train|val|valid|validation|test)(?=[-._]).*")  # train-00000-of-00294.parquet
+_PREFIX = re.compile(r"(train|val|valid|validation|test)[-._].*")  # train-00000-of-00294.parquet
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # test sets come without labels
+_COLUMNS = "image: struct of bytes (binary) and path (string); label: integer"
+_SPOOL = (".spool-", ".tmp")  # begin and end of the name of a spool file
 _MAX_CLASSES = 1_000_000
 _ROWS_AT_ONCE = 64
 
@@ -33,63 +35,237 @@ class Rows(NamedTuple):
     row: np.ndarray
 
 
-class Table(NamedTuple):
-    """A split's rows in the order of the files; `names` are the classes' where the files tell them."""
+class _Table(NamedTuple):
+    """The rows of a split in the order of its files; `names` are those of the classes where the files tell them."""
 
     names: tuple[str, ...] | None
     labels: np.ndarray
-    image_names: list[str]
+    image_names: list[str | None]
     rows: Rows
 
 
 def find_parquet(root: Path) -> tuple[Path, dict[str | None, list[str]]] | None:
-    """The folder, `root` or `root/data`, that holds parquet files, and these by split; None where neither does.
+    """The folder with parquet files, `root` or `root/data`, and their names by split; None where there are none.
 
-    Files are of the split that their name begins with; `test` is left out. The split is None where no file's name
-    begins with one. Errors: UserError where only some do.
+    A file is of the split that its name begins with; `test` is left out. The split is None where no name begins
+    with one. Errors: UserError where only some names do, or all with `test`.
     """
     for folder in (root, root / "data"):
         names = sorted(path.name for path in folder.glob("*.parquet") if not path.name.startswith("."))
-        if not names:
-            continue
         splits: dict[str | None, list[str]] = {}
         for name in names:
             match = _PREFIX.fullmatch(name)
             if match is None or match[1] in _SPLITS:
                 splits.setdefault(_SPLITS[match[1]] if match else None, []).append(name)
         if None in splits and len(splits) > 1:
-            got, allowed = folder / splits[None][0], "train-*.parquet and validation-*.parquet, or names without splits"
-            raise UserError("a parquet file of an unknown split", got=got, allowed=allowed, cure="rename or remove it")
-        if not splits:
-            raise UserError("the parquet files hold a test split alone", got=folder, allowed="train or validation")
-        return folder, splits
+            got, allowed = (
+                folder / splits[None][0],
+                "train-*.parquet and validation-*.parquet, or no splits in any name",
+            )
+            raise UserError("a parquet file of no known split", got=got, allowed=allowed, cure="rename or remove it")
+        if names and not splits:
+            raise UserError("a test set has no labels to train on", got=folder / names[0], allowed="train, validation")
+        if names:
+            return folder, splits
     return None
 
 
-def read_table(folder: Path, files: Sequence[str]) -> Table:
-    """Labels and names of the rows of `files`; images are not read.
+def scan_parquet(
+    folder: Path, splits: list[list[str]], class_map: tuple[str, ...] | None
+) -> tuple[list[tuple[list[str], Rows]], tuple[str, ...]]:
+    """For each split's files, CLASS/name of each sample, sorted by class and then by name, and its row; the classes.
 
-    Errors: UserError for files that cannot be read, lack a column, disagree on the classes, or have a row without a
-    label; and without pyarrow.
+    Label i is called what the files' ClassLabel says, else as line i of the user's class map, else i with leading
+    zeros. Images are not read. Errors: UserError for files that cannot be read, lack a column, disagree on the
+    classes, or have a row without a label; and without pyarrow.
     """
+    tables = [_read_table(folder, files) for files in splits]
+    if empty := [files for files, table in zip(splits, tables, strict=True) if not len(table.labels)]:
+        raise UserError("the parquet files of a split have no rows", got=folder / empty[0][0])
+    if len({table.names for table in tables}) > 1:
+        raise UserError("the splits' parquet files disagree on the names of the classes", got=folder)
+    num_labels = 1 + max(int(table.labels.max(initial=-1)) for table in tables)
+    digits = len(str(num_labels - 1))
+    names = tables[0].names or class_map or tuple(f"{label:0{digits}d}" for label in range(num_labels))
+    if num_labels > len(names):
+        got = f"{folder} with label {num_labels - 1}"
+        raise UserError("a label has no name", got=got, allowed=f"the {len(names)} classes that have one")
+    return [_name_samples(table, names) for table in tables], names
+
+
+@contextmanager
+def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iterator[Spans]:
+    """Copy the images of the rows `chosen` (sample numbers) into one file in `folder`, where the spans find them.
+
+    Spans of other samples are negative. The file is removed at the end, and at the start those that killed runs left:
+    a living one holds a lock on its own. Errors: UserError for a row without bytes, a damaged file, a full disk.
+    """
+    _remove_orphans(folder)
+    with ExitStack() as stack:
+        try:
+            path, file = _create_spool(folder)
+            stack.enter_context(file)
+            stack.callback(path.unlink)
+            spans = _copy_rows(root, rows, chosen, file, path.name)
+        except OSError as error:  # of writing: what reading meets is a UserError already
+            cure = "free as much space as the images of this part take"
+            got = f"{folder} ({error.strerror})"
+            raise UserError("cannot write the images of parquet files", got=got, cure=cure) from None
+        yield spans
+
+
+def _read_table(folder: Path, files: list[str]) -> _Table:
     names: dict[tuple[str, ...] | None, str] = {}
     labels: list[np.ndarray] = []
-    image_names: list[str] = []
+    image_names: list[str | None] = []
     for file in files:
         schema = _open(folder / file).schema_arrow
-        names.setdefault(_class_names(schema), file)
         has_path = _check_schema(folder / file, schema)
-        for batch in _read(folder / file, ["label", "image.path"] if has_path else ["label"]):
+        names.setdefault(_class_names(schema), file)
+        first = len(image_names)
+        parts = [np.zeros(0, np.int64)]
+        for batch in _read(folder / file, ["label", "image.path"] if has_path else ["label"], 1 << 16):
             label = batch.column("label")
-            if label.null_count:
-                raise UserError("a row has no label", got=folder / file, cure="remove such rows, or the file")
-            labels.append(label.to_numpy(zero_copy_only=False).astype(np.int64))
-            image_names += _texts(batch.column("image")) if has_path else [""] * len(label)
-        labels.append(np.zeros(0, np.int64))  # an empty file has no batches
+            image_names += batch.column("image").field("path").to_pylist() if has_path else [None] * len(label)
+            parts.append(label.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64))
+        label = np.concatenate(parts)
+        if len(wrong := np.flatnonzero((label < 0) | (label >= _MAX_CLASSES))):
+            got = f"{folder / file}: row {wrong[0]} with {label[wrong[0]]}"
+            raise UserError(
+                "a row has no label", got=got, allowed=f"0 to {_MAX_CLASSES - 1:,}", cure="remove such rows"
+            )
+        assert len(image_names) == first + len(label)
+        labels.append(label)
     if len(names) > 1:
         got = " and ".join(str(folder / file) for file in list(names.values())[:2])
         raise UserError("parquet files disagree on the names of the classes", got=got)
-    return ...
+    counts = [len(label) for label in labels]
+    file_of_row = np.repeat(np.arange(len(files), dtype=np.int32), counts)
+    row = np.concatenate([np.arange(count) for count in counts])
+    return _Table(next(iter(names)), np.concatenate(labels), image_names, Rows(tuple(files), file_of_row, row))
 
 
-def _x() -> None: ...
+def _check_schema(path: Path, schema: Any) -> bool:
+    """Whether images have a path. Errors: UserError for columns that are missing or of another type."""
+    from pyarrow import types
+
+    image, label = ((schema.field(name).type if name in schema.names else None) for name in ("image", "label"))
+    if image is not None and types.is_struct(image) and label is not None and types.is_integer(label):
+        fields = {field.name: field.type for field in image}
+        data, name = fields.get("bytes"), fields.get("path")
+        if data is not None and (types.is_binary(data) or types.is_large_binary(data)):
+            return name is not None and (types.is_string(name) or types.is_large_string(name))
+    got = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    raise UserError("a parquet file has other columns", got=f"{path} with {got}", allowed=_COLUMNS)
+
+
+def _class_names(schema: Any) -> tuple[str, ...] | None:
+    """The names that the datasets library wrote into the metadata, or None; what no folder can be called is _."""
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        names = tuple(re.sub(r"/|^\.", "_", str(name)) for name in names)
+    except (ValueError, LookupError, TypeError):
+        return None
+    if "" in names or len(set(names)) < len(names):
+        raise UserError("the parquet files' classes have no names of their own", got=names, allowed="all different")
+    return names or None
+
+
+def _name_samples(table: _Table, names: tuple[str, ...]) -> tuple[list[str], Rows]:
+    """Samples are called after their images where, in their class, all have a name of their own; else by number."""
+    files, file, row = table.rows
+    digits = len(str(len(row)))
+    by_label = np.argsort(table.labels, kind="stable")
+    bounds = np.searchsorted(table.labels[by_label], np.arange(len(names) + 1))
+    paths: list[str] = []
+    order = [np.zeros(0, np.int64)]
+    for name, label in sorted((name, label) for label, name in enumerate(names)):
+        samples = by_label[bounds[label] : bounds[label + 1]]
+        found = [re.split(r"[/\\]", table.image_names[i] or "")[-1] for i in samples]
+        stems = {os.path.splitext(image)[0] for image in found}
+        if len(stems) < len(found) or any(image.startswith(".") or not image for image in found):
+            found = [f"{i:0{digits}d}" for i in samples]
+        ranks = sorted(range(len(found)), key=found.__getitem__)
+        paths += [f"{name}/{found[i]}" for i in ranks]
+        order.append(samples[ranks])
+    chosen = np.concatenate(order)
+    return paths, Rows(files, file[chosen], row[chosen])
+
+
+def _copy_rows(root: Path, rows: Rows, chosen: np.ndarray, out: BinaryIO, name: str) -> Spans:
+    offset, length = np.full((2, len(rows.row)), -1, np.int64)
+    chosen = chosen[np.lexsort((rows.row[chosen], rows.file[chosen]))]
+    bounds = np.searchsorted(rows.file[chosen], np.arange(len(rows.files) + 1))
+    for number, file in enumerate(rows.files):
+        wanted = chosen[bounds[number] : bounds[number + 1]]
+        groups = _groups(root / file, rows.row[wanted]) if len(wanted) else []
+        for group, first, begin, end in groups:
+            position = begin
+            for batch in _read(root / file, ["image.bytes"], _ROWS_AT_ONCE, group):
+                images = batch.column("image").field("bytes")
+                while position < end and rows.row[wanted[position]] < first + len(images):
+                    sample = wanted[position]
+                    data = images[int(rows.row[sample]) - first].as_buffer()
+                    if data is None:
+                        got = f"{root / file}: row {rows.row[sample]}"
+                        raise UserError(
+                            "a row holds no image", got=got, cure="write the bytes into the file, not a path"
+                        )
+                    offset[sample], length[sample] = out.tell(), data.size
+                    out.write(data)
+                    position += 1
+                first += len(images)
+    out.flush()
+    return Spans((name,), np.zeros(len(rows.row), np.int32), offset, length)
+
+
+def _groups(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """The row groups of a file that hold any of the rows `wanted` (sorted): number, first row, wanted[begin:end]."""
+    metadata = _open(path).metadata
+    first = 0
+    for group in range(metadata.num_row_groups):
+        last = first + metadata.row_group(group).num_rows
+        begin, end = np.searchsorted(wanted, (first, last))
+        if begin < end:
+            yield group, first, int(begin), int(end)
+        first = last
+
+
+def _create_spool(folder: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=_SPOOL[0], suffix=_SPOOL[1], dir=folder)
+        with suppress(OSError):  # a file system without locks; then a killed run's file stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):  # else another process took it for an orphan before it was locked
+            return Path(name), os.fdopen(descriptor, "wb", buffering=1 << 20)
+        os.close(descriptor)
+
+
+def _remove_orphans(folder: Path) -> None:
+    for path in folder.glob("*".join(_SPOOL)):
+        with suppress(OSError), open(path, "r+b") as file:  # its writer lives, or has removed it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _open(path: Path) -> Any:
+    """A ParquetFile, which reads its file's footer. Errors: UserError for a damaged file, and without pyarrow."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("parquet files need pyarrow, which is missing", cure="pip install pyarrow") from None
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError("cannot read a parquet file", got=f"{path} ({error})", cure="fetch it again") from None
+
+
+def _read(path: Path, columns: list[str], num_rows: int, group: int | None = None) -> Iterator[Any]:
+    """Batches of `num_rows` at most of a file, or of one of its row groups."""
+    import pyarrow
+
+    try:
+        yield from _open(path).iter_batches(num_rows, None if group is None else [group], columns)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError("cannot read a parquet file", got=f"{path} ({error})", cure="fetch it again") from None

@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import chain, islice
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -20,24 +21,37 @@ def default_workers() -> int:
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int
+    function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield (number of the task, its result) in the order of completion.
 
-    When the caller closes it early, running tasks are waited for and the others dropped.
+    `tasks` may be a generator: it is asked for a task only a little before a worker is free for it. When the
+    caller closes it early, running tasks are waited for and the others dropped.
     """
-    if min(num_workers, len(tasks)) <= 1:
-        for number, task in enumerate(tasks):
+    numbered = enumerate(tasks)
+    first = list(islice(numbered, 2))
+    if num_workers <= 1 or len(first) <= 1:
+        for number, task in chain(first, numbered):
             yield number, function(task)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that the caller's threads hold
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     try:
-        numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
-        for future in as_completed(numbers):
-            yield numbers.pop(future), future.result()  # popped, so that results do not pile up here
+        numbers: dict[Future[Result], int] = {}
+        for number, task in chain(first, numbered):
+            numbers[pool.submit(function, task)] = number
+            if len(numbers) >= 2 * num_workers:  # twice what can run, so that no worker waits for its next
+                yield from _collect(numbers)
+        while numbers:
+            yield from _collect(numbers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(numbers: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
+    """Wait for at least one of the futures; take what is done out of `numbers`."""
+    for future in wait(numbers, return_when=FIRST_COMPLETED).done:
+        yield numbers.pop(future), future.result()
 
 
 def _start_worker() -> None:

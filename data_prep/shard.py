@@ -1,30 +1,55 @@
-"""Class folders of images -> WebDataset tars with a manifest: `python -m data_prep.shard SOURCE OUT`.
+"""Images -> WebDataset tars with a manifest: `python -m data_prep.shard SOURCE OUT`.
 
 The samples' order is a seeded permutation of the sorted paths, so that every shard is a fair sample of the
-classes. Neither clocks nor users nor the number of workers leave a trace: the same source, seed and shard
-size give the same bytes.
+classes. Neither clocks nor users nor the number of workers or parts leave a trace: the same source, seed, shard
+size and reduction give the same bytes.
 
-Nothing is overwritten but what an interrupted run of the same plan left, which `.sharding.json` tells; the
-manifest comes last, and a folder with a manifest is complete.
+Killed at any moment and started again it continues: a shard that has its sidecar is complete and is not written
+again. So is it with `--part I/N` on many nodes that share OUT and nothing else: part I has every N-th shard, and
+`python -m data_prep.index OUT` makes the manifest once all parts are through. `.sharding.json` tells which plan a
+folder belongs to, and nothing else is ever written over; a folder with a manifest is complete. Files whose content
+changes under the same name while a plan is unfinished go unnoticed in the shards that were complete before.
+
+A file that is no image is refused, and named with all others like it when the other shards are written. Those
+stay. Replace the files, and the same command writes the shards that lack. Remove them, and the permutation is
+another: then OUT must be deleted first.
 """
 
 import argparse
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.images import Reduction
 from data_prep.pool import Progress, default_workers, run_tasks
-from data_prep.sources import Source, find_sources
-from data_prep.writer import Result, Task, write_shard
-from gcvit.data.manifest import COLUMNS, FILE_NAME, Manifest, holds_shards, read_manifest, write_manifest
+from data_prep.sidecar import MARK, Mark, Sidecar, has_sidecars, merge, read_mark, read_sidecar, write_mark
+from data_prep.sources import Source, find_sources, spooled
+from data_prep.summary import Row, print_summary
+from data_prep.timm_info import write_timm_info
+from data_prep.writer import Task, write_shard
+from gcvit.data.manifest import FILE_NAME, holds_shards, read_manifest
 from gcvit.errors import UserError, run_main
 
-MARK = ".sharding.json"  # stands in a folder while its shards are incomplete
+DEFAULT_QUALITY = 90
+FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The shards k with k mod `count` = `index`: 0 <= index < count."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, num_shards: int) -> range:
+        return range(self.index, num_shards, self.count)
 
 
 @dataclass(frozen=True)
@@ -35,30 +60,36 @@ class Plan:
     folder: Path
     seed: int
     shard_size: int
+    reduction: Reduction | None
 
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.source.paths) // self.shard_size)
-
-    def shard_name(self, number: int) -> str:
-        return f"{self.source.split}-{number:06d}.tar"
-
-    @property
-    def digest(self) -> str:
-        source = self.source
+    @cached_property
+    def mark(self) -> Mark:
+        source, reduction = self.source, self.reduction
         listing = [source.split, source.classes, source.paths, source.labels, self.seed, self.shard_size]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        listing += [] if reduction is None else [reduction.short_side, reduction.quality]
+        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return Mark(digest, source.split, source.classes, -(-len(source.paths) // self.shard_size))
 
-    def tasks(self, write: bool) -> list[Task]:
+    @cached_property
+    def order(self) -> np.ndarray:
         # RandomState, whose stream NumPy promises never to change, unlike that of its newer generators.
-        order = np.random.RandomState(self.seed).permutation(len(self.source.paths))
-        tasks = []
-        for number in range(self.num_shards):
-            chosen = order[number * self.shard_size : (number + 1) * self.shard_size]
+        return np.random.RandomState(self.seed).permutation(len(self.source.paths))
+
+    def tar_path(self, number: int) -> Path:
+        return self.folder / self.mark.shard_name(number)
+
+    def samples(self, number: int) -> np.ndarray:
+        return self.order[number * self.shard_size : (number + 1) * self.shard_size]
+
+    def tasks(self, numbers: list[int], source: Source, write: bool) -> Iterator[Task]:
+        """A task per shard, with the samples' bytes where `source` has them."""
+        for number in numbers:
+            chosen = self.samples(number).tolist()
+            places = [source.place(i) for i in chosen]
             paths = [self.source.paths[i] for i in chosen]
             labels = [self.source.labels[i] for i in chosen]
-            tasks.append(Task(self.source.root, paths, labels, self.folder / self.shard_name(number), write))
-        return tasks
+            path = self.tar_path(number)
+            yield Task(source.root, places, paths, labels, path, self.mark.plan, self.reduction, write)
 
 
 def is_complete(plan: Plan) -> bool:
@@ -73,128 +104,174 @@ def is_complete(plan: Plan) -> bool:
         raise UserError("the output is no directory", got=folder, cure="choose another folder")
     if (folder / FILE_NAME).exists():
         return True
-    found = sorted(os.listdir(folder)) if folder.exists() else []
-    if MARK in found:
-        try:
-            if json.loads((folder / MARK).read_bytes())["plan"] == plan.digest:
-                return False
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
+    # The mark is looked for after the rest: whatever another part has written, its mark was there before.
+    found = [name for name in _list(folder) if not (name.startswith(MARK) and name.endswith(".tmp"))]
+    if has_sidecars(folder):
+        mark = read_mark(folder)
+        if mark is not None and mark.plan == plan.mark.plan:
+            return False
         what, cure = "the output holds an interrupted sharding of other files or options", "delete the folder"
-    elif found and found != [f"{MARK}.tmp"]:
+    elif found:
         what, cure = "the output is not empty", "empty it"
     else:
         return False
     cure += ", or choose another; nothing was changed"
-    raise UserError(what, got=f"{folder} with {found[-1]}", cure=cure)
+    raise UserError(what, got=f"{folder} with {(found or [MARK])[-1]}", cure=cure)
 
 
-def compute(plan: Plan, num_workers: int, write: bool) -> tuple[Manifest, Progress]:
-    """Write the plan's shards, or only compute them, and return the manifest that belongs to them.
+def _list(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.exists() else []
 
-    Errors: UserError for a file that is no image; what this run wrote is removed, since without that file the
-    permutation is another and none of the shards can stay.
+
+def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tuple[dict[int, Sidecar], float]:
+    """Write these shards of a plan, or only compute them; return their sidecars by number, and the seconds it took.
+
+    Errors: UserError that names the files that are no images, once all shards without one are done.
     """
-    results: dict[int, Result] = {}
-    title = f"{plan.source.split}{'' if write else ' (comparing)'}"
-    progress = Progress(title, len(plan.source.paths))
-    # Closing the iterator waits for the workers: only then may `_clear` take away what they wrote.
-    with closing(progress), closing(run_tasks(write_shard, plan.tasks(write), num_workers)) as finished:
-        for number, result in finished:
-            results[number] = result
-            progress.add(result.shard.num_samples, result.shard.num_bytes)
-            if result.refused is not None:
-                break
-    refused = next((result.refused for result in results.values() if result.refused is not None), None)
-    if refused is not None:
-        if write:
-            _clear(plan)
-        formats = "JPEG, PNG, WebP, GIF, BMP, TIFF"
-        raise UserError("a file is no image", got=refused, allowed=formats, cure="replace or remove it")
-    in_order = [results[number] for number in range(plan.num_shards)]
-    columns = {name: np.concatenate([result.columns[name] for result in in_order]) for name in COLUMNS}
-    shards = tuple(result.shard for result in in_order)
-    return Manifest(plan.folder, plan.source.split, plan.source.classes, shards, **columns), progress
+    sidecars: dict[int, Sidecar] = {}
+    refused: list[str] = []
+    chosen = np.concatenate([plan.samples(number) for number in numbers])
+    progress = Progress(f"{plan.source.split}{'' if write else ' (comparing)'}", len(chosen))
+    with closing(progress), spooled(plan.source, chosen, plan.folder) as source:
+        tasks = plan.tasks(numbers, source, write)
+        with closing(run_tasks(write_shard, tasks, num_workers)) as finished:
+            for index, result in finished:
+                refused += result.refused
+                num_bytes = 0
+                if result.sidecar is not None:
+                    sidecars[numbers[index]] = result.sidecar
+                    num_bytes = result.sidecar.shard.num_bytes
+                progress.add(len(plan.samples(numbers[index])), num_bytes)
+    if refused:
+        what = "a file is no image" if len(refused) == 1 else f"{len(refused):,} files are no images"
+        more = f" and {len(refused) - 10:,} more" if len(refused) > 10 else ""
+        start = "start the same command again" + (f"; or remove it, delete {plan.folder}, start again" if write else "")
+        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, allowed=FORMATS, cure=f"replace it, {start}")
+    return sidecars, progress.seconds
 
 
-def _clear(plan: Plan) -> None:
-    for number in range(plan.num_shards):
-        path = plan.folder / plan.shard_name(number)
-        path.unlink(missing_ok=True)
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-    (plan.folder / MARK).unlink(missing_ok=True)
-
-
-def write_plan(plan: Plan, num_workers: int) -> None:
-    """Fill an empty or interrupted folder."""
+def write_plan(plan: Plan, part: Part, num_workers: int) -> Row:
+    """Fill an empty or interrupted folder with a part's shards; the only part makes the manifest too."""
+    folder, mark = plan.folder, plan.mark
     try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        temporary = plan.folder / f"{MARK}.tmp"
-        temporary.write_text(json.dumps({"plan": plan.digest}))
-        os.replace(temporary, plan.folder / MARK)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not has_sidecars(folder):
+            write_mark(folder, mark)
     except OSError as error:
-        raise UserError("cannot write the output", got=f"{plan.folder} ({error.strerror})") from None
-    manifest, progress = compute(plan, num_workers, write=True)
-    columns = {name: getattr(manifest, name) for name in COLUMNS}
-    write_manifest(plan.folder, manifest.split, manifest.classes, manifest.shards, columns)
-    (plan.folder / MARK).unlink()
-    print(
-        f"{manifest.split}: {manifest.num_samples:,} samples of {len(manifest.classes):,} classes in "
-        f"{len(manifest.shards):,} shards, {progress.num_bytes / 1e6:,.1f} MB, {progress.seconds:.1f} s "
-        f"({progress.rate}): {plan.folder}"
-    )
+        raise UserError("cannot write the output", got=f"{folder} ({error.strerror})") from None
+    numbers = part.of(mark.num_shards)
+    kept = {number: read_sidecar(plan.tar_path(number), mark.plan) for number in numbers}
+    sidecars = {number: sidecar for number, sidecar in kept.items() if sidecar is not None}
+    missing = [number for number in numbers if number not in sidecars]
+    _remove_strays(plan, missing)
+    if sidecars:
+        print(f"{mark.split}: {len(sidecars):,} of {len(numbers):,} shards are complete already: {folder}", flush=True)
+    written: dict[int, Sidecar] = {}
+    seconds = 0.0
+    if missing:
+        written, seconds = compute(plan, missing, num_workers, write=True)
+    if part.count == 1:
+        merge(folder)
+    return Row.of(mark, list((sidecars | written).values()), list(written.values()), seconds, folder)
 
 
-def compare_plan(plan: Plan, num_workers: int) -> None:
+def _remove_strays(plan: Plan, numbers: list[int]) -> None:
+    """Take away what a killed run left of these shards; other parts may be at work on theirs."""
+    heads = {f"{plan.tar_path(number).name}" for number in numbers}
+    for name in _list(plan.folder):
+        if name.endswith(".tmp") and name.partition(".tar")[0] + ".tar" in heads:
+            (plan.folder / name).unlink(missing_ok=True)
+
+
+def compare_plan(plan: Plan, part: Part, num_workers: int) -> None:
     """Say so where the folder holds exactly what this plan would write. Errors: UserError where not."""
-    there = read_manifest(plan.folder)
+    there = merge(plan.folder) if has_sidecars(plan.folder) else read_manifest(plan.folder)
     source = plan.source
-    here = (source.split, source.classes, len(source.paths))
-    alike = here == (there.split, there.classes, there.num_samples)  # if not, spare the reading of all files
-    if not (alike and compute(plan, num_workers, write=False)[0].digest == there.digest):
+    here = (source.split, source.classes, len(source.paths), plan.mark.num_shards)
+    alike = here == (there.split, there.classes, there.num_samples, len(there.shards))
+    numbers = list(part.of(plan.mark.num_shards))
+    if alike and numbers:  # if not, spare the reading of all files
+        sidecars, _ = compute(plan, numbers, num_workers, write=False)
+        alike = all(sidecars[number].shard == there.shards[number] for number in numbers)
+    if not alike:
         raise UserError(
             "the output holds other shards",
             got=f"{plan.folder} with {there.num_samples:,} samples, split {there.split}",
             cure="delete the folder, or choose another; nothing was changed",
         )
-    (plan.folder / MARK).unlink(missing_ok=True)
-    print(f"{there.split}: {there.num_samples:,} samples are there already, byte for byte: {plan.folder}")
+    print(f"{there.split}: {there.num_samples:,} samples are there already, byte for byte: {plan.folder}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse_part(text: str) -> Part:
+    """"3/8" -> Part(3, 8). Errors: UserError for anything but I/N with 0 <= I < N."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError("--part is no part", got=text, allowed="I/N with 0 <= I < N, from 0/8 to 7/8 for 8 parts")
+    return Part(int(index), int(count))
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.shard",
-        description="Class folders of images -> WebDataset tars with a manifest.",
+        description="Images -> WebDataset tars with a manifest.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=None,
     )
-    parser.add_argument("source", type=Path, help="folder of class folders, or of train/ and val/ above them")
+    parser.add_argument("source", type=Path, help="folder of class folders or class tars, or of train/ and val/ above")
     parser.add_argument("out", type=Path, help="new folder; gets train/ and val/ too where SOURCE has them")
     parser.add_argument("--split", choices=("train", "val"), help="a single tree's split; train where absent")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels")
+    parser.add_argument("--val-fraction", type=float, metavar="F", help="hold out this share of a single tree as val")
+    parser.add_argument("--part", metavar="I/N", help="write every N-th shard from shard I on; then data_prep.index")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     parser.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples' order")
+    parser.add_argument("--short-side", type=int, metavar="S", help="re-encode images whose short side exceeds S")
+    parser.add_argument("--quality", type=int, help=f"of re-encoded JPEGs, 1 to 100; {DEFAULT_QUALITY} where absent")
     args = parser.parse_args(arguments)
-    for name, value in [("--workers", args.workers), ("--shard-size", args.shard_size)]:
+    for name, value in [
+        ("--workers", args.workers),
+        ("--shard-size", args.shard_size),
+        ("--short-side", args.short_side or 1 if args.short_side is None else args.short_side),
+    ]:
         if value < 1:
             raise UserError(f"{name} is too small", got=value, allowed="at least 1")
     if not 0 <= args.seed < 2**32:
         raise UserError("--seed is out of range", got=args.seed, allowed="0 to 2^32 - 1")
+    if args.quality is not None and args.short_side is None:
+        what = "--quality has no effect: no image is re-encoded"
+        raise UserError(what, got=f"--quality {args.quality}", cure="add --short-side, or leave it out")
+    if args.quality is not None and not 1 <= args.quality <= 100:
+        raise UserError("--quality is out of range", got=args.quality, allowed="1 to 100")
+    return args
 
-    sources = find_sources(args.source, args.split)
-    has_splits = sources[0].root != args.source
-    if has_splits and holds_shards(args.out):
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    part = Part() if args.part is None else parse_part(args.part)
+    reduction = None
+    if args.short_side is not None:
+        reduction = Reduction(args.short_side, DEFAULT_QUALITY if args.quality is None else args.quality)
+    sources = find_sources(
+        args.source, args.split, classes=args.classes, val_fraction=args.val_fraction, seed=args.seed
+    )
+    if sources[0].split_folder and holds_shards(args.out):
         what = "the output holds shards of a single tree"
         raise UserError(what, got=args.out, cure="choose another folder for the source's train/ and val/")
-    folders = [args.out / source.split if has_splits else args.out for source in sources]
-    pairs = zip(sources, folders, strict=True)
-    plans = [Plan(source, folder, args.seed, args.shard_size) for source, folder in pairs]
+    plans = []
+    for source in sources:
+        folder = args.out / source.split if source.split_folder else args.out
+        plans.append(Plan(source, folder, args.seed, args.shard_size, reduction))
     # What is refused is refused before a byte is written, so folders to compare come first.
     complete = [plan for plan in plans if is_complete(plan)]
     for plan in complete:
-        compare_plan(plan, args.workers)
-    for plan in plans:
-        if plan not in complete:
-            write_plan(plan, args.workers)
+        compare_plan(plan, part, args.workers)
+    rows = [write_plan(plan, part, args.workers) for plan in plans if plan not in complete]
+    print_summary(rows)
+    if part.count == 1:
+        write_timm_info(args.out)
+    elif rows:
+        print(f"part {args.part} is complete; after the last part: python -m data_prep.index {args.out}")
 
 
 if __name__ == "__main__":

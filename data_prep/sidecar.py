@@ -10,11 +10,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +20,7 @@ from gcvit.errors import UserError
 
 MARK = ".sharding.json"
 MERGING = ".merging"  # the head of the names of the folders in which manifests are made
-AGAIN = "start the command that was writing them again, with --part all its parts; what is complete is kept"
+AGAIN = "start the command that was writing them again (with --part: all its parts); what is complete is kept"
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ def has_sidecars(folder: Path) -> bool:
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
-    with replacing(folder / MARK) as temporary:
-        temporary.write_text(json.dumps(asdict(mark)))
+    write_text(folder / MARK, json.dumps(asdict(mark)))
 
 
 def read_mark(folder: Path) -> Mark | None:
@@ -77,8 +73,7 @@ def read_mark(folder: Path) -> Mark | None:
 def write_sidecar(tar_path: Path, plan: str, sidecar: Sidecar) -> None:
     """Say that the shard at `tar_path` is complete: it must be on disk under that name already."""
     content = asdict(sidecar) | {"columns": {name: column.tolist() for name, column in sidecar.columns.items()}}
-    with replacing(sidecar_path(tar_path)) as temporary:
-        temporary.write_text(json.dumps({"plan": plan} | content))
+    write_text(sidecar_path(tar_path), json.dumps({"plan": plan} | content))
 
 
 def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:
@@ -102,15 +97,18 @@ def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:
 def merge(folder: Path) -> Manifest:
     """Make the manifest of a folder's sidecars, and remove these and the mark.
 
-    Twice, or in two processes at once, it gives the same bytes. Errors: UserError for shards that are missing.
+    Twice, or in two processes at once, it gives the same bytes. Errors: UserError for shards that are missing, or
+    where it cannot write.
     """
-    if not (folder / FILE_NAME).exists():
-        try:
+    try:
+        if not (folder / FILE_NAME).exists():
             _write_manifest(folder)
-        except (FileNotFoundError, UserError):
-            # Another process may have been faster and have tidied up already: its manifest was there before that.
-            if not (folder / FILE_NAME).exists():
-                raise
+    except (OSError, UserError) as error:
+        # Another process may have been faster and have tidied up already: its manifest was there before that.
+        if not (folder / FILE_NAME).exists():
+            if isinstance(error, OSError):
+                raise UserError("cannot write the manifest", got=f"{folder} ({error.strerror})", cure=AGAIN) from None
+            raise
     manifest = read_manifest(folder)
     for shard in manifest.shards:
         sidecar_path(folder / shard.name).unlink(missing_ok=True)
@@ -149,16 +147,16 @@ def _write_manifest(folder: Path) -> None:
     sync_folder(folder)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new name to write to, unlike that of any other process; then rename what was written to `path`."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process uses, to write to before a rename."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = temporary_path(path)
     try:
-        yield temporary
+        temporary.write_text(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_splits(out: Path) -> dict[str, Any]:
-    raise NotImplementedError

@@ -1,20 +1,28 @@
-"""Where samples come from: class folders of images, their labels, and the keys that name them in a shard."""
+"""Where samples come from: class folders, tars or parquet files; their labels, and their keys in a shard."""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.archives import Spans, first_member, scan_class_tars, scan_nested, scan_validation
+from data_prep.class_folders import ARCHIVES, LAYOUT, group_classes, list_folder, list_tree, refuse_loose
+from data_prep.class_map import read_class_map
+from data_prep.parquet_source import Rows, find_parquet, scan_parquet, spool_rows
+from data_prep.val_split import choose_val
 from gcvit.errors import UserError
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz", ".7z", ".rar")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-LAYOUT = "SOURCE/CLASS/image files, or SOURCE/train/CLASS and SOURCE/val/CLASS"
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+KIT = "ILSVRC2012_devkit_t12.tar.gz"
+KINDS = (
+    f"a folder of class folders, of {TRAIN_TAR} and {VAL_TAR}, of CLASS.tar or of *.parquet; or one of ILSVRC's tars"
+)
 
 # Percent-encoded in a key: every byte that is no printable ASCII; the dot, at which readers of tars split key
 # and extension; the percent sign, so that the code can be undone; and the first of two leading underscores,
@@ -30,22 +38,13 @@ class Place(NamedTuple):
     length: int | None = None
 
 
-class Spans(NamedTuple):
-    """Where each sample lies: `length[i]` bytes at `offset[i]` of `files[file[i]]`; columns of shape [N]."""
-
-    files: tuple[str, ...]
-    file: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
     """A split's samples: `paths[i]`, CLASS/name, has label `labels[i]`, an index into `classes`.
 
     Sorted by class, then by path. `paths` name samples in shards; where their bytes lie is told by `place`.
-    `root` is a folder, or a single archive, whose places have the file "". `split_folder` tells that the source has
-    splits of its own, so that the shards go to OUT/SPLIT.
+    `root` is a folder, or a single tar, whose places have the file "". `split_folder` tells that the source has
+    splits, so that the shards go to OUT/SPLIT. `where` is None for files of their own, at `paths`.
     """
 
     root: Path
@@ -54,12 +53,13 @@ class Source:
     paths: list[str]
     labels: list[int]
     split_folder: bool = False
-    spans: Spans | None = None
+    where: Spans | Rows | None = None
 
     def place(self, index: int) -> Place:
-        if self.spans is None:
+        if self.where is None:
             return Place(self.paths[index])
-        files, file, offset, length = self.spans
+        assert isinstance(self.where, Spans), "rows of parquet files have no place until they are spooled"
+        files, file, offset, length = self.where
         return Place(files[file[index]], int(offset[index]), int(length[index]))
 
 
@@ -83,14 +83,21 @@ def encode_key(path: str) -> str:
     return _CODED.sub(lambda match: b"%%%02X" % match[0][0], os.fsencode(stem)).decode("ascii")
 
 
-@contextmanager
-def spooled(source: Source, chosen: np.ndarray, folder: Path) -> Iterator[Source]:
-    """The source itself; or for one whose samples cannot be read singly (parquet), its `chosen` ones in a file.
+class _Part(NamedTuple):
+    """A split before its classes have numbers; fields as those of `Source`."""
 
-    `chosen` are sample numbers; only their places may be asked of the source that this yields. The file lies in
-    `folder` and is removed afterwards, as is what a killed run left.
-    """
-    yield source
+    root: Path
+    split: str
+    paths: list[str]
+    where: Spans | Rows | None = None
+
+
+class _Found(NamedTuple):
+    """What a source holds; `classes` None are those of the first part, in the order of their names."""
+
+    parts: list[_Part]
+    has_splits: bool
+    classes: tuple[str, ...] | None = None
 
 
 def find_sources(
@@ -101,96 +108,123 @@ def find_sources(
     val_fraction: float | None = None,
     seed: int = 0,
 ) -> list[Source]:
-    """The splits below `root`: `train` and `val` where it has these folders, else one named `split`.
+    """The splits in `root`: `train` and `val` where it has them, else one named `split` (`train` where None).
 
-    Labels number the sorted class folders of `train`, for `val` too. Errors: UserError for a missing, empty
-    or unclear source, a class folder without files, a class that only `val` has, two files with one key.
+    `root` is one of KINDS. Labels number the sorted classes of `train`, for `val` too; with `classes` they number the
+    lines of that file (see `read_class_map`), and some may have no images; parquet files bring theirs.
+    `val_fraction` takes a `val` out of what has none (see `choose_val`). Errors: UserError for a source that is
+    missing, empty, unclear, damaged or compressed, a class without files or that train lacks, two files with one key.
     """
-    if not root.is_dir():
-        kind = "a file" if root.exists() else "missing"
-        cure = "unpack it first" if root.name.endswith(ARCHIVES) else "check the path"
-        raise UserError("the source is no directory", got=f"{root} ({kind})", allowed=LAYOUT, cure=cure)
+    class_map = None if classes is None else read_class_map(classes)
+    if not root.exists():
+        raise UserError("the source is missing", got=root, allowed=KINDS, cure="check the path")
+    found = _find_in_folder(root, split, class_map) if root.is_dir() else _find_in_tar(root, split)
+    if split is not None and (found.has_splits or val_fraction is not None):
+        why = f"{root} has its own splits" if found.has_splits else "--val-fraction makes train and val"
+        alone = next((part.root for part in found.parts if part.root != root), None)
+        cure = "leave it out" if alone is None else f"leave it out, or name one of them: {alone}"
+        raise UserError(f"--split has no effect: {why}", got=f"--split {split}", cure=cure)
+    parts, has_splits = found.parts, found.has_splits
+    names = class_map or found.classes or tuple(name for name, _ in group_classes(parts[0].paths))
+    labels = [_number_classes(part, names, "train" if class_map is None else "the class map") for part in parts]
+    if val_fraction is not None:
+        if any(part.split == "val" for part in parts):
+            cure = "leave it out, or name the train part alone"
+            raise UserError("--val-fraction has no effect: there is a val already", got=parts[-1].root, cure=cure)
+        parts, labels = _divide(parts[0], labels[0], val_fraction, seed)
+        has_splits = True
+    return [
+        Source(part.root, part.split, names, part.paths, label, has_splits, part.where)
+        for part, label in zip(parts, labels, strict=True)
+    ]
+
+
+@contextmanager
+def spooled(source: Source, chosen: np.ndarray, folder: Path) -> Iterator[Source]:
+    """The source itself; or of parquet, whose rows cannot be read singly, one whose `chosen` samples can be.
+
+    `chosen` are sample numbers [n]; of others the places must not be asked. Their bytes are copied, file after file,
+    into one file in `folder`, which is removed afterwards; so is what a killed run left there. Errors: UserError for
+    a damaged file, a row without an image, a full disk.
+    """
+    if not isinstance(source.where, Rows):
+        yield source
+        return
+    with spool_rows(source.root, source.where, chosen, folder) as spans:
+        yield replace(source, root=folder, where=spans)
+
+
+def _find_in_tar(tar: Path, split: str | None) -> _Found:
+    if not tar.name.lower().endswith(".tar"):
+        cure = "unpack it first" if tar.name.lower().endswith(ARCHIVES) else "check the path"
+        raise UserError("the source is no directory and no tar", got=f"{tar} (a file)", allowed=KINDS, cure=cure)
+    name = first_member(tar)
+    if name.endswith(".tar"):
+        return _Found([_Part(tar, split or "train", *scan_nested(tar))], False)
+    if re.search(r"(^|/)ILSVRC2012_val_", name):
+        paths, spans, classes = scan_validation(tar, tar.parent / KIT)
+        return _Found([_Part(tar, split or "val", paths, spans)], False, classes)
+    got, cure = f"{tar} with {name!r} in it", "name the folder of the class tars, or unpack it"
+    raise UserError("a tar of neither class tars nor ILSVRC's validation images", got=got, allowed=KINDS, cure=cure)
+
+
+def _find_in_folder(root: Path, split: str | None, class_map: tuple[str, ...] | None) -> _Found:
+    folders, files = list_folder(root)
     # A folder `train` that holds folders is a split; one that holds only files may be a class about trains.
-    splits = [name for name in ("train", "val") if (root / name).is_dir() and _list_folder(root / name)[0]]
-    if not splits:
-        return [_scan(root, split or "train", None)]
-    if split is not None:
-        raise UserError(
-            f"--split has no effect: {root} has its own splits",
-            got=f"--split {split}",
-            cure=f"leave it out, or name one folder: {root / splits[0]}",
-        )
-    if splits == ["val"]:
+    splits = [name for name in ("train", "val") if name in folders and list_folder(root / name)[0]]
+    if splits == ["val"] and class_map is None:
         raise UserError(
             "labels come from train's classes, and there is no train folder",
             got=root,
             allowed=LAYOUT,
-            cure=f"add it, or shard {root / 'val'} alone with --split val",
+            cure=f"add it, name the classes with --classes, or shard {root / 'val'} alone with --split val",
         )
-    # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
-    _refuse_loose(root, [name for name in _list_folder(root)[1] if not name.lower().endswith(ARCHIVES)])
-    train = _scan(root / "train", "train", None, True)
-    return [train] if splits == ["train"] else [train, _scan(root / "val", "val", train.classes, True)]
+    if splits:
+        # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
+        refuse_loose(root, [name for name in files if not name.lower().endswith(ARCHIVES)])
+        return _Found([_Part(root / name, name, list_tree(root / name)) for name in splits], True)
+    if TRAIN_TAR in files or VAL_TAR in files:
+        return _find_ilsvrc(root, files)
+    if (parquet := find_parquet(root)) is not None:
+        folder, by_split = parquet
+        tables, classes = scan_parquet(folder, list(by_split.values()), class_map)
+        has_splits = None not in by_split
+        parts = [_Part(folder, name or split or "train", *table) for name, table in zip(by_split, tables, strict=True)]
+        return _Found(parts, has_splits, classes)
+    tars = [name for name in files if name.endswith(".tar")]
+    if tars and not folders:
+        refuse_loose(root, [name for name in files if name not in tars])
+        return _Found([_Part(root, split or "train", *scan_class_tars(root, tars))], False)
+    return _Found([_Part(root, split or "train", list_tree(root))], False)
 
 
-def _scan(root: Path, split: str, classes: tuple[str, ...] | None, split_folder: bool = False) -> Source:
-    """Read the names in a class-folder tree; `classes` fixes the labels, None takes its own folders."""
-    folders, files = _list_folder(root)
-    _refuse_loose(root, files)
-    if not folders:
-        raise UserError("the source holds no class folders", got=root, allowed=LAYOUT, cure="check the path")
-    if classes is not None and (unknown := sorted(set(folders) - set(classes))):
-        raise UserError(
-            f"{split} has {len(unknown)} class folders that train lacks",
-            got=", ".join(str(root / name) for name in unknown[:3]),
-            allowed=f"the {len(classes)} classes of train",
-            cure="rename or remove them, or add their images to train",
-        )
-    label_of = {name: label for label, name in enumerate(classes or sorted(folders))}
-    paths: list[str] = []
+def _find_ilsvrc(root: Path, files: list[str]) -> _Found:
+    parts, classes = [], None
+    if TRAIN_TAR in files:
+        parts.append(_Part(root / TRAIN_TAR, "train", *scan_nested(root / TRAIN_TAR)))
+    if VAL_TAR in files:
+        paths, spans, classes = scan_validation(root / VAL_TAR, root / KIT)
+        parts.append(_Part(root / VAL_TAR, "val", paths, spans))
+    return _Found(parts, True, None if TRAIN_TAR in files else classes)
+
+
+def _number_classes(part: _Part, classes: tuple[str, ...], by_whom: str) -> list[int]:
+    """The labels of a part's samples. Errors: UserError for a class not in `classes`, and for keys that collide."""
+    label_of = {name: label for label, name in enumerate(classes)}
     labels: list[int] = []
-    for name in sorted(folders):
-        found = sorted(_walk(root, name))
-        if not found:
-            raise UserError("a class folder holds no images", got=root / name, cure="remove it or fill it")
-        _refuse_collisions(root, found)
-        paths += found
-        labels += [label_of[name]] * len(found)
-    return Source(root, split, tuple(label_of), paths, labels, split_folder)
-
-
-def _walk(root: Path, folder: str) -> Iterator[str]:
-    folders, files = _list_folder(root / folder)
-    for name in files:
-        yield f"{folder}/{name}"
-    for name in folders:
-        yield from _walk(root, f"{folder}/{name}")
-
-
-def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in `folder`; links are followed, hidden names left out."""
-    folders: list[str] = []
-    files: list[str] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
-    except OSError as error:
-        raise UserError("cannot read a source folder", got=f"{folder} ({error.strerror})") from None
-    return folders, files
-
-
-def _refuse_loose(root: Path, files: list[str]) -> None:
-    """Images and archives beside the class folders would be lost in silence; other files may stay."""
-    for name in sorted(files):
-        if name.lower().endswith(ARCHIVES):
-            what, cure = "an archive in place of a class folder", "unpack or remove it"
-        elif name.lower().endswith(PICTURES):
-            what, cure = "an image outside a class folder", "move or remove it"
-        else:
-            continue
-        raise UserError(what, got=root / name, allowed=LAYOUT, cure=cure)
+    unknown: list[str] = []
+    for name, paths in group_classes(part.paths):
+        _refuse_collisions(part.root, paths)
+        labels += [label_of.get(name, -1)] * len(paths)
+        unknown += [name] if name not in label_of else []
+    if unknown:
+        raise UserError(
+            f"{part.split} has {len(unknown)} classes that {by_whom} lacks",
+            got=", ".join(f"{part.root}: {name}" for name in unknown[:3]),
+            allowed=f"the {len(classes)} classes of {by_whom}",
+            cure=f"rename or remove them, or add them to {by_whom}",
+        )
+    return labels
 
 
 def _refuse_collisions(root: Path, paths: list[str]) -> None:
@@ -198,10 +232,22 @@ def _refuse_collisions(root: Path, paths: list[str]) -> None:
     for path in paths:
         stem = os.path.splitext(path)[0]
         other = path_of.setdefault(stem, path)
-        if other != path:
+        if other is not path:
             raise UserError(
                 f"two files have one key, {encode_key(path)}",
-                got=f"{root / other} and {root / path}",
+                got=f"{root}: {other} and {path}",
                 allowed="names that differ in more than the extension",
                 cure="rename or remove one",
             )
+
+
+def _divide(part: _Part, label: list[int], val_fraction: float, seed: int) -> tuple[list[_Part], list[list[int]]]:
+    in_val = choose_val(part.paths, val_fraction, seed)
+    parts, labels = [], []
+    for split, chosen in (("train", np.flatnonzero(~in_val)), ("val", np.flatnonzero(in_val))):
+        where = part.where
+        if where is not None:
+            where = where._replace(**{name: getattr(where, name)[chosen] for name in where._fields[1:]})
+        parts.append(_Part(part.root, split, [part.paths[i] for i in chosen], where))
+        labels.append([label[i] for i in chosen])
+    return parts, labels

@@ -1,7 +1,7 @@
 """Writes one shard: a WebDataset tar, whole or not at all.
 
-A sample is three members: KEY.jpg (or the true extension of its content, its bytes untouched), KEY.cls (the
-label as text) and KEY.json (key, original path, class, label).
+A sample is three members: KEY.jpg (or the true extension of its content, its bytes untouched unless it is
+re-encoded), KEY.cls (the label as text) and KEY.json (key, original path, class, label).
 """
 
 import hashlib
@@ -11,115 +11,180 @@ import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.sources import encode_key, image_extension
+from data_prep.images import Reduction, image_extension, reduce_image
+from data_prep.sidecar import Sidecar, temporary_path, write_sidecar
+from data_prep.sources import Place, encode_key, read_place
 from gcvit.data.manifest import Shard, sync_folder
 from gcvit.errors import UserError
+
+BLOCK = tarfile.BLOCKSIZE
+EARLY_BYTES = 8 << 20  # so much is handed to the disk at a time; what is left for the end of a shard is less
+_NAME_BYTES = 100  # the longest name in a header without a prefix
+
+# A regular file of mode 644 with mtime, uid and gid 0 and no names of users, as tarfile writes it. Its checksum is
+# the sum of all bytes, with its own field taken as spaces.
+_EMPTY_NAME = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_BEFORE_SIZE, _AFTER_SIZE, _AFTER_CHECKSUM = _EMPTY_NAME[_NAME_BYTES:124], _EMPTY_NAME[135:148], _EMPTY_NAME[155:]
+_SUM = sum(_BEFORE_SIZE + _AFTER_SIZE + _AFTER_CHECKSUM) + 7 * ord(" ")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to write, or only to compute where `write` is False."""
+    """One shard: sample i has the bytes at `places[i]` below `root`, the name `paths[i]` and the label `labels[i]`.
+
+    `write` False only computes. `plan` is the digest that goes into the sidecar.
+    """
 
     root: Path
+    places: list[Place]
     paths: list[str]
     labels: list[int]
     tar_path: Path
+    plan: str
+    reduction: Reduction | None
     write: bool
 
 
 @dataclass(frozen=True)
 class Result:
-    """A shard and its part of the columns; or the file that no shard can hold, if `refused` is not None."""
+    """A shard; or None and the files that no shard can hold, each with the reason."""
 
-    shard: Shard
-    columns: dict[str, np.ndarray]
-    refused: str | None = None
+    sidecar: Sidecar | None
+    refused: list[str]
 
 
 class TarWriter:
-    """Appends members to a tar and hashes it on the way; `file` None only computes."""
+    """Appends samples to a tar and hashes it on the way; `descriptor` None only computes."""
 
-    def __init__(self, file: BinaryIO | None):
+    def __init__(self, descriptor: int | None):
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
-        self._file = file
+        self._descriptor = descriptor
+        self._num_early = 0
 
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; return the offset of its payload."""
-        info = tarfile.TarInfo(name)  # mtime, uid, gid 0, mode 644, no names of users
-        info.size = len(data)
-        try:
-            header = info.tobuf(tarfile.USTAR_FORMAT)
-        except ValueError:  # a name beyond USTAR's 100 + 155 bytes; every tar reader knows pax headers too
-            header = info.tobuf(tarfile.PAX_FORMAT)
-        offset = self.num_bytes + len(header)
-        self._append(header)
-        self._append(data)
-        self._append(bytes(-len(data) % tarfile.BLOCKSIZE))
+    def add(self, members: list[tuple[str, bytes]]) -> int:
+        """Append a sample's members, (name, payload); return the offset of the first one's payload."""
+        (name, data), *others = members
+        head = tar_header(name, len(data))
+        offset = self.num_bytes + len(head)
+        tail = [bytes(-len(data) % BLOCK)]
+        for other, text in others:
+            tail += (tar_header(other, len(text)), text, bytes(-len(text) % BLOCK))
+        self._append(head, data, b"".join(tail))
         return offset
 
     def close(self) -> None:
-        """Two empty blocks end a tar, and tar fills its last record."""
-        self._append(bytes(2 * tarfile.BLOCKSIZE))
-        self._append(bytes(-self.num_bytes % tarfile.RECORDSIZE))
+        """Two empty blocks end a tar, and tar fills its last record. All is on disk then."""
+        end = self.num_bytes + 2 * BLOCK
+        self._append(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
 
-    def _append(self, data: bytes) -> None:
-        self.sha256.update(data)
-        self.num_bytes += len(data)
-        if self._file is not None:
-            self._file.write(data)
+    def _append(self, *parts: bytes) -> None:
+        for part in parts:
+            self.sha256.update(part)
+        num_bytes = sum(map(len, parts))
+        self.num_bytes += num_bytes
+        if self._descriptor is None:
+            return
+        written = os.writev(self._descriptor, parts)
+        if written < num_bytes:  # a disk that is nearly full takes a part: the next call then tells the error
+            rest = memoryview(b"".join(parts))[written:]
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        if self.num_bytes - self._num_early >= EARLY_BYTES:
+            # Linux starts to write a range that will not be needed, and gives back the memory of what is written:
+            # the disk works while the next samples are hashed, and the images keep the page cache.
+            length = self.num_bytes - self._num_early
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._descriptor, self._num_early, length, os.POSIX_FADV_DONTNEED)
+            self._num_early = self.num_bytes
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The header of a regular file: one block, or more for a name beyond USTAR. Byte for byte tarfile's own.
+
+    `name` is ASCII, `size` in bytes.
+    """
+    if len(name) <= _NAME_BYTES and size < 8**11:
+        octal = b"%011o" % size
+        text = name.encode("ascii")
+        checksum = b"%06o\0" % (_SUM + sum(text) + sum(octal))
+        return b"".join((text.ljust(_NAME_BYTES, b"\0"), _BEFORE_SIZE, octal, _AFTER_SIZE, checksum, _AFTER_CHECKSUM))
+    info = tarfile.TarInfo(name)
+    info.size = size
+    try:
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    except ValueError:  # a name beyond USTAR's 100 + 155 bytes; every tar reader knows pax headers too
+        return info.tobuf(tarfile.PAX_FORMAT)
 
 
 def write_shard(task: Task) -> Result:
-    """Write a shard under a temporary name, flush it to disk, rename it. Errors: UserError if that fails."""
+    """Write a shard under a temporary name, flush it to disk, rename it, then write its sidecar.
+
+    Errors: UserError if that fails, of which nothing remains. A shard with a file that is no image is not written.
+    """
     if not task.write:
         return _fill(TarWriter(None), task)
-    temporary = Path(f"{task.tar_path}.tmp")
+    temporary = temporary_path(task.tar_path)
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file:
-            result = _fill(TarWriter(file), task)
-            if result.refused is None:
-                file.flush()
-                os.fsync(file.fileno())
-        if result.refused is None:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            result = _fill(TarWriter(descriptor), task)
+        finally:
+            os.close(descriptor)
+        if result.sidecar is not None:
             os.replace(temporary, task.tar_path)
             sync_folder(task.tar_path.parent)
+            write_sidecar(task.tar_path, task.plan, result.sidecar)
     except OSError as error:
         raise UserError(
             "cannot write a shard",
-            got=f"{temporary} ({error.strerror})",
-            cure="mend that and start the same command again",
+            got=f"{task.tar_path} ({error.strerror})",
+            cure="mend that and start the same command again; complete shards are kept",
         ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return result
 
 
 def _fill(tar: TarWriter, task: Task) -> Result:
     offsets, lengths, crcs = [], [], []
-    refused = None
-    for path, label in zip(task.paths, task.labels, strict=True):
+    refused: list[str] = []
+    num_source_bytes = 0
+    for place, path, label in zip(task.places, task.paths, task.labels, strict=True):
         try:
-            data = (task.root / path).read_bytes()
+            original = read_place(task.root, place)
+            data = original if task.reduction is None else reduce_image(original, task.reduction)
             extension = image_extension(data)
         except (OSError, ValueError) as error:
-            refused = f"{task.root / path} ({error.strerror if isinstance(error, OSError) else error})"
-            break
+            reason = error.strerror if isinstance(error, OSError) else error
+            refused.append(f"{task.root / path} ({reason})")
+            continue
+        if refused:  # the shard cannot be, but all that stands against it is told at once
+            continue
         key = encode_key(path)
         about = {"key": key, "path": path, "class": path.split("/")[0], "label": label}
-        offsets.append(tar.add(f"{key}.{extension}", data))
+        members = [
+            (f"{key}.{extension}", data),
+            (f"{key}.cls", str(label).encode()),
+            (f"{key}.json", json.dumps(about).encode()),
+        ]
+        offsets.append(tar.add(members))
         lengths.append(len(data))
         crcs.append(zlib.crc32(data))
-        tar.add(f"{key}.cls", str(label).encode())
-        tar.add(f"{key}.json", json.dumps(about).encode())
+        num_source_bytes += len(original)
+    if refused:
+        return Result(None, refused)
     tar.close()
     shard = Shard(task.tar_path.name, len(offsets), tar.num_bytes, tar.sha256.hexdigest())
     columns: dict[str, np.ndarray] = {
         "offset": np.array(offsets, np.int64),
         "length": np.array(lengths, np.uint32),
-        "label": np.array(task.labels[: len(offsets)], np.int32),
+        "label": np.array(task.labels, np.int32),
         "crc32": np.array(crcs, np.uint32),
     }
-    return Result(shard, columns, refused)
+    return Result(Sidecar(shard, columns, num_source_bytes), [])

@@ -55,7 +55,8 @@ def open_sources(config: Config) -> tuple[Source, Source]:
     """The train and val split of `data.dir`. Errors: UserError for missing or damaged data, or other classes."""
     if config.data.dir is None:
         raise UserError("no data", cure="give --data_dir DIR, a folder with train/ and val/")
-    train, val = (open_source(config.data.dir, split) for split in ("train", "val"))
+    data = config.data
+    train, val = (open_source(config.data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
     for source, split in ((train, "train"), (val, "val")):
         if len(source.classes) != config.model.num_classes:
             raise UserError(

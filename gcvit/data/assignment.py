@@ -111,17 +111,18 @@ class EpochOrder:
         shift = self._shift(places)
         return Picks(places + shift, begin + shift, end + shift, opened + lanes, entries == last)
 
-    def shards(self, lanes: Places) -> list[int]:
-        """Shards that these lanes lie in, in the order in which they are first needed."""
+    def shards(self, lanes: Places, start_entry: int = 0) -> list[int]:
+        """Shards that these lanes need from `start_entry` on, in the order of their first use, nearly."""
         starts = np.append(0, self._shard_end)
         found: dict[int, int] = {}
         for lane in np.unique(lanes):
             begin, size = self._lane_begin[lane], self._lane_size[lane]
-            low, high = np.searchsorted(self._shard_end, [begin, begin + size - 1], side="right")
-            for at in range(low, high + 1 if size else low):
+            if start_entry >= size:
+                continue
+            low, high = np.searchsorted(self._shard_end, [begin + start_entry, begin + size - 1], side="right")
+            for at in range(low, high + 1):
                 if starts[at] < starts[at + 1]:  # not empty
-                    entry = max(0, int(starts[at] - begin))
-                    shard = int(self._shards[at])
+                    entry, shard = max(0, int(starts[at] - begin)), int(self._shards[at])
                     found[shard] = min(entry, found.get(shard, entry))
         return sorted(found, key=lambda shard: (found[shard], shard))
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +46,9 @@ class FolderSource:
         for column in (self._paths, self.label, self.length):
             digest.update(f"{column.dtype} ".encode() + column.tobytes())
         return digest.hexdigest()
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Nothing to bring: files are read where they lie."""
 
     @property
     def in_runs(self) -> bool:

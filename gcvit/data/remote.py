@@ -45,7 +45,9 @@ Say = Callable[[str], None]
 
 
 class Absent(UserError):
-    """The server answers, and does not give the file out: it is not there, or not for us."""
+    """The server answers, and does not give the file out: it is not there, or not for us. `where`: URL and reason."""
+
+    where = ""
 
 
 class Stopped(Exception):
@@ -66,10 +68,16 @@ def is_remote(data_dir: str) -> bool:
 
 
 def join(url: str, name: str) -> str:
-    """The URL of `name` below `url`; where HTTP has a query (an access token, say), it stays at the end."""
+    """The URL of `name` below `url`; where HTTP has a query (an access token, say), it stays at the end.
+
+    Errors: UserError for a URL that cannot be parsed.
+    """
     if not url.startswith(("http://", "https://")):
         return f"{url.rstrip('/')}/{name}"
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise UserError("a URL that cannot be parsed", got=redact(url)) from None
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}", fragment=""))
 
 
@@ -167,8 +175,10 @@ def download(
         except Exception as error:  # the packages raise their own kinds, and their libraries' kinds
             reason = _describe(error)
             if _is_refusal(error):
-                what = "a remote file is not there, or not for us"
-                raise Absent(what, got=f"{redact(url)} ({reason})", cure="check the URL and the credentials") from None
+                where, what = f"{redact(url)} ({reason})", "a remote file is not there, or not for us"
+                absent = Absent(what, got=where, cure="check the URL and the credentials")
+                absent.where = where
+                raise absent from None
             continue
         if (seconds := time.monotonic() - begin) > SLOW_S:
             say(f"{redact(url)}: {received / 1e6:.1f} MB took {seconds:.0f} s")
@@ -183,7 +193,8 @@ def download(
 def _copy(url: str, file: BinaryIO, num_bytes: int | None, stop: threading.Event) -> int:
     """One try. Returns the bytes received. Errors: whatever fsspec and the protocol's package raise."""
     filesystem, options = _open_filesystem(url)
-    file.seek(0)
+    with local_errors():
+        file.seek(0)  # writes what a failed try left in its buffer
     begin, received = time.monotonic(), 0
     with filesystem.open(url, "rb", cache_type="none", **options) as remote:
         # A streamed read gives what has come, at most a block.
@@ -223,10 +234,11 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
             timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_TIMEOUT_S, connect=2 * CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
             )
-            # Proxies are found in the environment, as the other packages do. A tar that arrives compressed is work
-            # for nothing.
+            # Proxies are found in the environment, as the other packages do. To compress a tar is work for nothing.
+            # aiohttp's own buffer is so small that handing over its pieces costs more than all else.
             headers = {"Accept-Encoding": "identity"}
-            settings["client_kwargs"] = {"timeout": timeout, "trust_env": True, "headers": headers, "read_bufsize": 8388608}
+            session = {"timeout": timeout, "trust_env": True, "headers": headers, "read_bufsize": 1 << 20}
+            settings["client_kwargs"] = session
             options["size"] = 1  # any: it spares a HEAD request and is not used in a streamed read
         # fsspec keeps one for each process, and throws it away in a fork. The other packages have short timeouts.
         return fsspec.filesystem(protocol, **settings), options
@@ -237,6 +249,7 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def local_errors() -> Iterator[None]:
+    """Tell what the local disk refuses apart from what the network does."""
     try:
         yield
     except OSError as error:

@@ -94,7 +94,7 @@ def _find_manifest(data_dir: str, split: str, root: Path, say: Say) -> tuple[str
             try:
                 download(join(url, FILE_NAME), file, check=partial(_check_json, file), say=say)
             except Absent as error:  # S3 answers 403 for what is missing where listing is not allowed
-                reasons.append(str(error))
+                reasons.append(error.where)
                 continue
             file.seek(0)
             content = file.read()
@@ -204,20 +204,20 @@ class ShardCache:
     def _make_room(self, file: BufferedRandom, num_bytes: int, stop: threading.Event) -> None:
         """Evict until `num_bytes` more fit into the budget, and give `file` that size, so that others count it.
 
-        Where the budget is taken by shards under way, wait for these to be complete and evict them.
+        Where shards under way take the budget, wait until they are complete: then they can go too.
         """
         if self._max_bytes is None:
             return
         file.truncate(0)  # what a killed process left
         root = self._folder.parent
         while True:
-            with hold(root / "lock"):
-                under_way = sum(_find_under_way(root))
+            with hold(root / "lock"), local_errors():
+                # In this order: a shard that gets its name meanwhile is counted twice rather than not at all.
+                allowed = self._max_bytes - num_bytes - sum(_find_under_way(root))
                 cached = list(_find_cached(root))
-                excess = under_way + sum(shard.num_bytes for shard in cached) + num_bytes - self._max_bytes
-                for victim in choose_victims(cached, excess):
-                    victim.path.unlink(missing_ok=True)
-                if under_way + num_bytes <= self._max_bytes:
+                if allowed >= 0:
+                    for victim in choose_victims(cached, sum(shard.num_bytes for shard in cached) - allowed):
+                        victim.path.unlink(missing_ok=True)
                     file.truncate(num_bytes)  # takes no space yet
                     return
             if stop.wait(0.1):

@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,12 @@ import numpy.typing as npt
 
 from gcvit.data.folder import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import Manifest, Shard, column_path, find_split, read_manifest
+from gcvit.data.remote import is_remote
+from gcvit.data.shard_cache import Prefetcher, ShardCache, fetch_manifest
 from gcvit.errors import UserError
+
+DEFAULT_CACHE = "~/.cache/gcvit"
+_PREFETCH_BYTES = 2_000_000_000  # of shards that a rank has brought and not begun
 
 # Per process, less than the usual limit of 1024 files. A shard is opened for each of its runs at worst.
 _MAX_OPEN_SHARDS = 256
@@ -60,15 +66,18 @@ class Source(Protocol):
     def check(self, index: int, content: memoryview) -> None:
         """Errors: DamagedSample where `content` is not what sample `index` was when it was sharded."""
 
+    def prefetch(self, shards: Iterable[int]) -> Prefetcher | None:
+        """Bring shards from elsewhere, in this order, ahead of their use; None where all of them are here."""
+
     def name(self, index: int) -> str:
         """Where sample `index` lies, for messages."""
 
 
 class ShardSource:
-    """The samples of a manifest, read from its tars at their offsets."""
+    """The samples of a manifest, read from its tars at their offsets; `cache` brings tars that lie elsewhere."""
 
-    def __init__(self, manifest: Manifest):
-        self._manifest = manifest
+    def __init__(self, manifest: Manifest, cache: ShardCache | None = None, prefetch_bytes: int = 0):
+        self._manifest, self._cache, self._prefetch_bytes = manifest, cache, prefetch_bytes
         # Shard to descriptor, the least recently used first.
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
@@ -78,7 +87,8 @@ class ShardSource:
     def __reduce__(self) -> tuple[Any, ...]:
         # Columns are mapped again rather than copied, and not checked again, by each worker.
         manifest = self._manifest
-        return _reopen, (manifest.root, manifest.split, manifest.classes, manifest.shards, tuple(manifest.columns))
+        names = tuple(manifest.columns)
+        return _reopen, (manifest.root, manifest.split, manifest.classes, manifest.shards, names, self._cache)
 
     def __del__(self) -> None:
         self._close()
@@ -93,6 +103,9 @@ class ShardSource:
     @property
     def in_runs(self) -> bool:
         return True
+
+    def prefetch(self, shards: Iterable[int]) -> Prefetcher | None:
+        return Prefetcher(self._cache, shards, self._prefetch_bytes) if self._cache else None
 
     def fetch(self, begin: int, end: int) -> list[memoryview]:
         contents: list[memoryview] = []
@@ -111,7 +124,10 @@ class ShardSource:
         if high - low > _MAX_WASTE * int(self.length[begin:end].sum()) and end - begin > 1:
             return [self._fetch_from(shard, index, index + 1)[0] for index in range(begin, end)]
         try:
-            stored = memoryview(os.pread(self._open(shard), high - low, low))
+            descriptor = self._open(shard)
+            if self._cache:
+                os.utime(descriptor)  # in use: not the first to be evicted
+            stored = memoryview(os.pread(descriptor, high - low, low))
         except OSError as error:
             raise UserError("cannot read a sample", got=f"{self.name(begin)} ({error.strerror})") from None
         return [stored[one:other] for one, other in zip((offset - low).tolist(), (ends - low).tolist(), strict=True)]
@@ -133,7 +149,8 @@ class ShardSource:
         if shard not in self._files:
             if len(self._files) == _MAX_OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._manifest.root / self._manifest.shards[shard].name, os.O_RDONLY)
+            path = self._manifest.root / self._manifest.shards[shard].name
+            self._files[shard] = self._cache.open(shard) if self._cache else os.open(path, os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -143,19 +160,36 @@ class ShardSource:
 
 
 def _reopen(
-    root: Path, split: str, classes: tuple[str, ...], shards: tuple[Shard, ...], names: tuple[str, ...]
+    root: Path,
+    split: str,
+    classes: tuple[str, ...],
+    shards: tuple[Shard, ...],
+    names: tuple[str, ...],
+    cache: ShardCache | None,
 ) -> ShardSource:
     columns = {name: np.load(column_path(root, name), mmap_mode="r", allow_pickle=False) for name in names}
-    return ShardSource(Manifest(root, split, classes, shards, **columns))
+    return ShardSource(Manifest(root, split, classes, shards, **columns), cache)
 
 
-def open_source(data_dir: str | Path, split: str) -> Source:
+def open_source(
+    data_dir: str | Path, split: str, cache_dir: str | None = None, cache_bytes: int | None = None
+) -> Source:
     """The samples of `split` ("train" or "val") below `data_dir`: shards with a manifest, or class folders.
 
-    The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors:
+    Where `data_dir` is a URL, its shards are kept in `cache_dir` (by default ~/.cache/gcvit), of which no more than
+    `cache_bytes`. The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors:
     UserError for a missing or empty directory, no such split, a class folder without images, tars without a
     manifest or compressed, and a manifest that disagrees with its tars.
     """
+    if is_remote(str(data_dir)):
+        url, folder = fetch_manifest(str(data_dir), split, Path(cache_dir or DEFAULT_CACHE).expanduser())
+        manifest = read_manifest(folder, check_shards=False)
+        # All ranks of a node bring shards ahead, and what is in use needs room too.
+        budget = (
+            _PREFETCH_BYTES if cache_bytes is None else cache_bytes // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
+        cache = ShardCache(url, folder, manifest.shards, cache_bytes)
+        return ShardSource(manifest, cache, min(_PREFETCH_BYTES, budget))
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         kind = "a file" if data_dir.exists() else "missing"
@@ -165,9 +199,9 @@ def open_source(data_dir: str | Path, split: str) -> Source:
             allowed=f"shards from data_prep, or {LAYOUT}",
             cure="check --data_dir",
         )
-    folder = find_split(data_dir, split)
-    if folder is not None:
-        return ShardSource(read_manifest(folder))
+    found = find_split(data_dir, split)
+    if found is not None:
+        return ShardSource(read_manifest(found))
     if not (data_dir / split).is_dir():
         names = sorted(entry.name for entry in data_dir.iterdir() if not entry.name.startswith("."))
         shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "") if names else "an empty directory"

@@ -15,11 +15,9 @@ Nothing is remembered but the step: resuming is starting at another one, on any 
 """
 
 import itertools
-import math
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from gcvit.config import Config, DataConfig
 from gcvit.data.assignment import (
-    EpochOrder,
     cut_micro_batches,
     deal_share,
     holds_whole_lanes,
@@ -39,6 +36,7 @@ from gcvit.data.assignment import (
 )
 from gcvit.data.batch import Batch, Damage, EvalBatch, Piece, empty_images, join_pieces
 from gcvit.data.decode import DecodeError
+from gcvit.data.epochs import Epochs
 from gcvit.data.source import DamagedSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
 from gcvit.errors import UserError
@@ -117,9 +115,9 @@ def eval_stream(
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
-    tasks = cut_micro_batches(np.arange(low, high), num_batches, batch_size)
+    tasks = _plan_evaluation(source, cut_micro_batches(np.arange(low, high), num_batches, batch_size))
     loader = _EvalLoader(source, data, img_size, batch_size, skip_damaged)
-    return _load(loader, iter(tasks), min(data.num_workers, num_batches), data, pin_memory)
+    return _load(loader, tasks, min(data.num_workers, num_batches), data, pin_memory)
 
 
 def check_world(source: Source, world_size: int) -> None:
@@ -131,44 +129,10 @@ def check_world(source: Source, world_size: int) -> None:
         )
 
 
-class _Orders:
-    """The orders of the epochs as they come; the next one is planned in a thread while this one is used."""
-
-    def __init__(self, source: Source, config: Config, share: Indices):
-        self._source, self._config = source, config
-        # A batch's slot meets only lanes that are congruent to it, less the epoch's first sample, modulo this.
-        self._period = math.gcd(config.global_batch_size, config.data.lanes)
-        self._share = np.unique(share % self._period)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="order")
-        self._orders: dict[int, Future[EpochOrder]] = {}
-
-    def __getitem__(self, epoch: int) -> EpochOrder:
-        for wanted in (epoch, epoch + 1):
-            if wanted not in self._orders:
-                self._orders[wanted] = self._thread.submit(self._plan, wanted)
-        self._orders.pop(epoch - 2, None)  # a batch may straddle two epochs, or more where they are small
-        return self._orders[epoch].result()
-
-    def _plan(self, epoch: int) -> EpochOrder:
-        data, source = self._config.data, self._source
-        order = EpochOrder(
-            source.first,
-            source.length,
-            seed=self._config.seed,
-            epoch=epoch,
-            lanes=data.lanes,
-            run_bytes=data.run_bytes,
-            open_runs=data.open_runs,
-        )
-        slot = (np.arange(data.lanes) + epoch * source.num_samples) % self._period
-        order.plan(np.flatnonzero(np.isin(slot, self._share)))
-        return order
-
-
 def _plan_training(
     source: Source, config: Config, start_step: int, micro_batches: list[Indices], in_runs: bool
 ) -> Iterator[_TrainTask]:
-    orders = _Orders(source, config, np.concatenate(micro_batches))
+    orders = Epochs(source, config, np.concatenate(micro_batches), start_step)
     for step in itertools.count(start_step):
         for positions in micro_batches:
             epochs, places = np.divmod(step * config.global_batch_size + positions, source.num_samples)
@@ -176,20 +140,34 @@ def _plan_training(
 
 
 def _cut_tasks(
-    orders: _Orders, epochs: Indices, places: Indices, in_runs: bool, num_pieces: int
+    orders: Epochs, epochs: Indices, places: Indices, in_runs: bool, num_pieces: int
 ) -> Iterator[_TrainTask]:
     samples, begin, end, opened = (np.empty_like(places) for _ in range(4))
     last = np.ones(len(places), dtype=bool)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        picks = orders[int(epoch)].take(places[here])
+        picks = orders.take(int(epoch), places[here])
         samples[here], begin[here], end[here] = picks.samples, picks.begin, picks.end
         opened[here], last[here] = picks.opened, picks.last
     if not in_runs:
         begin, end, opened, last = samples, samples + 1, np.arange(len(samples)), np.ones_like(last)
     for piece in range(num_pieces):
         rows = np.flatnonzero(opened % num_pieces == piece)
-        yield _TrainTask(rows, *(column[rows] for column in (epochs, places, samples, begin, end, last)))
+        yield _TrainTask(
+            rows, epochs[rows], places[rows], samples[rows], begin[rows], end[rows], last[rows].astype(np.bool_)
+        )
+
+
+def _plan_evaluation(source: Source, tasks: list[Indices]) -> Iterator[Indices]:
+    shards = [np.unique(np.searchsorted(source.first, task, side="right") - 1) for task in tasks]
+    order = np.unique(np.concatenate(shards)).tolist()
+    prefetcher = source.prefetch(order)
+    for task, needed in zip(tasks, shards, strict=True):
+        if prefetcher and len(needed):
+            prefetcher.advance(order.index(needed[-1]) + 1)
+        yield task
+    if prefetcher:
+        prefetcher.close()
 
 
 def _num_pieces(data: DataConfig) -> int:

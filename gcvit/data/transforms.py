@@ -1,12 +1,13 @@
 """From encoded bytes to the model's input: decoding and augmentation on the host, the rest on the device.
 
-The host's part works on 8-bit images with Pillow, by timm's rules and in timm's order of draws, so that equal
-seeds give timm's pixels. A sample draws from (seed, epoch, position in the epoch) alone, a mixed group from
-(seed, step, group): neither knows who computes it. The device normalises, erases, mixes.
+The host's part works on 8-bit pixels, by timm's rules and in timm's order of draws. Its crops are resized by torch's
+antialiased kernels, which are Pillow's within rounding; RandAugment and the like are timm's own, on Pillow images. A
+sample draws from (seed, epoch, position in the epoch) alone, a mixed group from (seed, step, group): neither knows
+who computes it. The device normalises, erases, mixes.
 """
 
 import contextlib
-import io
+import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torchvision.transforms import (
-    CenterCrop,
-    ColorJitter,
-    InterpolationMode,
-    RandomAffine,
-    RandomHorizontalFlip,
-    Resize,
-)
+from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, RandomAffine, Resize
 
 from gcvit.config import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
+from gcvit.data.decode import Box, Bytes, EncodedImage, Pixels, decode
 from gcvit.errors import UserError
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the image; these and the aspect ratio are timm's defaults
@@ -38,46 +33,89 @@ NO_ERASE = (0, 0, 0, 0, 0)
 _SAMPLE_STREAM, _MIX_STREAM = 2, 3
 
 
-def decode(content: bytes) -> Image.Image:
-    """An RGB image: grey repeated, alpha dropped, CMYK converted, EXIF orientation ignored, as timm does.
-
-    Errors: whatever Pillow raises for damaged bytes, which is almost anything.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB")
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 class TrainTransform:
-    """A random view of an RGB image, uint8 [3, S, S]: crop, flip, affine map, RandAugment or colour jitter.
+    """A random view of an encoded image, uint8 [3, S, S]: crop, flip, affine map, RandAugment or colour jitter.
 
     Draws come from Python's, NumPy's and torch's global generators: see `seed_sample`.
     """
 
-    def __init__(self, augment: AugmentConfig, mean: Sequence[float], img_size: int):
+    def __init__(self, augment: AugmentConfig, data: DataConfig, img_size: int):
         """Errors: UserError for a RandAugment policy that timm cannot read."""
-        steps: list[Callable[[Image.Image], Image.Image]] = [
-            RandomResizedCropAndInterpolation(img_size, augment.scale, augment.ratio, augment.interpolation),
-            RandomHorizontalFlip(augment.hflip),
-        ]
+        self._augment, self._upright, self._img_size = augment, data.exif_orientation, img_size
+        self._steps: list[Callable[[Image.Image], Image.Image]] = []
         if affine := augment.affine:
             translate = (affine.translate, affine.translate) if affine.translate else None
             bilinear = InterpolationMode.BILINEAR
-            steps.append(RandomAffine(affine.degrees, translate, affine.scale, affine.shear or None, bilinear))
+            self._steps.append(RandomAffine(affine.degrees, translate, affine.scale, affine.shear or None, bilinear))
         if augment.rand_augment:
-            steps.append(_rand_augment(augment.rand_augment, mean, img_size, augment.interpolation))
+            self._steps.append(_rand_augment(augment.rand_augment, data.mean, img_size, augment.interpolation))
         if augment.color_jitter:
-            steps.append(ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
-        self._steps = steps
+            self._steps.append(ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, content: Bytes) -> Tensor:
+        """Errors: DecodeError for bytes that are no image or a damaged one."""
+        encoded = EncodedImage(content, upright=self._upright)
+        box = draw_crop(self._augment.scale, self._augment.ratio, encoded.height, encoded.width)
+        interpolation: str = self._augment.interpolation
+        if interpolation == "random":
+            interpolation = random.choice(("bilinear", "bicubic"))
+        flip = torch.rand(1).item() < self._augment.hflip
+        pixels = _resize(*encoded.read(box, self._img_size), self._img_size, interpolation)
+        if not self._steps:
+            return _to_planes(pixels, flip)
+        image = Image.fromarray(pixels)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for step in self._steps:
             image = step(image)
         return to_tensor(image)
+
+
+def draw_crop(scale: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Box:
+    """A box of a share `scale` of the area and an aspect ratio (uniform in its logarithm) within `ratio`.
+
+    Where ten draws do not fit, it is the largest central box that keeps to `ratio` (Szegedy et al., 2015; the
+    order of draws is timm's).
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = random.uniform(*scale) * (height * width)
+        aspect = math.exp(random.uniform(*log_ratio))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_height <= height and box_width <= width:
+            top, left = random.randint(0, height - box_height), random.randint(0, width - box_width)
+            return Box(top, left, box_height, box_width)
+    box_height, box_width = height, width
+    if width / height < min(ratio):
+        box_height = round(width / min(ratio))
+    elif width / height > max(ratio):
+        box_width = round(height * max(ratio))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def _resize(pixels: Pixels, box: Box, size: int, interpolation: str) -> Pixels:
+    """A box of pixels uint8 [h, w, 3] to [size, size, 3], antialiased; `interpolation` is bilinear or bicubic."""
+    pixels = np.ascontiguousarray(pixels)  # else both kernels copy, and more slowly
+    if pixels.shape[:2] == (box.height, box.width):
+        image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+        return F.interpolate(image, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    # torch cannot cut a pixel.
+    edges = box.left, box.top, box.left + box.width, box.top + box.height
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling[interpolation.upper()], edges))
+
+
+def _to_planes(pixels: Pixels, flip: bool) -> Tensor:
+    """uint8 [h, w, 3] to [3, h, w], mirrored or not."""
+    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+    for channel, plane in enumerate(planes):  # thrice as quick as one copy of the permuted array
+        plane[:] = pixels[:, :: -1 if flip else 1, channel]
+    return torch.from_numpy(planes)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to uint8 [3, H, W]."""
+    planes = bytearray().join(image.tobytes("raw", channel) for channel in "RGB")
+    return torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
 
 
 def _rand_augment(
@@ -101,7 +139,7 @@ def _rand_augment(
 
 
 class EvalTransform:
-    """The published view of an image, bicubic: RGB image to uint8 [3, S, S].
+    """The published view of an encoded image, bicubic, uint8 [3, S, S]: Pillow's pixels, as published accuracies.
 
     `eval_resize=crop` takes the short side to S / crop_pct, squash both sides; then the centre is cropped.
     """
@@ -111,18 +149,21 @@ class EvalTransform:
         size = (side, side) if data.eval_resize == "squash" else side
         self._resize = Resize(size, InterpolationMode.BICUBIC)
         self._crop = CenterCrop(img_size)
+        self._upright = data.exif_orientation
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(self._crop(self._resize(image)))
+    def __call__(self, content: Bytes) -> Tensor:
+        """Errors: DecodeError for bytes that are no image or a damaged one."""
+        return to_tensor(self._crop(self._resize(decode(content, upright=self._upright))))
 
 
 def seed_sample(seed: int, epoch: int, position: int) -> None:
     """Seed all global generators for one sample: its augmentation is the same wherever it is loaded."""
-    words = np.random.SeedSequence((seed, _SAMPLE_STREAM, epoch, position)).generate_state(8)
-    random.seed(words[:4].tobytes())
-    np.random.seed(words[4:6])  # noqa: NPY002  (timm draws from the global generator)
+    # A hash, since NumPy's SeedSequence takes as long as all the rest.
+    digest = hashlib.blake2b(f"{seed} {_SAMPLE_STREAM} {epoch} {position}".encode(), digest_size=32).digest()
+    random.seed(int.from_bytes(digest[:16], "little"))
+    np.random.seed(int.from_bytes(digest[16:20], "little"))  # noqa: NPY002  (timm draws from the global generator)
     # Not torch.manual_seed, which also seeds, or queues seeds for, every accelerator.
-    torch.default_generator.manual_seed(int(words[6:].view(np.int64)[0]))
+    torch.default_generator.manual_seed(int.from_bytes(digest[24:], "little"))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from threading import Thread
 
 
 class FlakyServer(ThreadingHTTPServer):
-    """Serves the files of `root`. A file's GETs fail as `failures[name]` says in turn, then as `forever[name]` says.
+    """Serves the files of `root`, and index.json for a folder.
+
+    A file's GETs fail as `failures[name]` says in turn, then as `forever[name]` says.
 
     A failure is a status ("503"), or one of
     "cut": half the body, then the connection is closed; "cut unseen": the same without Content-Length;
@@ -48,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         server.targets.append(self.path)
         failure = server.failures[name].popleft() if server.failures[name] else server.forever.get(name, "")
         path = server.root / name
+        path = path / "index.json" if path.is_dir() else path
         if failure.isdigit() or not path.is_file():
             self.send_response(int(failure or 404))
             self.send_header("Content-Length", "0")

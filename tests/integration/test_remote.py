@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from gcvit.data import remote
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
-from gcvit.data.remote import Absent
+from gcvit.data.remote import Absent, hold
 from gcvit.data.shard_cache import CACHE_FOLDER, ShardCache, fetch_manifest
 from gcvit.errors import UserError
 from tests.integration.flaky_server import FlakyServer, serve
@@ -212,17 +213,17 @@ def test_readers_with_a_budget_that_forces_eviction(server, tmp_path):
     numbers = [[random.Random(i * 100 + k).randrange(NUM_SHARDS) for k in range(40)] for i in range(3)]
     children = [start(SPAWN, server.url, tmp_path, numbers[i], budget, answers) for i in range(3)]
     root = tmp_path / "near" / CACHE_FOLDER
+    root.mkdir(parents=True, exist_ok=True)
     most = 0
     while any(child.is_alive() for child in children):
         held = 0
-        for pattern in ("*/*.tar", "*/*.tar.part"):  # in this order a rename meanwhile is not counted twice
-            for path in root.glob(pattern):
-                try:
-                    held += path.stat().st_size
-                except FileNotFoundError:
-                    continue
+        with hold(root / "lock"):  # nobody evicts or begins
+            for pattern in ("*/*.tar", "*/*.tar.part"):  # in this order one that is complete meanwhile counts once
+                for path in root.glob(pattern):
+                    with suppress(FileNotFoundError):
+                        held += path.stat().st_size
         most = max(most, held)
-        time.sleep(0.002)
+        time.sleep(0.005)
     assert [answers.get(timeout=60) for _ in children] == [40] * 3
     assert 2 * SIZE <= most <= budget
     assert not leftovers(tmp_path)
@@ -251,6 +252,20 @@ def test_who_waits_for_a_killed_process_finishes_its_work(server, tmp_path):
     assert found == [expected(4)]
     assert server.gets["train/train-000004.tar"] == 2
     assert not leftovers(tmp_path)
+
+
+def test_a_data_set_of_the_hugging_face_hub(server, tmp_path, monkeypatch):
+    # All that this needs of the hub is its answer that there is such a data set, and where its files are.
+    (tmp_path / "far/api/datasets/org/name").mkdir(parents=True)
+    (tmp_path / "far/api/datasets/org/name/index.json").write_text('{"id": "org/name", "sha": "0", "siblings": []}')
+    (tmp_path / "far/datasets/org/name/resolve").mkdir(parents=True)
+    (tmp_path / "far/datasets/org/name/resolve/main").symlink_to(tmp_path / "far")
+    server.failures["datasets/org/name/resolve/main/train/train-000001.tar"] = deque(["cut", "cut", "corrupt"])
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    answers = SPAWN.Queue()
+    start(SPAWN, "hf://datasets/org/name", tmp_path, [0, 1], None, answers)
+    assert answers.get(timeout=60) == 2
 
 
 def test_a_forked_process_can_download_too(server, tmp_path):

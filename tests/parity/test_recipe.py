@@ -33,6 +33,7 @@ from gcvit.model.gcvit import GCViT
 from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm
 from gcvit.parallel.engine import Fragment
 from gcvit.schedule import build_schedule
+from tests.unit.data.streaming import whole_batch
 
 NUM_STEPS, BATCH_SIZE, IMG_SIZE, NUM_CLASSES = 100, 4, 64, 10
 DROP_PATH = 0.2
@@ -79,7 +80,7 @@ def draw_batch(step: int) -> Batch:
     labels = torch.randint(NUM_CLASSES, (BATCH_SIZE,), generator=generator)
     images = torch.randint(0, 128, (BATCH_SIZE, 3, IMG_SIZE, IMG_SIZE), dtype=torch.uint8, generator=generator)
     images += (labels[:, None] * torch.tensor([3, 7, 11]) % 10 * 12).to(torch.uint8)[:, :, None, None]
-    return Batch(images, labels, torch.arange(BATCH_SIZE), torch.zeros(BATCH_SIZE, 5, dtype=torch.int64))
+    return whole_batch(images, labels, torch.arange(BATCH_SIZE), torch.zeros(BATCH_SIZE, 5, dtype=torch.int64))
 
 
 class Ours:

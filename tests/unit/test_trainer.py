@@ -13,6 +13,7 @@ from gcvit.parallel.build import build_model
 from gcvit.parallel.world import World, join_world
 from gcvit.trainer import on_device, seed_drop_path
 from tests.integration.launching import ROOT
+from tests.unit.data.streaming import whole_batch
 
 PLACES = st.tuples(*[st.integers(0, 2**40)] * 4)  # seed, step, micro-step, rank
 
@@ -60,7 +61,7 @@ def world():
 
 def draw_batch(num_images: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    return Batch(
+    return whole_batch(
         images=torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator),
         labels=torch.arange(num_images) % 4,
         positions=torch.arange(num_images),

@@ -50,6 +50,11 @@ def test_join(url, name, joined):
     assert join(url, name) == joined
 
 
+def test_a_url_that_cannot_be_parsed_is_told():
+    with pytest.raises(UserError, match=r"cannot be parsed: got https://\.\.\."):
+        join("https://user:SECRET@[host/in", "a.tar")
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [

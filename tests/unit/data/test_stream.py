@@ -1,8 +1,5 @@
 import itertools
-import multiprocessing
-import os
 import random
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -11,8 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gcvit.config import Config
-from gcvit.config_file import parse_config
 from gcvit.data import stream
 from gcvit.data.assignment import (
     cut_micro_batches,
@@ -25,53 +20,9 @@ from gcvit.data.source import open_source
 from gcvit.data.stream import eval_stream, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
+from tests.unit.data.streaming import NUM_TRAIN, NUM_VAL, PLAIN, assert_equal_rows, by_position, make_config, take_steps
 
-NUM_TRAIN, NUM_VAL = 47, 23
 CPU = torch.device("cpu")
-
-
-def make_config(global_batch_size: int = 12, num_workers: int = 0, **sections) -> Config:
-    tree = {
-        "tag": "test",
-        "seed": 7,
-        "global_batch_size": global_batch_size,
-        "optim": {"lr": 1e-3},
-        "schedule": {"cosine": "2 epochs"},
-        "model": {"name": "any", "num_classes": 3, "img_size": 32},
-        "data": {"num_workers": num_workers, "lanes": 8, "run_bytes": 3000, "open_runs": 2},
-    }
-    return parse_config(tree | sections, "test")
-
-
-def take_steps(source, config, num_steps, *, start_step=0, world_size=1, rank=0, micro_batch_size=None):
-    steps = train_stream(
-        source,
-        config,
-        start_step=start_step,
-        world_size=world_size,
-        rank=rank,
-        micro_batch_size=micro_batch_size,
-        pin_memory=False,
-    )
-    return list(itertools.islice(steps, num_steps))
-
-
-def by_position(batches):
-    """{position: (image, label, erase)} of the non-empty rows, and no position twice."""
-    rows = {}
-    for batch in batches:
-        assert batch.images.shape[1:] == (3, 32, 32)
-        for row, position in enumerate(batch.positions.tolist()):
-            assert position not in rows
-            rows[position] = (batch.images[row], batch.labels[row], batch.erase[row])
-    return rows
-
-
-def assert_equal_rows(got, expected):
-    assert got.keys() == expected.keys()
-    for position, row in expected.items():
-        for one, other in zip(got[position], row, strict=True):
-            assert torch.equal(one, other)
 
 
 @pytest.fixture(scope="module")
@@ -286,91 +237,12 @@ def test_loader_processes_give_the_same_batches(source, reference, image_tree):
         assert torch.equal(alone.indices, loaded.indices)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_sample_is_replaced_and_told(image_tree, tmp_path, reference, num_workers):
-    root = shutil.copytree(image_tree, tmp_path / "copy")
-    (root / "train" / "bee" / "001.jpg").write_text("I am no image")
-    source = open_source(root, "train")
-    bad = next(index for index in range(NUM_TRAIN) if source.name(index) == "bee/001.jpg")
-    # Sizes make runs: give the old one, so that the order is the reference's.
-    source.length[bad] = (image_tree / "train" / "bee" / "001.jpg").stat().st_size
-    steps = take_steps(source, make_config(num_workers=num_workers), 4)  # an epoch and a sample
-    damaged = [damage for step in steps for batch in step for damage in batch.damaged]
-    assert {(damage.sample, damage.where) for damage in damaged} == {(bad, "bee/001.jpg")}
-    assert all(damage.reason for damage in damaged)
-    replaced = []
-    for step, expected in zip(steps, reference, strict=False):
-        rows = by_position(step)
-        replaced += [rows[position] for position in rows if not torch.equal(rows[position][0], expected[position][0])]
-    assert len(replaced) == len(damaged) in (1, 2)
-    again = take_steps(source, make_config(), 4)
-    for one, other in zip(steps, again, strict=True):
-        assert_equal_rows(by_position(one), by_position(other))
-
-
-def test_nothing_but_damage_ends_with_an_error(image_tree, tmp_path):
-    root = shutil.copytree(image_tree, tmp_path / "copy")
-    for file in (root / "train").rglob("*.jpg"):
-        file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"100 samples in a row are damaged: got .*\.jpg \(") as caught:
-        take_steps(open_source(root, "train"), make_config(num_workers=1), 1)
-    assert caught.value.rank_local
-    assert not multiprocessing.active_children()  # though the error is still held
-
-
-def test_a_missing_shard_is_an_error_at_once(shard_dir):
-    source = open_source(shard_dir, "train")
-    (shard_dir / "train" / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"cannot read a sample: got train-000001.tar: .*No such file") as caught:
-        take_steps(source, make_config(), 5)
-    assert caught.value.rank_local
-
-
-@given(data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_damage_told_is_the_damage_done(shard_dir, tmp_path_factory, data):
-    """Bytes of images flipped, and shards cut at any block: each damaged sample is told, and no other."""
-    root = shutil.copytree(shard_dir, tmp_path_factory.mktemp("damage") / "copy")
-    source = open_source(root, "train")
-    offset, length = source._manifest.offset.astype(int), source.length.astype(int)
-    shard_of = np.searchsorted(source.first, np.arange(NUM_TRAIN), side="right") - 1
-    bad = set()
-    for index in data.draw(st.sets(st.integers(0, NUM_TRAIN - 1), max_size=5)):
-        at = int(offset[index]) + data.draw(st.integers(0, int(length[index]) - 1))
-        path = root / "train" / source._manifest.shards[shard_of[index]].name
-        content = bytearray(path.read_bytes())
-        content[at] ^= 1 << data.draw(st.integers(0, 7))
-        path.write_bytes(content)
-        bad.add(index)
-    if (cut := data.draw(st.none() | st.integers(0, 3))) is not None:
-        path = root / "train" / source._manifest.shards[cut].name
-        size = data.draw(st.integers(0, path.stat().st_size // 512)) * 512
-        os.truncate(path, size)
-        bad |= set(np.flatnonzero((shard_of == cut) & (offset + length > size)).tolist())
-    batches = itertools.chain(*take_steps(source, make_config(NUM_TRAIN, augment=PLAIN), 1))
-    damaged = [damage.sample for batch in batches for damage in batch.damaged]
-    assert set(damaged) == bad
-    assert len(damaged) >= len(bad)  # a damaged one may be drawn as a replacement as well
-    config = make_config(augment=PLAIN)
-    sizes = {"img_size": 32, "batch_size": 7, "world_size": 1, "rank": 0}
-    evaluated = list(eval_stream(source, config.data, **sizes, skip_damaged=True))
-    assert sorted(damage.sample for batch in evaluated for damage in batch.damaged) == sorted(bad)
-    counted = torch.cat([batch.indices[batch.valid] for batch in evaluated]).tolist()
-    assert sorted(counted) == sorted(set(range(NUM_TRAIN)) - bad)
-    if bad:
-        with pytest.raises(UserError, match=r"a sample is damaged.*--skip-damaged"):
-            list(eval_stream(source, config.data, **sizes))
-
-
 def test_shards_and_folders_give_the_same_epoch(source, shard_dir):
     def epoch(source):
         rows = by_position(take_steps(source, make_config(NUM_TRAIN, augment=PLAIN), 1)[0]).values()
         return sorted(int(label) for _, label, _ in rows)
 
     assert epoch(open_source(shard_dir, "train")) == epoch(source)
-
-
-PLAIN = {"mix": None, "rand_augment": None, "erase_prob": 0.0}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

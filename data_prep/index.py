@@ -1,0 +1,309 @@
+"""Tars that are there already -> their manifest: `python -m data_prep.index DIR`.
+
+Shards that `data_prep.shard --part I/N` wrote get the manifest that their sidecars hold. Tars that others made are
+indexed: one pass over each, which reads headers and labels only, unless `--checksums` asks for all bytes. The tars
+stay as they are.
+
+Which split a tar belongs to is told by train or val (validation) in its name, or in that of its folder. The
+manifest lies beside the tars; where tars of both splits lie in one folder DIR, it lies in DIR/train and DIR/val,
+beside symbolic links to them, since a manifest's shards lie in its folder.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.foreign import Result, Task, index_tar
+from data_prep.pool import default_workers, run_tasks
+from data_prep.sidecar import has_sidecars, merge
+from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, read_manifest, write_manifest
+from gcvit.errors import UserError, run_main
+
+SPLITS = ("train", "val")
+# Words in the names of tars and folders -> the split that they tell. Of "test" nobody knows whether it has labels.
+WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+INFO = ("_info.json", "info.json", "dataset_info.json", "dataset_infos.json")
+UNPACK = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
+AGAIN = "delete it and start the same command again"
+MAX_SHOWN = 100
+POOL_SECONDS = 1.0  # of work for one process, below which it is done before others have started
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tars of one split, sorted by name, and the folder that gets the manifest: theirs, or one of links to them."""
+
+    name: str
+    folder: Path
+    tars: list[Path]
+
+
+def find_splits(root: Path, wanted: str | None) -> list[Split]:
+    """The tars in `root`, or else in its folders for train and val. Errors: UserError for none, or unclear ones."""
+    if not root.is_dir():
+        raise UserError("the folder of tars is no folder", got=root, cure="check the path")
+    groups: dict[str | None, list[Path]] = {}
+    if tars := _list_tars(root):
+        for path in tars:
+            groups.setdefault(_split_of(path.name), []).append(path)
+    else:
+        for folder in sorted(path for path in root.iterdir() if path.is_dir() and _split_of(path.name)):
+            groups.setdefault(_split_of(folder.name), []).extend(_list_tars(folder))
+    if len(groups) == 1 and groups.keys() <= {None, "test"}:
+        [(told, tars)] = groups.items()
+        groups = {wanted or told or _split_of(root.resolve().name) or "train": tars}
+    if None in groups:
+        raise UserError(
+            "the names of some tars tell no split, those of others do",
+            got=groups[None][0],
+            allowed=f"names with one of {', '.join(WORDS)}; or all without",
+            cure="rename them, or move them to folders train and val",
+        )
+    found = [_place(root, name, groups[name], len(groups) > 1) for name in SPLITS if groups.get(name)]
+    found = [split for split in found if wanted in (None, split.name)]
+    if not found:
+        raise UserError(
+            f"no tars of split {wanted or 'train or val'} here",
+            got=root,
+            allowed="DIR/*.tar, or DIR/train/*.tar and DIR/val/*.tar",
+            cure="check the path; --split says of which split tars are whose names do not tell it",
+        )
+    return found
+
+
+def _place(root: Path, name: str, tars: list[Path], is_mixed: bool) -> Split:
+    parents = sorted({path.parent for path in tars})
+    if len(parents) > 1:
+        raise UserError(f"several folders are of split {name}", got=", ".join(map(str, parents)), cure="merge them")
+    stays = parents[0].name == name if parents[0] != root else not is_mixed
+    return Split(name, parents[0] if stays else root / name, tars)
+
+
+def _list_tars(folder: Path) -> list[Path]:
+    names = sorted(os.listdir(folder))
+    for name in names:
+        if name.endswith(COMPRESSED):
+            raise UserError(
+                "a compressed tar cannot be read at an offset",
+                got=folder / name,
+                allowed=".tar",
+                cure=f"{UNPACK[os.path.splitext(name)[1]]} it (images do not compress further)",
+            )
+    return [folder / name for name in names if name.endswith(".tar") and not name.startswith(".")]
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a name tells: "imagenet1k-validation-00.tar" is val's."""
+    found = {WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in WORDS}
+    return found.pop() if len(found) == 1 else None
+
+
+def read_classes(root: Path, file: Path | None) -> tuple[str, ...] | None:
+    """Names of the classes: the first words of the lines of `file`, else what an info file in `root` lists."""
+    names: Any = None
+    try:
+        if file is not None:
+            names = [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
+        else:
+            for path in (root / name for name in INFO):
+                if names is None and path.exists():
+                    names = _find_names(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("cannot read the names of the classes", got=f"{file or path} ({error})") from None
+    if names is None:
+        return None
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError("two classes have one name", got=f"{twice[0]} in {file or root}", cure="one name a line")
+    return tuple(names)
+
+
+def _find_names(info: Any) -> list[str] | None:
+    """The first list of texts called names, classes or class_names: where they stand differs between writers."""
+    if isinstance(info, list):
+        info = dict(enumerate(info))
+    if not isinstance(info, dict):
+        return None
+    for name in ("names", "classes", "class_names"):
+        found = info.get(name)
+        if isinstance(found, list) and found and all(isinstance(item, str) for item in found):
+            return found
+    return next((found for value in info.values() if (found := _find_names(value)) is not None), None)
+
+
+def index(split: Split, label_of: dict[str, int], checksums: bool, num_workers: int) -> list[Result]:
+    """Index the tars of a split, in other processes where that pays; the results are in the order of the tars."""
+    tasks = [Task(path, label_of, checksums) for path in split.tars]
+    start = time.monotonic()
+    results = {0: index_tar(tasks[0])}
+    if (time.monotonic() - start) * len(tasks) < POOL_SECONDS:
+        num_workers = 1
+    with closing(run_tasks(index_tar, tasks[1:], num_workers)) as finished:
+        for number, result in finished:
+            results[number + 1] = result
+            if sys.stderr.isatty():
+                num_samples = sum(result.shard.num_samples for result in results.values())
+                seconds_left = (time.monotonic() - start) * (len(tasks) / len(results) - 1)
+                line = f"{split.name}: {len(results):,}/{len(tasks):,} tars, {num_samples:,} samples"
+                print(f"\r\x1b[K{line}, {seconds_left:,.0f} s left", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    return [results[number] for number in range(len(tasks))]
+
+
+def settle(split: Split, results: list[Result], classes: tuple[str, ...], are_given: bool) -> str:
+    """Write the manifest of the tars, unless there is one already; return what was done.
+
+    A manifest that is there is never changed, but for checksums that it lacks. Errors: UserError where it is of
+    other samples.
+    """
+    shards = tuple(result.shard for result in results)
+    columns = {name: np.concatenate([result.columns[name] for result in results]) for name in results[0].columns}
+    here = Manifest(split.folder, split.name, classes, shards, **columns)
+    if (split.folder / FILE_NAME).exists():
+        there = read_manifest(split.folder)
+        if difference := _compare(there, here, are_given):
+            raise UserError(
+                f"the manifest is not of these tars: {split.folder / FILE_NAME}",
+                got=difference,
+                cure=f"if it is stale, {AGAIN}; if the tars are damaged, python -m data_prep.verify lists where",
+            )
+        if here.crc32 is None or there.crc32 is not None:
+            return "are indexed already"
+        here = replace(here, classes=there.classes)
+    try:
+        if split.tars[0].parent != split.folder:
+            _link(split)
+        write_manifest(split.folder, here.split, here.classes, here.shards, here.columns)
+    except OSError as error:
+        raise UserError("cannot write the manifest", got=f"{split.folder} ({error.strerror})") from None
+    return "indexed" if here.crc32 is None else "indexed with checksums"
+
+
+def _compare(there: Manifest, here: Manifest, compare_classes: bool) -> str | None:
+    """How two manifests differ in what both of them know; None if they do not."""
+    both = set(there.columns) & set(here.columns)
+    if there.split != here.split:
+        return f"split {there.split}, not {here.split}"
+    if compare_classes and there.classes != here.classes:
+        return "other names of classes"
+    for old, new in zip_longest(there.shards, here.shards):
+        if old is None or new is None:
+            return f"{(old or new).name} is only {'in the manifest' if new is None else 'in the folder'}"
+        if "crc32" not in both:
+            old, new = replace(old, sha256=None), replace(new, sha256=None)
+        if old != new:
+            return f"{old} in the manifest, {new} in the folder"
+    for name in sorted(both):
+        if not np.array_equal(there.columns[name], here.columns[name]):
+            return f"another {name} of sample {int(np.argmax(there.columns[name] != here.columns[name]))}"
+    return None
+
+
+def _link(split: Split) -> None:
+    split.folder.mkdir(exist_ok=True)
+    for path in split.tars:
+        link = split.folder / path.name
+        target = os.path.relpath(path, split.folder)
+        if link.is_symlink() and os.readlink(link) == target:
+            continue
+        if os.path.lexists(link):
+            raise UserError("a tar is in the way of a link to one", got=link, allowed=f"a link to {target}")
+        link.symlink_to(target)
+
+
+def refuse(split: Split, results: list[Result], skip_unusable: bool) -> None:
+    """Say which tars and samples cannot be indexed. Errors: UserError where there are any that are not skipped."""
+    tars = [f"{path}: {result.refused}" for path, result in zip(split.tars, results, strict=True) if result.refused]
+    pairs = zip(split.tars, results, strict=True)
+    samples = [f"{path}: {problem}" for path, result in pairs for problem in result.problems]
+    for lines, kind in ((tars, "tars"), (samples, "samples")):
+        print("".join(f"{line}\n" for line in lines[:MAX_SHOWN]), end="")
+        if len(lines) > MAX_SHOWN:
+            print(f"... and {len(lines) - MAX_SHOWN:,} more {kind}")
+    if tars:
+        more = f" and {len(tars) - 1:,} more" if len(tars) > 1 else ""
+        cure = "unpack it" if ": compressed" in tars[0] else "copy it again, or move it away"
+        raise UserError("a tar cannot be indexed", got=tars[0] + more, cure=cure)
+    if samples and not skip_unusable:
+        raise UserError(
+            f"{len(samples):,} keys are no samples",
+            got=samples[0],
+            allowed="an image, and a label in KEY.cls or KEY.json; a key ends at the first dot of a file's name",
+            cure="mend the tars, or leave these out with --skip-unusable; nothing was written",
+        )
+
+
+def number_classes(names: tuple[str, ...] | None, results: list[Result]) -> tuple[str, ...]:
+    """The names, or where there are none the labels themselves, "0000" and so on. Errors: UserError for too few."""
+    num_classes = 1 + max(int(result.columns["label"].max()) for result in results)
+    if names is None:
+        return tuple(f"{label:04d}" for label in range(num_classes))
+    if num_classes > len(names):
+        raise UserError(
+            "a label is beyond the names of the classes",
+            got=f"label {num_classes - 1}",
+            allowed=f"0 to {len(names) - 1}",
+            cure="--classes FILE names them all, one a line",
+        )
+    return names
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.index",
+        description="Write the manifest of tars that are there already.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("dir", type=Path, help="folder of tars, or of train/ and val/ with tars")
+    parser.add_argument("--split", choices=SPLITS, help="index this split alone; it is also that of tars without one")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    parser.add_argument("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
+    parser.add_argument("--classes", type=Path, help="file with the classes' names, one a line (its first word)")
+    parser.add_argument("--skip-unusable", action="store_true", help="leave out samples without one image and label")
+    args = parser.parse_args(arguments)
+    if args.workers < 1:
+        raise UserError("--workers is too small", got=args.workers, allowed="at least 1")
+    sharded = [folder for folder in (args.dir, *(args.dir / name for name in SPLITS)) if has_sidecars(folder)]
+    for folder in sharded:
+        manifest = merge(folder)
+        num_shards = len(manifest.shards)
+        print(f"{manifest.split}: merged {num_shards:,} shards of {manifest.num_samples:,} samples: {folder}")
+    if not sharded:
+        index_foreign(args)
+
+
+def index_foreign(args: argparse.Namespace) -> None:
+    """Index all splits, then write their manifests: what is refused is refused before anything is written."""
+    splits = find_splits(args.dir, args.split)
+    names = read_classes(args.dir, args.classes)
+    label_of = {name: label for label, name in enumerate(names or ())}
+    start = time.monotonic()
+    indexed = [(split, index(split, label_of, args.checksums, args.workers)) for split in splits]
+    seconds = max(time.monotonic() - start, 1e-9)
+    for split, results in indexed:
+        refuse(split, results, args.skip_unusable)
+    classes = number_classes(names, [result for _, results in indexed for result in results])
+    for split, results in indexed:
+        done = settle(split, results, classes, args.classes is not None)
+        num_samples = sum(result.shard.num_samples for result in results)
+        num_bytes = sum(result.shard.num_bytes for result in results)
+        print(
+            f"{split.name}: {num_samples:,} samples in {len(results):,} tars, {num_bytes / 1e6:,.1f} MB, {done}: "
+            f"{split.folder}"
+        )
+    num_samples = sum(result.shard.num_samples for _, results in indexed for result in results)
+    print(f"{len(classes):,} classes, {seconds:.1f} s, {num_samples / seconds:,.0f} samples/s")
+
+
+if __name__ == "__main__":
+    run_main(main)

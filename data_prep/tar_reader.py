@@ -1,0 +1,187 @@
+"""Where the members of a tar lie, whoever made it: one pass over its headers, which skips what the members hold.
+
+Knows ustar with its prefixes, GNU long names and sizes, and pax headers, and checks each header's checksum, so
+that a damaged header is never followed. A member's name is a text here, never a path.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+BLOCK = 512
+MAX_TEXT_BYTES = 1 << 20  # of a label or an extended header: what is longer is neither
+_EMPTY = bytes(BLOCK)
+# What follows an image up to the next image's header fits in this: a pread per sample, not one per member.
+_WINDOW_BYTES = 4096
+_SCAN_BYTES = 1 << 20
+_ADLER_MODULUS = 65521
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class BrokenTar(Exception):
+    """A tar cannot be read on at byte `position`."""
+
+    def __init__(self, position: int, reason: str):
+        super().__init__(reason)
+        self.position = position
+
+
+# A regular file in a tar: its name, the byte at which its payload begins, the payload's size.
+Member = tuple[str, int, int]
+
+
+class TarReader:
+    """A tar that is open for reading at any place. Use it as a context manager."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.num_bytes = os.fstat(self._descriptor).st_size
+        self._window = b""
+        self._window_start = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; fewer where the file ends."""
+        start = offset - self._window_start
+        end = start + size
+        if start >= 0 and end <= len(self._window):
+            return self._window[start:end]
+        if size > _WINDOW_BYTES:
+            return os.pread(self._descriptor, size, offset)
+        self._window, self._window_start = os.pread(self._descriptor, _WINDOW_BYTES, offset), offset
+        return self._window[:size]
+
+    def members(self, position: int = 0) -> Iterator[Member]:
+        """The regular files from the header at byte `position` on. Errors: BrokenTar."""
+        long_name: str | None = None
+        long_size: int | None = None
+        start = position  # of the member with its extended headers
+        read, num_bytes = self.read, self.num_bytes
+        while True:
+            header = read(position, BLOCK)
+            if header == _EMPTY:
+                self._check_end(position)
+                return
+            size = _payload_size(header)
+            if size is None:
+                raise self._explain(header, position, start)
+            position += BLOCK
+            kind = header[156]
+            if kind in b"LxX":
+                text = self._read_extended(position, size, start)
+                if kind == ord("L"):
+                    long_name = _text(text)
+                else:
+                    long_name, long_size = _read_pax(text, start)
+                position += size + -size % BLOCK
+                continue
+            if long_name is not None:
+                name = long_name
+            else:
+                name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+                if header[345] and header[257:263] == b"ustar\0":
+                    name = f"{_text(header[345:500])}/{name}"
+            if long_size is not None:
+                size = long_size
+            if kind in b"0\x007" and not (kind == 0 and name.endswith("/")):
+                if position + size > num_bytes:
+                    raise BrokenTar(start, f"truncated in {name}: {num_bytes - position} of {size} bytes")
+                yield name, position, size
+            elif kind == ord("S"):
+                raise BrokenTar(start, f"{name} is a sparse member, whose bytes do not lie together")
+            if kind not in b"123456":  # links, devices and folders have no payload
+                position += size + -size % BLOCK
+            start, long_name, long_size = position, None, None
+
+    def find_header(self, position: int) -> int | None:
+        """The place of the first sound header at or after byte `position`, a multiple of 512; None if there is none."""
+        while chunk := os.pread(self._descriptor, _SCAN_BYTES, position):
+            for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
+                block = chunk[start : start + BLOCK]
+                if block[257:262] == b"ustar" and _payload_size(block) is not None:
+                    return position + start
+            position += len(chunk)
+        return None
+
+    def _explain(self, header: bytes, position: int, start: int) -> BrokenTar:
+        if len(header) < BLOCK and position:
+            return BrokenTar(start, "truncated: the empty blocks at its end are missing")
+        kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), None)
+        if position == 0 and kind is not None:
+            return BrokenTar(0, f"compressed with {kind}")
+        return BrokenTar(start, "a damaged header" if position else "no tar")
+
+    def _read_extended(self, position: int, size: int, start: int) -> bytes:
+        if size > MAX_TEXT_BYTES:
+            raise BrokenTar(start, f"an extended header of {size} bytes")
+        text = self.read(position, size)
+        if len(text) < size:
+            raise BrokenTar(start, "truncated in an extended header")
+        return text
+
+    def _check_end(self, position: int) -> None:
+        """An empty block ends a tar. What follows it must be empty too, or members would be lost in silence."""
+        place = position
+        while chunk := os.pread(self._descriptor, _SCAN_BYTES, place):
+            if chunk.count(0) < len(chunk):
+                raise BrokenTar(position, "an empty block before the end: overwritten, or two tars in one file")
+            place += len(chunk)
+
+
+def _payload_size(header: bytes) -> int | None:
+    """The size that a header tells; None where it is no header, or its checksum or its size is wrong.
+
+    The checksum is the sum of all bytes, its own field taken as spaces. Adler-32's lower half is one more than the
+    sum of the bytes, modulo 65521, and is computed in C: this runs once a member.
+    """
+    if len(header) < BLOCK:
+        return None
+    try:
+        checksum = int(header[148:156].strip(b"\0 "), 8)
+        if ((zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 256 - checksum) % _ADLER_MODULUS:
+            return None
+        if header[124] == 0x80:  # GNU tar writes sizes that need more digits to base 256, after a marked byte
+            return int.from_bytes(header[125:136], "big")
+        size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+        return size if size >= 0 else None
+    except ValueError:
+        return None
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _read_pax(text: bytes, position: int) -> tuple[str | None, int | None]:
+    """Name and size from a pax header: records `LENGTH KEY=VALUE\\n`, the length counting all of the record."""
+    name, size = None, None
+    start = 0
+    try:
+        while start < len(text) and text[start]:
+            digits = text[start : start + 20].partition(b" ")[0]
+            end = start + int(digits)
+            key, equals, value = text[start + len(digits) + 1 : end - 1].partition(b"=")
+            if not equals or text[end - 1 : end] != b"\n":
+                raise ValueError
+            if key == b"path":
+                name = value.decode("utf-8", "surrogateescape").rstrip("/")
+            elif key == b"size":
+                size = int(value)
+                if size < 0:
+                    raise ValueError
+            elif key.startswith(b"GNU.sparse."):
+                raise BrokenTar(position, "a sparse member, whose bytes do not lie together")
+            start = end
+    except ValueError:
+        raise BrokenTar(position, "a damaged pax header") from None
+    return name, size

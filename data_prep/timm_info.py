@@ -1,0 +1,38 @@
+"""Writes `_info.json`, in which timm's `wds/` reader looks for the splits: `create_dataset("wds/", root=OUT)`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.sidecar import write_text
+from gcvit.data.manifest import FILE_NAME
+from gcvit.errors import UserError
+
+NAME = "_info.json"
+ALIASES = {"val": "validation"}  # timm's own name for it, which its scripts ask for by default
+
+
+def write_timm_info(out: Path) -> None:
+    """Describe the splits that are complete in `out`, or in folders directly in it; do nothing where none is.
+
+    Twice gives the same bytes. Errors: UserError where it cannot be written.
+    """
+    folders = [out] if (out / FILE_NAME).exists() else sorted(path.parent for path in out.glob(f"*/{FILE_NAME}"))
+    splits: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        manifest = json.loads((folder / FILE_NAME).read_bytes())
+        shards = manifest["shards"]
+        split = {
+            "name": manifest["split"],
+            "num_samples": manifest["num_samples"],
+            "filenames": [(folder / shard["name"]).relative_to(out).as_posix() for shard in shards],
+            "shard_lengths": [shard["num_samples"] for shard in shards],
+        }
+        for name in (manifest["split"], ALIASES.get(manifest["split"])):
+            if name is not None:
+                splits[name] = split | {"name": name}
+    if splits:
+        try:
+            write_text(out / NAME, json.dumps({"splits": splits}, indent=1) + "\n")
+        except OSError as error:
+            raise UserError("cannot write timm's list of shards", got=f"{out / NAME} ({error.strerror})") from None

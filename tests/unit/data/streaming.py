@@ -1,0 +1,62 @@
+"""What the tests of the stream share: a small config, some steps, and their rows by position."""
+
+import itertools
+
+import torch
+
+from gcvit.config import Config
+from gcvit.config_file import parse_config
+from gcvit.data.batch import Batch, Piece, join_pieces
+from gcvit.data.stream import train_stream
+
+NUM_TRAIN, NUM_VAL = 47, 23
+PLAIN = {"mix": None, "rand_augment": None, "erase_prob": 0.0}
+
+
+def make_config(global_batch_size: int = 12, num_workers: int = 0, **sections) -> Config:
+    tree = {
+        "tag": "test",
+        "seed": 7,
+        "global_batch_size": global_batch_size,
+        "optim": {"lr": 1e-3},
+        "schedule": {"cosine": "2 epochs"},
+        "model": {"name": "any", "num_classes": 3, "img_size": 32},
+        "data": {"num_workers": num_workers, "lanes": 8, "run_bytes": 3000, "open_runs": 2},
+    }
+    return parse_config(tree | sections, "test")
+
+
+def whole_batch(images, labels, positions, erase) -> Batch:
+    """A batch of one piece."""
+    return join_pieces(positions, (Piece(torch.arange(len(images)), images, labels, erase, ()),))
+
+
+def take_steps(source, config, num_steps, *, start_step=0, world_size=1, rank=0, micro_batch_size=None):
+    steps = train_stream(
+        source,
+        config,
+        start_step=start_step,
+        world_size=world_size,
+        rank=rank,
+        micro_batch_size=micro_batch_size,
+        pin_memory=False,
+    )
+    return list(itertools.islice(steps, num_steps))
+
+
+def by_position(batches):
+    """{position: (image, label, erase)} of the non-empty rows, and no position twice."""
+    rows = {}
+    for batch in batches:
+        assert batch.images.shape[1:] == (3, 32, 32)
+        for row, position in enumerate(batch.positions.tolist()):
+            assert position not in rows
+            rows[position] = (batch.images[row], batch.labels[row], batch.erase[row])
+    return rows
+
+
+def assert_equal_rows(got, expected):
+    assert got.keys() == expected.keys()
+    for position, row in expected.items():
+        for one, other in zip(got[position], row, strict=True):
+            assert torch.equal(one, other)
