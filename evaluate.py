@@ -14,14 +14,14 @@ from gcvit.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN_OR_CHECKPOINT", help="runs/TAG (its best) or a checkpoint in it")
     parser.add_argument("--model", metavar="NAME", help="a variant, for a --checkpoint without a run")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights in any layout, with --model")
     parser.add_argument("--weights", choices=["ema", "model"], help="of a run; default: ema where there is one")
-    parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder with the split")
+    parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder or URL with the split")
+    parser.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
     parser.add_argument("--split", default="val", help="folder below DIR (val)")
     parser.add_argument("--batch-size", "--batch_size", type=int, default=64, metavar="N", help="per device (64)")
     parser.add_argument("--skip-damaged", action="store_true", help="leave damaged samples out, and count them")
@@ -42,7 +42,7 @@ def main() -> None:
 
     if arguments.batch_size < 1:
         raise UserError("--batch-size", got=arguments.batch_size, allowed="1 or more")
-    source = open_source(arguments.data_dir, arguments.split)
+    source = open_source(arguments.data_dir, arguments.split, arguments.cache_dir)
     if arguments.run:
         model, data = load_run(arguments.run, arguments.weights, num_classes=len(source.classes))
     else:

@@ -125,7 +125,7 @@ def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
         wnid_of = {int(number): str(wnid) for number, wnid, children in zip(*fields, strict=True) if int(children) == 0}
         wnid_of_image = [wnid_of[int(number)] for number in data[TRUTH].split()]
     except Exception as error:  # tarfile, zlib, loadmat and NumPy raise whatever they meet in damaged bytes
-        got = f"{kit} ({type(error).__name__}: {error})"
+        got = f"{kit} ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError("ILSVRC's development kit cannot be read", got=got, cure="fetch it again") from None
     if malformed := [wnid for wnid in wnid_of.values() if not re.fullmatch(r"n\d{8}", wnid)]:
         raise UserError("the development kit names no WordNet id", got=f"{kit}: {malformed[0]!r}", allowed="n01440764")

@@ -137,10 +137,10 @@ def split_name(name: str) -> tuple[str, str]:
 def read_label(cls: bytes | None, about: bytes | None, label_of: Mapping[str, int]) -> int:
     """A sample's label from its `.cls`, or else from the field label, cls or class of its `.json`.
 
-    It is a number, or a name that `label_of` numbers. Errors: ValueError, saying what is wrong.
+    It is a number, or else a name that `label_of` numbers. Errors: ValueError, saying what is wrong.
     """
     if cls is not None:
-        return _as_label(cls.decode("utf-8", "replace").strip(), label_of)
+        return int(cls) if cls.isdigit() and len(cls) < 10 else _as_label(cls.decode("utf-8", "replace"), label_of)
     if about is None:
         raise ValueError("no label: neither .cls nor .json")
     try:
@@ -156,12 +156,13 @@ def read_label(cls: bytes | None, about: bytes | None, label_of: Mapping[str, in
 
 
 def _as_label(value: object, label_of: Mapping[str, int]) -> int:
+    text = value.strip() if isinstance(value, str) else ""
     if type(value) is int:
         label = value
-    elif isinstance(value, str) and value in label_of:
-        label = label_of[value]
-    elif isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20:
-        label = int(value)
+    elif text.isascii() and text.removeprefix("-").isdigit() and len(text) < 20:
+        label = int(text)
+    elif text in label_of:
+        label = label_of[text]
     else:
         raise ValueError(f"its label is neither a number nor the name of a class: {str(value)[:40]!r}")
     if not 0 <= label < 2**31:

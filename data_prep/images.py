@@ -103,7 +103,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             if not is_usual or not all(size):
                 return None
         elif marker == _QUANTIZATION:
-            if (length - 2) % 65 or any(data[at] > 3 for at in range(segment, place, 65)):
+            if (length - 2) % 65 or max(data[segment:place:65], default=4) > 3:
                 return None
         elif marker in _APPLICATION:
             # Too short for what Pillow reads in it; or the directory of a file of many pictures.

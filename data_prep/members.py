@@ -10,6 +10,7 @@ from gcvit.errors import UserError
 
 _BLOCK = 512
 _EMPTY = bytes(_BLOCK)
+_SCAN_BYTES = 1 << 20
 _LONGEST_HEADER = 1 << 20  # an extended header beyond this holds no name
 _COPY = "copy or fetch it again"
 _MAGICS = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ\0": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
@@ -44,12 +45,12 @@ def list_members(descriptor: int, where: str, begin: int, length: int) -> Iterat
     """
     position, end = begin, begin + length
     pax: dict[bytes, bytes] = {}  # what extended headers say of the next member
-    while position < end:
-        header = os.pread(descriptor, _BLOCK, position) if position + _BLOCK <= end else b""
+    while True:
+        header = os.pread(descriptor, max(0, min(_BLOCK, end - position)), position)
         if header == _EMPTY:
             break
         try:
-            if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
+            if len(header) < _BLOCK or sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
                 raise ValueError
             size = int(pax[b"size"]) if b"size" in pax else _number(header[124:136])
         except ValueError:
@@ -58,7 +59,7 @@ def list_members(descriptor: int, where: str, begin: int, length: int) -> Iterat
         position = payload + -(-size // _BLOCK) * _BLOCK
         if kind == b"5":  # some writers gave folders a size, of no bytes
             position, pax = payload, {}
-        elif size < 0 or payload + size > end:
+        elif position > end:
             raise UserError("a tar is truncated", got=f"{where} in the member at byte {payload - begin}", cure=_COPY)
         elif kind in (b"0", b"\0", b"7"):
             name = pax.get(b"path") or _name(header)
@@ -74,6 +75,12 @@ def list_members(descriptor: int, where: str, begin: int, length: int) -> Iterat
             pax |= _parse_pax(data, where) if kind == b"x" else {b"path": data.split(b"\0", 1)[0]}
         elif kind not in (b"g", b"K", b"V"):  # remarks on the whole tar, a link's target, the tar's label
             raise _refuse(where, pax.get(b"path") or _name(header), _KINDS.get(kind, f"of type {kind!r}"))
+    while position < end:  # an empty block ends a tar, and only such follow, or members would be lost in silence
+        rest = os.pread(descriptor, min(_SCAN_BYTES, end - position), position)
+        if rest.count(0) < len(rest) or not rest:
+            got = f"{where} has bytes behind its end at byte {position - begin}"
+            raise UserError("two tars in one file, or a damaged one", got=got, cure="pack it again")
+        position += len(rest)
 
 
 def _name(header: bytes) -> bytes:
@@ -87,6 +94,8 @@ def _number(field: bytes) -> int:
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
+    if digits.startswith(b"-"):  # which int would take: a step back, and round and round
+        raise ValueError
     return int(digits, 8) if digits else 0
 
 
@@ -107,12 +116,12 @@ def _parse_pax(data: bytes, where: str) -> dict[bytes, bytes]:
 
 def _explain(header: bytes, where: str, position: int) -> UserError:
     """Why there is no header in this place."""
-    if len(header) < _BLOCK:
-        return UserError("a tar is truncated", got=f"{where} at byte {position}", cure=_COPY)
     command = next((command for magic, command in _MAGICS.items() if header.startswith(magic)), None)
     if position == 0 and command is not None:
         what, cure = "a compressed archive, whose members cannot be read singly", f"unpack it to a plain tar: {command}"
         return UserError(what, got=where, cure=cure)
+    if len(header) < _BLOCK:
+        return UserError("a tar is truncated", got=f"{where} at byte {position}", cure=_COPY)
     return UserError("no tar, or a damaged one", got=f"{where} at byte {position}", cure=_COPY)
 
 

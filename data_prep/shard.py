@@ -102,11 +102,12 @@ def is_complete(plan: Plan) -> bool:
         raise UserError("the output lies inside the source", got=folder, cure="choose a folder outside of it")
     if folder.exists() and not folder.is_dir():
         raise UserError("the output is no directory", got=folder, cure="choose another folder")
+    # In this order, since other parts may be at work: the mark comes before all else, the manifest before it goes.
+    found = [name for name in _list(folder) if not (name.startswith(MARK) and name.endswith(".tmp"))]
+    is_begun = has_sidecars(folder)
     if (folder / FILE_NAME).exists():
         return True
-    # The mark is looked for after the rest: whatever another part has written, its mark was there before.
-    found = [name for name in _list(folder) if not (name.startswith(MARK) and name.endswith(".tmp"))]
-    if has_sidecars(folder):
+    if is_begun:
         mark = read_mark(folder)
         if mark is not None and mark.plan == plan.mark.plan:
             return False
@@ -145,8 +146,9 @@ def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tu
     if refused:
         what = "a file is no image" if len(refused) == 1 else f"{len(refused):,} files are no images"
         more = f" and {len(refused) - 10:,} more" if len(refused) > 10 else ""
-        start = "start the same command again" + (f"; or remove it, delete {plan.folder}, start again" if write else "")
-        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, allowed=FORMATS, cure=f"replace it, {start}")
+        cure = "replace and start the same command again, or remove"
+        cure += f" and delete {plan.folder} too, since the order of all samples changes" if write else ""
+        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, allowed=FORMATS, cure=cure)
     return sidecars, progress.seconds
 
 
@@ -177,7 +179,7 @@ def write_plan(plan: Plan, part: Part, num_workers: int) -> Row:
 
 def _remove_strays(plan: Plan, numbers: list[int]) -> None:
     """Take away what a killed run left of these shards; other parts may be at work on theirs."""
-    heads = {f"{plan.tar_path(number).name}" for number in numbers}
+    heads = {plan.tar_path(number).name for number in numbers}
     for name in _list(plan.folder):
         if name.endswith(".tmp") and name.partition(".tar")[0] + ".tar" in heads:
             (plan.folder / name).unlink(missing_ok=True)
@@ -203,7 +205,7 @@ def compare_plan(plan: Plan, part: Part, num_workers: int) -> None:
 
 
 def parse_part(text: str) -> Part:
-    """"3/8" -> Part(3, 8). Errors: UserError for anything but I/N with 0 <= I < N."""
+    """ "3/8" -> Part(3, 8). Errors: UserError for anything but I/N with 0 <= I < N."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError("--part is no part", got=text, allowed="I/N with 0 <= I < N, from 0/8 to 7/8 for 8 parts")
@@ -215,7 +217,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m data_prep.shard",
         description="Images -> WebDataset tars with a manifest.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=None,
     )
     parser.add_argument("source", type=Path, help="folder of class folders or class tars, or of train/ and val/ above")
     parser.add_argument("out", type=Path, help="new folder; gets train/ and val/ too where SOURCE has them")
@@ -229,12 +230,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--short-side", type=int, metavar="S", help="re-encode images whose short side exceeds S")
     parser.add_argument("--quality", type=int, help=f"of re-encoded JPEGs, 1 to 100; {DEFAULT_QUALITY} where absent")
     args = parser.parse_args(arguments)
-    for name, value in [
-        ("--workers", args.workers),
-        ("--shard-size", args.shard_size),
-        ("--short-side", args.short_side or 1 if args.short_side is None else args.short_side),
-    ]:
-        if value < 1:
+    counts = {"--workers": args.workers, "--shard-size": args.shard_size, "--short-side": args.short_side}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise UserError(f"{name} is too small", got=value, allowed="at least 1")
     if not 0 <= args.seed < 2**32:
         raise UserError("--seed is out of range", got=args.seed, allowed="0 to 2^32 - 1")
@@ -267,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     for plan in complete:
         compare_plan(plan, part, args.workers)
     rows = [write_plan(plan, part, args.workers) for plan in plans if plan not in complete]
-    print_summary(rows)
+    if rows:
+        print_summary(rows)
     if part.count == 1:
         write_timm_info(args.out)
     elif rows:

@@ -30,7 +30,9 @@ class Row:
             num_classes=len(mark.classes),
             num_shards=len(sidecars),
             num_bytes=sum(sidecar.shard.num_bytes for sidecar in sidecars),
-            num_saved_bytes=sum(sidecar.num_source_bytes - int(sidecar.columns["length"].sum()) for sidecar in sidecars),
+            num_saved_bytes=sum(
+                sidecar.num_source_bytes - int(sidecar.columns["length"].sum()) for sidecar in sidecars
+            ),
             num_written_samples=sum(sidecar.shard.num_samples for sidecar in written),
             num_written_bytes=sum(sidecar.shard.num_bytes for sidecar in written),
             seconds=seconds,
@@ -40,28 +42,21 @@ class Row:
 
 def print_summary(rows: list[Row]) -> None:
     """A line per split; the column of saved bytes only where some image was re-encoded."""
-    if not rows:
-        return
-    has_saved = any(row.num_saved_bytes for row in rows)
-    table = [["split", "samples", "classes", "shards", "bytes", "saved", "seconds", "samples/s", "MB/s"]]
-    for row in rows:
-        seconds = max(row.seconds, 1e-9)
-        table.append(
-            [
-                row.split,
-                f"{row.num_samples:,}",
-                f"{row.num_classes:,}",
-                f"{row.num_shards:,}",
-                f"{row.num_bytes:,}",
-                f"{row.num_saved_bytes:,}",
-                f"{row.seconds:.1f}",
-                f"{row.num_written_samples / seconds:,.0f}",
-                f"{row.num_written_bytes / seconds / 1e6:,.1f}",
-            ]
-        )
-    if not has_saved:
-        del (cells := [line.pop(5) for line in table])[:]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    folders = ["folder", *(str(row.folder) for row in rows)]
-    for line, folder in zip(table, folders, strict=True):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), "", folder, flush=True)
+    columns = {
+        "split": [row.split for row in rows],
+        "samples": [f"{row.num_samples:,}" for row in rows],
+        "classes": [f"{row.num_classes:,}" for row in rows],
+        "shards": [f"{row.num_shards:,}" for row in rows],
+        "bytes": [f"{row.num_bytes:,}" for row in rows],
+        "saved": [f"{row.num_saved_bytes:,}" for row in rows],
+        "seconds": [f"{row.seconds:.1f}" for row in rows],
+        "samples/s": [f"{row.num_written_samples / max(row.seconds, 1e-9):,.0f}" for row in rows],
+        "MB/s": [f"{row.num_written_bytes / max(row.seconds, 1e-9) / 1e6:,.1f}" for row in rows],
+    }
+    if not any(row.num_saved_bytes for row in rows):
+        del columns["saved"]
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    lines = [[*columns, "folder"]]
+    lines += [[*cells, str(row.folder)] for *cells, row in zip(*columns.values(), rows, strict=True)]
+    for *cells, folder in lines:
+        print(*(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), folder, sep="  ", flush=True)

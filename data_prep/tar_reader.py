@@ -147,8 +147,9 @@ def _payload_size(header: bytes) -> int | None:
     if len(header) < BLOCK:
         return None
     try:
-        checksum = int(header[148:156].strip(b"\0 "), 8)
-        if ((zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 256 - checksum) % _ADLER_MODULUS:
+        field = header[148:156]
+        checksum = int(field.strip(b"\0 "), 8)
+        if ((zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 256 - checksum) % _ADLER_MODULUS:
             return None
         if header[124] == 0x80:  # GNU tar writes sizes that need more digits to base 256, after a marked byte
             return int.from_bytes(header[125:136], "big")

@@ -31,8 +31,9 @@ def write_timm_info(out: Path) -> None:
         for name in (manifest["split"], ALIASES.get(manifest["split"])):
             if name is not None:
                 splits[name] = split | {"name": name}
-    if splits:
-        try:
-            write_text(out / NAME, json.dumps({"splits": splits}, indent=1) + "\n")
-        except OSError as error:
-            raise UserError("cannot write timm's list of shards", got=f"{out / NAME} ({error.strerror})") from None
+    text = json.dumps({"splits": splits}, indent=1) + "\n"
+    try:
+        if splits and not ((out / NAME).exists() and (out / NAME).read_text() == text):
+            write_text(out / NAME, text)
+    except OSError as error:
+        raise UserError("cannot write timm's list of shards", got=f"{out / NAME} ({error.strerror})") from None

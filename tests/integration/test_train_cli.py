@@ -20,7 +20,7 @@ from tests.integration.launching import python, run, succeed, torchrun
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 SHORT = ["schedule.cosine=10 steps", "trainer.eval_every=5 steps", "trainer.save_every=5 steps"]
-KEYS = {"top1", "top5", "loss", "num_samples", "correct_top1"}
+KEYS = {"top1", "top5", "loss", "num_samples", "correct_top1", "num_skipped"}
 NUM_VAL = 31  # divided by none of 2, 3 and 5
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import random
 from collections import Counter
@@ -112,7 +113,7 @@ def test_each_epoch_takes_each_sample_once(
     assert orders[1] == whole.tolist()
 
 
-def plan(source, config, world_size, rank, micro):
+def plan(source, config, world_size, rank, micro, start_step=0):
     """The endless tasks of a rank, and how many micro-steps make a step."""
     paired = config.augment.mix is not None
     numbers = (config.global_batch_size, world_size)
@@ -121,7 +122,7 @@ def plan(source, config, world_size, rank, micro):
     capacity = micro_batch_capacity(*numbers, micro, paired=paired)
     in_runs = source.in_runs and holds_whole_lanes(*numbers, lanes=8, paired=paired)
     micro_batches = cut_micro_batches(share, num_steps, capacity)
-    return stream._plan_training(source, config, 0, micro_batches, in_runs), num_steps
+    return stream._plan_training(source, config, start_step, micro_batches, in_runs), num_steps
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -293,3 +294,62 @@ def test_mistakes_are_told_before_the_first_batch(source):
     for config, micro in ((make_config(), 1), (make_config(augment={"rand_augment": "rand-z1"}), None)):
         with pytest.raises(UserError):
             train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=micro, pin_memory=False)
+
+
+class Numbers:
+    """A source without contents, in shards of any sizes."""
+
+    in_runs = True
+
+    def __init__(self, sizes: list[int]):
+        self.first = np.concatenate([[0], np.cumsum(sizes)])
+        self.num_samples = int(self.first[-1])
+        self.length = np.random.default_rng(0).integers(1, 900, self.num_samples).astype(np.uint32)
+
+    def prefetch(self, shards) -> None:
+        pass
+
+
+def sequence_of(source, config, world_size, micro, steps) -> list[list[int]]:
+    """The samples of the global batches of `steps`, by position, whichever rank and process takes them."""
+    num_pieces = max(1, config.data.num_workers)
+    batches: list[dict[int, int]] = [{} for _ in steps]
+    for rank in range(world_size):
+        tasks, num_steps = plan(source, config, world_size, rank, micro, start_step=steps.start)
+        for batch in batches:
+            for task in itertools.islice(tasks, num_steps * num_pieces):
+                place = task.epochs * source.num_samples + task.places
+                taken = dict(zip(place.tolist(), task.samples.tolist(), strict=True))
+                assert not taken.keys() & batch.keys()
+                batch |= taken
+    assert all(sorted(batch) == list(range(min(batch), min(batch) + config.global_batch_size)) for batch in batches)
+    return [[batch[place] for place in sorted(batch)] for batch in batches]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(sum),
+    num_pairs=st.integers(1, 40),
+    worlds=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    num_workers=st.integers(0, 8),
+    micro=st.integers(2, 9) | st.none(),
+)
+@settings(max_examples=40, deadline=None)
+def test_another_world_goes_on_with_the_same_sequence(sizes, num_pairs, worlds, num_workers, micro):
+    """A run stopped after step 2 and resumed on another world size takes the samples of one that was not."""
+    source = Numbers(sizes)
+    config = make_config(2 * num_pairs)
+    other = make_config(2 * num_pairs, num_workers)
+    whole = sequence_of(source, config, 1, None, range(5))
+    begun, resumed = (
+        sequence_of(source, other, world, micro, steps)
+        for world, steps in zip(worlds, (range(2), range(2, 5)), strict=True)
+    )
+    assert begun + resumed == whole
+    assert hash_of(begun + resumed) == hash_of(whole) != hash_of(whole[1:])
+    flat = list(itertools.chain(*whole))
+    for start in range(0, len(flat) - source.num_samples + 1, source.num_samples):
+        assert sorted(flat[start : start + source.num_samples]) == list(range(source.num_samples))
+
+
+def hash_of(sequence: list[list[int]]) -> str:
+    return hashlib.sha256(np.array(list(itertools.chain(*sequence)), dtype="<i8").tobytes()).hexdigest()

@@ -75,7 +75,7 @@ def test_two_splits_number_their_labels_by_train(tree):
     assert (train.split_folder, val.split_folder) == (True, True)
     assert val.classes == train.classes == ("a", "b", "c")
     assert (val.labels, val.paths) == ([2], ["c/0.jpg"])
-    with pytest.raises(UserError, match="--split has no effect.*both/train"):
+    with pytest.raises(UserError, match=r"--split has no effect.*both/train"):
         find_sources(both, "val")
     write(both / "val/d/0.jpg")
     with pytest.raises(UserError, match=r"val has 1 classes that train lacks.*val: d"):
