@@ -11,13 +11,13 @@ import argparse
 
 from gcvit.config import EmaConfig
 from gcvit.config_file import load_config
+from gcvit.data.forkserver import loader_context
 from gcvit.errors import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", help="folder with train/ and val/ (data.dir)")
     parser.add_argument(
@@ -42,6 +42,9 @@ def main() -> None:
     config, notices = load_config(arguments.config, arguments.overrides, knobs)
     if arguments.model_ema and config.ema is None:
         config = config.model_copy(update={"ema": EmaConfig()})
+
+    if config.data.num_workers:
+        loader_context()  # takes seconds to be ready, as do the next imports: side by side
 
     from gcvit.parallel.world import join_world  # loads torch: a misspelt key is told before that
     from gcvit.run import open_sources, start

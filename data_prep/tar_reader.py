@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 BLOCK = 512
 MAX_TEXT_BYTES = 1 << 20  # of a label or an extended header: what is longer is neither
@@ -31,6 +31,19 @@ class BrokenTar(Exception):
 
 # A regular file in a tar: its name, the byte at which its payload begins, the payload's size.
 Member = tuple[str, int, int]
+
+
+class Piece(NamedTuple):
+    """A member and where its headers begin: its bytes are those from `start` to `end`, whole blocks."""
+
+    name: str
+    start: int
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size + -self.size % BLOCK
 
 
 class TarReader:
@@ -102,6 +115,22 @@ class TarReader:
             if kind not in b"123456":  # links, devices and folders have no payload
                 position += size + -size % BLOCK
             start, long_name, long_size = position, None, None
+
+    def salvage(self) -> tuple[list[Piece], list[BrokenTar]]:
+        """All regular files that can be found, whatever lies between them, and each place that cannot be read on."""
+        pieces: list[Piece] = []
+        broken: list[BrokenTar] = []
+        start: int | None = 0
+        while start is not None:
+            try:
+                for name, offset, size in self.members(start):
+                    pieces.append(Piece(name, start, offset, size))
+                    start = pieces[-1].end
+                break
+            except BrokenTar as error:
+                broken.append(error)
+                start = self.find_header(error.position + BLOCK)
+        return pieces, broken
 
     def find_header(self, position: int) -> int | None:
         """The place of the first sound header at or after byte `position`, a multiple of 512; None if there is none."""

@@ -1,7 +1,9 @@
 """Check shards against their manifest, to the last pixel: `python -m data_prep.verify OUT`.
 
 Hashes of shards and columns, the members' order and number, labels in .cls and .json, checksums, and a full
-decode of every image. One line per problem on stdout; exit code 2 where there is any.
+decode of every image; of tars that others made, what their manifest knows. One line per problem on stdout, all of
+them in the file that `--json` names; exit code 2 where there is any. `--repair` rewrites the shards that are damaged
+(see `data_prep.repair`).
 """
 
 import argparse
@@ -9,168 +11,231 @@ import hashlib
 import io
 import json
 import os
-import tarfile
+import warnings
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_prep.foreign import IMAGES, read_label, split_name
+from data_prep.images import MAX_PIXELS, OPENERS
 from data_prep.pool import Progress, default_workers, run_tasks
-from data_prep.sources import EXTENSIONS, OPENERS
-from gcvit.data.manifest import Manifest, Shard, holds_shards, read_manifest
+from data_prep.repair import finish_repair, is_interrupted, repair
+from data_prep.tar_reader import MAX_TEXT_BYTES, Piece, TarReader
+from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
 from gcvit.errors import UserError, run_main
+
+MAX_SHOWN = 20  # problems of one shard
+OURS = {"key", "path", "class", "label"}  # what stands in a .json that data_prep.shard wrote
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard with its part of the columns, each [num_samples of the shard]."""
+    """One shard with its part of the columns, each [num_samples of the shard]; `first` numbers its first sample."""
 
     folder: Path
+    split: str
     shard: Shard
     classes: tuple[str, ...]
+    first: int
     offset: np.ndarray
     length: np.ndarray
     label: np.ndarray
-    crc32: np.ndarray
+    crc32: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a shard, or with the sample of this number in its split; `key` None where it is lost."""
+
+    split: str
+    shard: str
+    sample: int | None
+    key: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        name = self.key or (None if self.sample is None else f"sample {self.sample}")
+        return f"{self.shard}: {self.problem}" if name is None else f"{self.shard}: {name}: {self.problem}"
+
+
+class Contents:
+    """The members of a tar, sound or not, by their keys and fields: "image", or an extension."""
+
+    def __init__(self, tar: TarReader):
+        self.tar = tar
+        pieces, self.broken = tar.salvage()
+        self.fields: dict[str, dict[str, Piece]] = {}
+        self.key_at: dict[int, str] = {}
+        self.twice: set[str] = set()
+        for piece in pieces:
+            key, extension = split_name(piece.name)
+            field = "image" if extension in IMAGES else extension
+            fields = self.fields.setdefault(key, {})
+            if field in fields:
+                self.twice.add(key)
+            fields[field] = piece
+            if field == "image":
+                self.key_at[piece.offset] = key
+        # Where a header is lost, a member is: samples then lack it that have all others.
+        counts = Counter(frozenset(fields) for fields in self.fields.values())
+        self.usual = max(counts, key=lambda fields: (counts[fields], len(fields)), default=frozenset())
+
+    def read(self, key: str, field: str) -> bytes | None:
+        piece = self.fields[key].get(field)
+        return None if piece is None else self.tar.read(piece.offset, min(piece.size, MAX_TEXT_BYTES))
 
 
 def find_folders(out: Path) -> list[Path]:
-    """`out` itself where it holds shards, else those of its folders that do. Errors: UserError for none."""
-    if holds_shards(out):
-        return [out]
+    """`out` itself where it holds shards, else those of its folders that do. Errors: UserError for none.
+
+    Where tars in `out` have their manifests in folders below, it is these.
+    """
     folders = [path for path in sorted(out.iterdir()) if holds_shards(path)] if out.is_dir() else []
+    are_below = not (out / FILE_NAME).exists() and any((folder / FILE_NAME).exists() for folder in folders)
+    if holds_shards(out) and not are_below:
+        return [out]
     if not folders:
         raise UserError("no shards here", got=out, allowed="a folder that data_prep.shard wrote", cure="check the path")
     return folders
 
 
 def tasks_of(manifest: Manifest) -> list[Task]:
-    columns = (manifest.offset, manifest.length, manifest.label, manifest.crc32)
-    return [
-        Task(manifest.root, shard, manifest.classes, *(np.array(column[begin:end]) for column in columns))
-        for shard, begin, end in zip(manifest.shards, manifest.first[:-1], manifest.first[1:], strict=True)
-    ]
+    tasks = []
+    for shard, begin, end in zip(manifest.shards, manifest.first[:-1], manifest.first[1:], strict=True):
+        offset, length, label = (
+            np.array(column[begin:end]) for column in (manifest.offset, manifest.length, manifest.label)
+        )
+        crc32 = None if manifest.crc32 is None else np.array(manifest.crc32[begin:end])
+        about = (manifest.root, manifest.split, shard, manifest.classes, int(begin))
+        tasks.append(Task(*about, offset, length, label, crc32))
+    return tasks
 
 
-def verify_shard(task: Task) -> list[str]:
-    """The problems of one shard, a line each: "train-000000.tar: a/1.jpg: crc32 ..."."""
-    problems = []
+def verify_shard(task: Task) -> list[Problem]:
+    """The problems of one shard: those of the tar, then those of its samples in their order."""
+    found: list[tuple[int | None, str | None, str]] = []
     path = task.folder / task.shard.name
-    num_seen = 0
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if sha256 != task.shard.sha256:
-                problems.append(f"SHA-256 is {sha256} instead of {task.shard.sha256}")
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                members = iter(tar)
-                for index, image in enumerate(members):
-                    num_seen += 1
-                    if index >= task.shard.num_samples:
-                        problems.append(f"{image.name}: the manifest ends before this sample")
-                        break
-                    sample = (image, next(members, None), next(members, None))
-                    found = _verify_sample(task, index, tar, *sample)
-                    problems += [f"{image.name}: {text}" for text in found]
-    except (OSError, tarfile.TarError) as error:
-        problems.append(f"cannot be read on after {num_seen} samples: {error}")
-    if num_seen < task.shard.num_samples:
-        problems.append(f"ends after {num_seen} samples instead of {task.shard.num_samples}")
-    return [f"{path}: {problem}" for problem in problems]
+        with TarReader(path) as tar:
+            if tar.num_bytes != task.shard.num_bytes:
+                kind = "truncated" if tar.num_bytes < task.shard.num_bytes else "grown"
+                found.append((None, None, f"is {kind}: {tar.num_bytes} bytes instead of {task.shard.num_bytes}"))
+            elif task.shard.sha256 not in (None, sha256):
+                found.append((None, None, f"SHA-256 is {sha256} instead of {task.shard.sha256}"))
+            contents = Contents(tar)
+            found += [(None, None, f"{error} at byte {error.position}") for error in contents.broken]
+            for index in range(task.shard.num_samples):
+                key = contents.key_at.get(int(task.offset[index]))
+                found += [(task.first + index, key, text) for text in _verify_sample(task, index, key, contents)]
+            found += [(None, key, "the manifest lacks this sample") for key in _find_surplus(task, contents)]
+    except OSError as error:
+        found.append((None, None, f"cannot be read: {error.strerror}"))
+        lost = range(task.first, task.first + task.shard.num_samples)
+        found += [(sample, None, "cannot be read") for sample in lost]
+    return [Problem(task.split, task.shard.name, *about) for about in found]
 
 
-def _verify_sample(
-    task: Task,
-    index: int,
-    tar: tarfile.TarFile,
-    image: tarfile.TarInfo,
-    label: tarfile.TarInfo | None,
-    about: tarfile.TarInfo | None,
-) -> list[str]:
-    key, extension = os.path.splitext(image.name)
-    names = [image.name, label and label.name, about and about.name]
-    if extension[1:] not in EXTENSIONS.values() or names[1:] != [f"{key}.cls", f"{key}.json"]:
-        return [f"members are {names}, not KEY.jpg (or its like), KEY.cls, KEY.json"]
-    assert label is not None  # both have the right name
-    assert about is not None
+def _verify_sample(task: Task, index: int, key: str | None, contents: Contents) -> list[str]:
+    offset, length, expected = (int(column[index]) for column in (task.offset, task.length, task.label))
+    if key is None:
+        return [f"lost: no image lies at byte {offset}"]
     problems = []
-    expected = int(task.label[index])
-    place = (int(task.offset[index]), int(task.length[index]))
-    if (image.offset_data, image.size) != place:
-        problems.append(f"lies at {image.offset_data} with {image.size} bytes; the manifest says {place}")
-    data, label_text, about_text = (_read(tar, member) for member in (image, label, about))
-    if zlib.crc32(data) != task.crc32[index]:
+    fields = contents.fields[key]
+    if key in contents.twice:
+        problems.append("two members have one name")
+    if contents.broken and (missing := contents.usual - fields.keys()):
+        problems.append(f"lost: its {', '.join(sorted(missing))}")
+    if fields["image"].size != length:
+        problems.append(f"has {fields['image'].size} bytes; the manifest says {length}")
+    data = contents.tar.read(offset, length)
+    if task.crc32 is not None and zlib.crc32(data) != task.crc32[index]:
         problems.append(f"crc32 is {zlib.crc32(data):08x}; the manifest says {int(task.crc32[index]):08x}")
-    if label_text != str(expected).encode():
-        problems.append(f".cls says {label_text[:20]!r}; the manifest says {expected}")
+    problems += _verify_label(task.classes, expected, key, contents)
     try:
-        said = json.loads(about_text)
-        found = (said["key"], said["label"], said["class"])
-    except (ValueError, LookupError, TypeError) as error:
-        problems.append(f".json cannot be read: {error!r}")
-    else:
-        wanted = (key, expected, task.classes[expected] if 0 <= expected < len(task.classes) else None)
-        if found != wanted:
-            problems.append(f".json says {found}; name and manifest say {wanted}")
-    try:
-        with Image.open(io.BytesIO(data), formats=OPENERS) as picture:
-            picture.load()
+        decode(data)
     except Exception as error:  # Pillow's plugins raise whatever they meet in damaged bytes
         problems.append(f"does not decode: {error}")
     return problems
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise tarfile.ReadError(f"{member.name} is no regular file")
-    return file.read()
+def _verify_label(classes: tuple[str, ...], expected: int, key: str, contents: Contents) -> list[str]:
+    problems = []
+    cls, about = contents.read(key, "cls"), contents.read(key, "json")
+    label_of = {name: label for label, name in enumerate(classes)}
+    try:
+        if (label := read_label(cls, about, label_of)) != expected:
+            problems.append(f"{'.json' if cls is None else '.cls'} says {label}; the manifest says {expected}")
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        said = {} if about is None else json.loads(about)
+    except (ValueError, RecursionError):
+        return [*problems, ".json cannot be read"]
+    if isinstance(said, dict) and said.keys() >= OURS:
+        wanted = (key, expected, classes[expected] if 0 <= expected < len(classes) else None)
+        if (found := (said["key"], said["label"], said["class"])) != wanted:
+            problems.append(f".json says {found}; name and manifest say {wanted}")
+    return problems
 
 
-def verify(folder: Path, num_workers: int) -> int:
-    """Check one split, print its problems, return their number. Errors: UserError as of `read_manifest`."""
-    manifest = read_manifest(folder)
+def _find_surplus(task: Task, contents: Contents) -> list[str]:
+    """Keys of samples that are whole and yet not in the manifest."""
+    known = {contents.key_at.get(int(offset)) for offset in task.offset}
+    label_of = {name: label for label, name in enumerate(task.classes)}
+    surplus = []
+    for key, fields in contents.fields.items():
+        if key not in known and key not in contents.twice and "image" in fields:
+            try:
+                read_label(contents.read(key, "cls"), contents.read(key, "json"), label_of)
+                surplus.append(key)
+            except ValueError:
+                pass
+    return surplus
+
+
+def decode(data: bytes) -> None:
+    """Decode an image to its last pixel. Errors: whatever Pillow meets in damaged bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
+        with Image.open(io.BytesIO(data), formats=[*OPENERS, "PPM"]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"announces {picture.width} x {picture.height} pixels")
+            picture.load()
+
+
+def verify(manifest: Manifest, num_workers: int) -> list[Problem]:
+    """Check one split, print its problems and return them."""
+    folder = manifest.root
     tasks = tasks_of(manifest)
     progress = Progress(manifest.split, manifest.num_samples)
-    num_problems = 0
-    for number, problems in run_tasks(verify_shard, tasks, num_workers):
-        if problems:
+    names = {shard.name for shard in manifest.shards}
+    strays = [name for name in sorted(os.listdir(folder)) if name.endswith((".tar", *COMPRESSED)) and name not in names]
+    problems = [Problem(manifest.split, name, None, None, "is not in the manifest") for name in strays]
+    show(folder, problems)
+    for number, found in run_tasks(verify_shard, tasks, num_workers):
+        if found:
             progress.close()
-            print("\n".join(problems), flush=True)
-        num_problems += len(problems)
+            show(folder, found)
+        problems += found
         progress.add(tasks[number].shard.num_samples, tasks[number].shard.num_bytes)
     progress.close()
-    state = f"{num_problems} problems" if num_problems else "all sound"
+    state = f"{len(problems)} problems" if problems else "all sound"
     print(
         f"{manifest.split}: {manifest.num_samples:,} samples of {len(manifest.classes):,} classes in "
         f"{len(manifest.shards):,} shards, {state}, {progress.seconds:.1f} s ({progress.rate}): {folder}",
         flush=True,
     )
-    return num_problems
+    return problems
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify",
-        description="Check shards against their manifest, and decode every image.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("out", type=Path, help="folder that data_prep.shard wrote")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
-    args = parser.parse_args(arguments)
-    if args.workers < 1:
-        raise UserError("--workers is too small", got=args.workers, allowed="at least 1")
-    num_problems = sum(verify(folder, args.workers) for folder in find_folders(args.out))
-    if num_problems:
-        raise UserError(
-            "shards are damaged",
-            got=f"{num_problems} problems, listed above",
-            cure="copy the shards named again, or delete the folder and shard the source again",
-        )
-
-
-if __name__ == "__main__":
-    run_main(main)
+def show(folder: Path, problems: list[Problem]) -> None:
+    for problem in problems[:MAX_SHOWN]:
+        print(f"{folder}/{problem}", flush=True)
+    if len(problems) > MAX_SHOWN:
+        print(f"{folder}/{problems[0].shard}: and {len(problems) - MAX_SHOWN} more; --json FILE lists all", flush=True)

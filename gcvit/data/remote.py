@@ -226,7 +226,7 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
         allowed = ", ".join(f"{name}://" for name in PACKAGES)
         raise UserError("a data directory of an unknown protocol", got=f"{protocol}://", allowed=allowed)
     try:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         if protocol in ("http", "https"):
             import aiohttp

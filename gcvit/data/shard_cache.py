@@ -3,7 +3,7 @@
     CACHE_DIR/gcvit-cache/train-0123456789abcdef/    one folder for each URL and content of manifest.json
         manifest.json  manifest.*.npy                as beside local shards
         train-000007.tar                             complete and checked
-        train-000009.tar.part                        being downloaded; as large as the shard will be, and locked
+        train-000009.tar.part                        being downloaded, and locked by who does it
 
 Any process may open any shard: it is downloaded by the first that wants it, while others of the node that want
 it wait. The shard that was used longest ago goes first, whichever data set it belongs to; a process that has it

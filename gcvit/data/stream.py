@@ -15,7 +15,6 @@ Nothing is remembered but the step: resuming is starting at another one, on any 
 """
 
 import itertools
-import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from gcvit.data.assignment import (
 from gcvit.data.batch import Batch, Damage, EvalBatch, Piece, empty_images, join_pieces
 from gcvit.data.decode import DecodeError
 from gcvit.data.epochs import Epochs
+from gcvit.data.forkserver import loader_context
 from gcvit.data.source import DamagedSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
 from gcvit.errors import UserError
@@ -281,12 +281,6 @@ def _load(
     pin_memory: bool,
 ) -> Iterator[Loaded]:
     """What becomes of the tasks, in their order; with 0 workers it is made when asked for, in this process."""
-    # Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh one,
-    # which imports this module once, however many loader processes are then forked from it.
-    context = None
-    if num_workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gcvit.data.stream"])
     loaded = DataLoader(
         loader,
         batch_size=None,
@@ -295,7 +289,7 @@ def _load(
         prefetch_factor=data.prefetch_batches if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        multiprocessing_context=context,
+        multiprocessing_context=loader_context() if num_workers else None,
         # The loader draws its workers' seeds, which nobody reads, from here, not from the global generator.
         generator=torch.Generator(),
     )

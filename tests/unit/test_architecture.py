@@ -27,6 +27,7 @@ FLOORS = [
         *("gcvit.data", "gcvit.data.manifest", "gcvit.data.folder", "gcvit.data.source"),
         *("gcvit.data.assignment", "gcvit.data.batch", "gcvit.data.transforms", "gcvit.data.decode"),
         *("gcvit.data.remote", "gcvit.data.shard_cache", "gcvit.data.epochs"),
+        "gcvit.data.forkserver",
         *("gcvit.parallel", "gcvit.parallel.world", "gcvit.parallel.engine"),
     ),
     ("gcvit.optim", "gcvit.loss", "gcvit.ema"),
