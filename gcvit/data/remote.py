@@ -256,7 +256,7 @@ def local_errors() -> Iterator[None]:
         raise UserError(
             "cannot write to the cache of remote shards",
             got=error.strerror if error.filename is None else f"{error.filename} ({error.strerror})",
-            cure="free space on its disk, or choose another folder or a smaller budget",
+            cure="free space on its disk, or set another data.cache_dir, or a smaller data.cache_bytes",
         ) from None
 
 

@@ -21,6 +21,7 @@ _PREFETCH_BYTES = 2_000_000_000  # of shards that a rank has brought and not beg
 
 # Per process, less than the usual limit of 1024 files. A shard is opened for each of its runs at worst.
 _MAX_OPEN_SHARDS = 256
+_MAX_OPEN_CACHED = 32  # an evicted shard takes space until it is closed
 _MAX_WASTE = 2  # bytes read for each byte wanted
 
 
@@ -147,7 +148,7 @@ class ShardSource:
         if self._owner != os.getpid():  # forked: the descriptors are the parent's, only this table is ours
             self._files, self._owner = OrderedDict(), os.getpid()
         if shard not in self._files:
-            if len(self._files) == _MAX_OPEN_SHARDS:
+            if len(self._files) >= (_MAX_OPEN_CACHED if self._cache else _MAX_OPEN_SHARDS):
                 os.close(self._files.popitem(last=False)[1])
             path = self._manifest.root / self._manifest.shards[shard].name
             self._files[shard] = self._cache.open(shard) if self._cache else os.open(path, os.O_RDONLY)
