@@ -1,12 +1,14 @@
-"""The samples of a tar that others made: an image and a label under one key, as webdataset tells keys.
+"""The samples of any tar, ours or others': an image and a label under one key, as webdataset tells keys.
 
 In the style of timm's ImageNet, KEY.jpg and KEY.cls with the label as text; in the style of open_clip, KEY.jpg and
-KEY.json with a label among its fields. Images are skipped, unless their checksums are asked for.
+KEY.json with a label among its fields. `index_tar` finds them in sound tars, and skips the images unless their
+checksums are asked for; `Contents` finds what there is in damaged ones.
 """
 
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tar_reader import MAX_TEXT_BYTES, BrokenTar, TarReader
+from data_prep.tar_reader import MAX_TEXT_BYTES, BrokenTar, Piece, TarReader
 from gcvit.data.manifest import Shard
 
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -168,3 +170,38 @@ def _as_label(value: object, label_of: Mapping[str, int]) -> int:
     if not 0 <= label < 2**31:
         raise ValueError(f"its label is {label}")
     return label
+
+
+class Contents:
+    """What can be found in a tar, sound or not: members by key and field, which is "image" or an extension.
+
+    `key_at` tells the key of the image at a byte, `twice` the keys with two members of one field, `broken` where
+    headers are damaged. A damaged header is a lost member: what `usual` samples have, some then lack.
+    """
+
+    def __init__(self, tar: TarReader):
+        self.tar = tar
+        pieces, self.broken = tar.salvage()
+        self.fields: dict[str, dict[str, Piece]] = {}
+        self.key_at: dict[int, str] = {}
+        self.twice: set[str] = set()
+        for piece in pieces:
+            key, extension = split_name(piece.name)
+            field = "image" if extension in IMAGES else extension
+            fields = self.fields.setdefault(key, {})
+            if field in fields:
+                self.twice.add(key)
+            fields[field] = piece
+            if field == "image":
+                self.key_at[piece.offset] = key
+        counts = Counter(frozenset(fields) for fields in self.fields.values())
+        self.usual = max(counts, key=lambda fields: (counts[fields], len(fields)), default=frozenset())
+
+    def pieces(self, key: str) -> list[Piece]:
+        """The members of a sample, in their order."""
+        return sorted(self.fields[key].values(), key=lambda piece: piece.start)
+
+    def read(self, key: str, field: str) -> bytes | None:
+        """A label's text; None where the sample lacks the field."""
+        piece = self.fields[key].get(field)
+        return None if piece is None else self.tar.read(piece.offset, min(piece.size, MAX_TEXT_BYTES))

@@ -58,11 +58,9 @@ def find_parquet(root: Path) -> tuple[Path, dict[str | None, list[str]]] | None:
             if match is None or match[1] in _SPLITS:
                 splits.setdefault(_SPLITS[match[1]] if match else None, []).append(name)
         if None in splits and len(splits) > 1:
-            got, allowed = (
-                folder / splits[None][0],
-                "train-*.parquet and validation-*.parquet, or no splits in any name",
-            )
-            raise UserError("a parquet file of no known split", got=got, allowed=allowed, cure="rename or remove it")
+            allowed = "train-*.parquet and validation-*.parquet, or no splits in any name"
+            got, cure = folder / splits[None][0], "rename or remove it"
+            raise UserError("a parquet file of no known split", got=got, allowed=allowed, cure=cure)
         if names and not splits:
             raise UserError("a test set has no labels to train on", got=folder / names[0], allowed="train, validation")
         if names:

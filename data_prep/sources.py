@@ -183,9 +183,12 @@ def _find_in_folder(root: Path, split: str | None, class_map: tuple[str, ...] | 
         # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
         refuse_loose(root, [name for name in files if not name.lower().endswith(ARCHIVES)])
         return _Found([_Part(root / name, name, list_tree(root / name)) for name in splits], True)
-    if TRAIN_TAR in files or VAL_TAR in files:
+    # Class folders beside ILSVRC's tars may be what was unpacked of one of them: that is not guessed.
+    if {TRAIN_TAR, VAL_TAR} & set(files) and not any(re.fullmatch(r"n\d{8}", name) for name in folders):
         return _find_ilsvrc(root, files)
-    if (parquet := find_parquet(root)) is not None:
+    parquet = find_parquet(root)
+    # A parquet file beside folders, and named after no split, holds something about the images in them.
+    if parquet is not None and (parquet[0] != root or not folders or None not in parquet[1]):
         folder, by_split = parquet
         tables, classes = scan_parquet(folder, list(by_split.values()), class_map)
         has_splits = None not in by_split

@@ -13,18 +13,20 @@ import json
 import os
 import warnings
 import zlib
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_prep.foreign import IMAGES, read_label, split_name
+from data_prep.foreign import Contents, read_label
 from data_prep.images import MAX_PIXELS, OPENERS
 from data_prep.pool import Progress, default_workers, run_tasks
 from data_prep.repair import finish_repair, is_interrupted, repair
-from data_prep.tar_reader import MAX_TEXT_BYTES, Piece, TarReader
+from data_prep.restore import Damage
+from data_prep.tar_reader import TarReader
+from data_prep.timm_info import NAME, write_timm_info
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
 from gcvit.errors import UserError, run_main
 
@@ -60,33 +62,6 @@ class Problem:
     def __str__(self) -> str:
         name = self.key or (None if self.sample is None else f"sample {self.sample}")
         return f"{self.shard}: {self.problem}" if name is None else f"{self.shard}: {name}: {self.problem}"
-
-
-class Contents:
-    """The members of a tar, sound or not, by their keys and fields: "image", or an extension."""
-
-    def __init__(self, tar: TarReader):
-        self.tar = tar
-        pieces, self.broken = tar.salvage()
-        self.fields: dict[str, dict[str, Piece]] = {}
-        self.key_at: dict[int, str] = {}
-        self.twice: set[str] = set()
-        for piece in pieces:
-            key, extension = split_name(piece.name)
-            field = "image" if extension in IMAGES else extension
-            fields = self.fields.setdefault(key, {})
-            if field in fields:
-                self.twice.add(key)
-            fields[field] = piece
-            if field == "image":
-                self.key_at[piece.offset] = key
-        # Where a header is lost, a member is: samples then lack it that have all others.
-        counts = Counter(frozenset(fields) for fields in self.fields.values())
-        self.usual = max(counts, key=lambda fields: (counts[fields], len(fields)), default=frozenset())
-
-    def read(self, key: str, field: str) -> bytes | None:
-        piece = self.fields[key].get(field)
-        return None if piece is None else self.tar.read(piece.offset, min(piece.size, MAX_TEXT_BYTES))
 
 
 def find_folders(out: Path) -> list[Path]:
@@ -129,11 +104,14 @@ def verify_shard(task: Task) -> list[Problem]:
             elif task.shard.sha256 not in (None, sha256):
                 found.append((None, None, f"SHA-256 is {sha256} instead of {task.shard.sha256}"))
             contents = Contents(tar)
+            label_of = {name: label for label, name in enumerate(task.classes)}
             found += [(None, None, f"{error} at byte {error.position}") for error in contents.broken]
             for index in range(task.shard.num_samples):
                 key = contents.key_at.get(int(task.offset[index]))
-                found += [(task.first + index, key, text) for text in _verify_sample(task, index, key, contents)]
-            found += [(None, key, "the manifest lacks this sample") for key in _find_surplus(task, contents)]
+                found += [
+                    (task.first + index, key, text) for text in _verify_sample(task, index, key, contents, label_of)
+                ]
+            found += [(None, key, "the manifest lacks this sample") for key in _find_surplus(task, contents, label_of)]
     except OSError as error:
         found.append((None, None, f"cannot be read: {error.strerror}"))
         lost = range(task.first, task.first + task.shard.num_samples)
@@ -141,7 +119,9 @@ def verify_shard(task: Task) -> list[Problem]:
     return [Problem(task.split, task.shard.name, *about) for about in found]
 
 
-def _verify_sample(task: Task, index: int, key: str | None, contents: Contents) -> list[str]:
+def _verify_sample(
+    task: Task, index: int, key: str | None, contents: Contents, label_of: Mapping[str, int]
+) -> list[str]:
     offset, length, expected = (int(column[index]) for column in (task.offset, task.length, task.label))
     if key is None:
         return [f"lost: no image lies at byte {offset}"]
@@ -156,7 +136,7 @@ def _verify_sample(task: Task, index: int, key: str | None, contents: Contents) 
     data = contents.tar.read(offset, length)
     if task.crc32 is not None and zlib.crc32(data) != task.crc32[index]:
         problems.append(f"crc32 is {zlib.crc32(data):08x}; the manifest says {int(task.crc32[index]):08x}")
-    problems += _verify_label(task.classes, expected, key, contents)
+    problems += _verify_label(task.classes, expected, key, contents, label_of)
     try:
         decode(data)
     except Exception as error:  # Pillow's plugins raise whatever they meet in damaged bytes
@@ -164,10 +144,11 @@ def _verify_sample(task: Task, index: int, key: str | None, contents: Contents) 
     return problems
 
 
-def _verify_label(classes: tuple[str, ...], expected: int, key: str, contents: Contents) -> list[str]:
+def _verify_label(
+    classes: tuple[str, ...], expected: int, key: str, contents: Contents, label_of: Mapping[str, int]
+) -> list[str]:
     problems = []
     cls, about = contents.read(key, "cls"), contents.read(key, "json")
-    label_of = {name: label for label, name in enumerate(classes)}
     try:
         if (label := read_label(cls, about, label_of)) != expected:
             problems.append(f"{'.json' if cls is None else '.cls'} says {label}; the manifest says {expected}")
@@ -178,16 +159,18 @@ def _verify_label(classes: tuple[str, ...], expected: int, key: str, contents: C
     except (ValueError, RecursionError):
         return [*problems, ".json cannot be read"]
     if isinstance(said, dict) and said.keys() >= OURS:
-        wanted = (key, expected, classes[expected] if 0 <= expected < len(classes) else None)
+        name = classes[expected] if 0 <= expected < len(classes) else None
+        if name == f"{expected:04d}":  # index knew no names
+            name = said["class"]
+        wanted = (key, expected, name)
         if (found := (said["key"], said["label"], said["class"])) != wanted:
             problems.append(f".json says {found}; name and manifest say {wanted}")
     return problems
 
 
-def _find_surplus(task: Task, contents: Contents) -> list[str]:
+def _find_surplus(task: Task, contents: Contents, label_of: Mapping[str, int]) -> list[str]:
     """Keys of samples that are whole and yet not in the manifest."""
     known = {contents.key_at.get(int(offset)) for offset in task.offset}
-    label_of = {name: label for label, name in enumerate(task.classes)}
     surplus = []
     for key, fields in contents.fields.items():
         if key not in known and key not in contents.twice and "image" in fields:
@@ -239,3 +222,76 @@ def show(folder: Path, problems: list[Problem]) -> None:
         print(f"{folder}/{problem}", flush=True)
     if len(problems) > MAX_SHOWN:
         print(f"{folder}/{problems[0].shard}: and {len(problems) - MAX_SHOWN} more; --json FILE lists all", flush=True)
+
+
+def open_manifest(folder: Path, may_finish: bool) -> Manifest:
+    """The manifest, whatever its shards are like. Errors: UserError as of `read_manifest`, for an unfinished repair."""
+    if is_interrupted(folder):
+        if not may_finish:
+            raise UserError("a repair was interrupted", got=folder, cure="start it again: --repair finishes it")
+        finish_repair(folder)
+        print(f"the interrupted repair is finished: {folder}")
+    manifest = read_manifest(folder, check_shards=False)
+    if outside := [shard.name for shard in manifest.shards if shard.name != os.path.basename(shard.name)]:
+        raise UserError("a shard lies outside the manifest's folder", got=outside[0], allowed=folder)
+    return manifest
+
+
+def refresh_timm_info(out: Path) -> None:
+    """Let timm's list of shards follow a repair where it is ours; that of others says more than we know."""
+    try:
+        is_ours = json.loads((out / NAME).read_bytes()).keys() == {"splits"}
+    except (OSError, ValueError, AttributeError):
+        return
+    if is_ours:
+        write_timm_info(out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.verify",
+        description="Check shards against their manifest, and decode every image.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help="folder that data_prep.shard or data_prep.index wrote")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the problems there, as a list of objects")
+    parser.add_argument("--repair", action="store_true", help="rewrite damaged shards without the damaged samples")
+    parser.add_argument("--source", type=Path, help="take damaged samples from here again, as it was sharded")
+    args = parser.parse_args(arguments)
+    if args.workers < 1:
+        raise UserError("--workers is too small", got=args.workers, allowed="at least 1")
+    if args.source is not None and not args.repair:
+        raise UserError("--source has no effect without --repair", got=args.source, cure="add --repair")
+    manifests = [open_manifest(folder, args.repair) for folder in find_folders(args.out)]
+    problems_of = [verify(manifest, args.workers) for manifest in manifests]
+    problems = [problem for found in problems_of for problem in found]
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps([asdict(problem) for problem in problems], indent=1) + "\n")
+        except OSError as error:
+            raise UserError("cannot write the list of problems", got=f"{args.json} ({error.strerror})") from None
+    num_left = len(problems)
+    if args.repair:
+        for manifest, found in zip(manifests, problems_of, strict=True):
+            names = {shard.name for shard in manifest.shards}  # tars that the manifest lacks stay as they are
+            damage: Damage = {problem.shard: {} for problem in found if problem.shard in names}
+            for problem in found:
+                if problem.sample is not None:
+                    damage[problem.shard][problem.sample] = problem.key
+            if damage:
+                repair(manifest, damage, args.source, args.workers)
+            num_left -= sum(problem.shard in names for problem in found)
+        refresh_timm_info(args.out)
+    if num_left:
+        raise UserError(
+            "shards are damaged" if not args.repair else "tars without a manifest are left as they are",
+            got=f"{num_left} problems, listed above",
+            cure="--repair rewrites them; or copy the shards named again, or delete the folder and shard again"
+            if not args.repair
+            else "move them away",
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -24,6 +24,9 @@ from gcvit.parallel.world import World
 from gcvit.schedule import Schedule, build_schedule, to_samples, to_steps
 
 
+_MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
+
+
 @dataclass(frozen=True)
 class Intervals:
     """Steps between what is done every so often."""
@@ -140,6 +143,9 @@ def start(
             f"{train.num_samples} images, {schedule.total_steps} steps of {config.global_batch_size} "
             f"in {micro_steps} micro-step(s), from step {state.step}"
         )
+        num_bytes = config.data.lanes * config.data.open_runs * config.data.run_bytes
+        if train.in_runs and num_bytes > _MUCH_MEMORY * world.size:
+            metrics.say(f"the runs that are open take up to {num_bytes / world.size / 1e9:.1f} GB in each process")
         if not holds_whole_lanes(config.global_batch_size, world.size, lanes=config.data.lanes, paired=paired):
             metrics.say(
                 f"samples are read one by one: {world.size} processes do not divide data.lanes={config.data.lanes}, "

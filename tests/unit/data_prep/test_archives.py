@@ -2,8 +2,10 @@
 
 import contextlib
 import gzip
+import importlib
 import io
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +118,18 @@ def test_one_of_ilsvrcs_tars_is_a_source_of_its_own(ilsvrc, tree):
     assert_alike(find_sources(ilsvrc, None), [val])
 
 
+def test_ilsvrcs_tars_among_what_was_unpacked_of_them_are_refused(ilsvrc, tree):
+    (ilsvrc / "ILSVRC2012_devkit_t12").mkdir()
+    assert len(find_sources(ilsvrc, None)) == 2
+    shutil.copytree(tree / "train", ilsvrc, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="archive in place of a class folder"):
+        find_sources(ilsvrc, None)
+    (ilsvrc / "train").mkdir()
+    for folder in ilsvrc.glob("n*"):
+        folder.rename(ilsvrc / "train" / folder.name)
+    assert_alike(find_sources(ilsvrc, None), find_sources(tree, None)[:1])
+
+
 def test_class_tars_are_a_source(tree, tmp_path):
     folder = tmp_path / "classes"
     folder.mkdir()
@@ -193,7 +207,7 @@ def test_sparse_files_in_pax_headers_are_refused(tmp_path):
 @pytest.mark.parametrize("compress", ["gzip", "bz2", "lzma"])
 def test_compressed_class_tars_are_refused_with_the_cure(tmp_path, compress):
     data = pack(tmp_path / "a.tar", {"x.jpg": b"x"})
-    (tmp_path / "a.tar").write_bytes(__import__(compress).compress(data))
+    (tmp_path / "a.tar").write_bytes(importlib.import_module(compress).compress(data))
     with pytest.raises(UserError, match=r"compressed archive.*a\.tar.*unpack it to a plain tar: (gzip|bzip2|xz) -d"):
         find_sources(tmp_path, None)
     pack(tmp_path / "whole.tar", {"a.tar": (tmp_path / "a.tar").read_bytes()})
@@ -271,6 +285,12 @@ def test_a_missing_or_damaged_kit_is_refused(ilsvrc):
             read_kit(ilsvrc / KIT)
     (ilsvrc / KIT).unlink()
     with pytest.raises(UserError, match=r"labels of the validation images are missing.*beside the images"):
+        find_sources(ilsvrc, None)
+
+
+def test_without_scipy_the_cure_is_named(ilsvrc, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match=r"needs SciPy, which is missing; cure: pip install scipy"):
         find_sources(ilsvrc, None)
 
 

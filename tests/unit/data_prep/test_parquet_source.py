@@ -1,9 +1,10 @@
 """Rows of parquet files are samples as files in class folders are: the same names, labels and bytes."""
 
 import json
-import multiprocessing
 import os
-import signal
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_prep import parquet_source
+from data_prep import parquet_source, shard
 from data_prep.sources import Source, find_sources, read_place, spooled
 from gcvit.errors import UserError
 
+ROOT = Path(__file__).parents[3]
 Row = tuple[bytes | None, str | None, int | None]
 
 
@@ -47,6 +49,10 @@ def contents(source: Source, folder: Path, chosen: np.ndarray | None = None) -> 
     return found
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_rows_and_class_folders_are_the_same_samples(tree, tmp_path):
     [expected] = find_sources(tree, None)
     rows: list[Row] = [
@@ -70,6 +76,11 @@ def test_rows_and_class_folders_are_the_same_samples(tree, tmp_path):
     ):
         assert (divided.paths, divided.labels) == (other.paths, other.labels)
         assert contents(divided, tmp_path / "spool") == {path: files[path] for path in other.paths}
+    shutil.copytree(tree, tmp_path / "folders/train")
+    for root, out in ((tmp_path / "hub", tmp_path / "a"), (tmp_path / "folders", tmp_path / "b")):
+        shard.main([str(root), str(out), "--shard-size", "5", "--workers", "1"])
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert "train/train-000002.tar" in snapshot(tmp_path / "a")
 
 
 def test_splits_follow_the_names_of_files(tmp_path):
@@ -96,6 +107,11 @@ def test_splits_follow_the_names_of_files(tmp_path):
     (tmp_path / "0000.parquet").unlink()
     with pytest.raises(UserError, match="a test set has no labels"):
         find_sources(tmp_path, None)
+
+
+def test_a_parquet_file_beside_class_folders_is_not_the_source(tree):
+    write(tree / "metadata.parquet", [(b"1", "1.jpg", 0)])
+    assert find_sources(tree, None)[0].classes == ("a", "b", "c")
 
 
 def test_classes_are_called_as_metadata_or_the_class_map_say(tmp_path):
@@ -204,9 +220,15 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
     assert not Path(made).exists()
 
 
-def hold_a_spool(source: Source, folder: Path) -> None:
-    with spooled(source, np.arange(1), folder):
-        time.sleep(60)
+# A run that spools a parquet folder's first sample and is then killed.
+HOLD = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from data_prep.sources import find_sources, spooled
+with spooled(find_sources(Path(sys.argv[1]), None)[0], np.arange(1), Path(sys.argv[2])):
+    time.sleep(60)
+"""
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not(tmp_path):
@@ -214,17 +236,16 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not(tm
     [source] = find_sources(tmp_path, None)
     folder = tmp_path / "spool"
     folder.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=hold_a_spool, args=(source, folder))
-    process.start()
-    while not [path for path in folder.iterdir() if path.stat().st_size]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path, folder], cwd=ROOT)
+    while process.poll() is None and not [path for path in folder.iterdir() if path.stat().st_size]:
         time.sleep(0.01)
     [theirs] = folder.iterdir()
     with spooled(source, np.arange(1), folder) as readable:
         assert len(list(folder.iterdir())) == 2
         assert read_place(readable.root, readable.place(0)) == b"1"
     assert list(folder.iterdir()) == [theirs]
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.kill()
+    process.wait()
     with spooled(source, np.arange(1), folder):
         assert theirs not in folder.iterdir()
     assert list(folder.iterdir()) == []
@@ -232,7 +253,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not(tm
 
 def test_without_pyarrow_the_cure_is_named(tmp_path, monkeypatch):
     write(tmp_path / "train.parquet", [(b"1", "1.jpg", 0)])
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pyarrow, which is missing; cure: pip install pyarrow"):
         find_sources(tmp_path, None)
 

@@ -1,0 +1,241 @@
+"""Rewrites shards without their damaged samples, or with these from the source: `verify --repair [--source DIR]`.
+
+1. The new shards, then the new manifest, are written to `.repair.tmp` in the split's folder.
+2. That folder is renamed to `.repair`: from now on the repair holds.
+3. Its shards take their places, then its columns, and last its manifest.
+
+Killed before 2, a repair leaves everything as it was. Killed later, it may leave shards that the manifest does not
+fit, and `finish_repair` completes it, killed as often as it may be.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_prep.foreign import Contents
+from data_prep.images import image_extension
+from data_prep.pool import run_tasks
+from data_prep.restore import Damage, Restored, choose_source, find_restored
+from data_prep.sources import encode_key, read_place
+from data_prep.tar_reader import BLOCK, TarReader
+from data_prep.writer import tar_header
+from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
+from gcvit.errors import UserError
+
+READY = ".repair"
+UNREADY = ".repair.tmp"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to rewrite into `folder`: its samples by their numbers in the shard.
+
+    `kept` are the places of images in the old tar; `restored` ones come from `root`. All others are left out.
+    """
+
+    path: Path
+    folder: Path
+    num_samples: int
+    kept: dict[int, int]
+    root: Path
+    restored: dict[int, Restored]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten shard; `rows` are the numbers of its samples in the old one, `offset` the new places: [n].
+
+    A shard without samples is not written.
+    """
+
+    shard: Shard
+    rows: np.ndarray
+    offset: np.ndarray
+    num_restored: int
+
+
+class _Output:
+    """A file that is hashed on its way to the disk."""
+
+    def __init__(self, file: BinaryIO):
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+
+
+def is_interrupted(folder: Path) -> bool:
+    return (folder / READY).exists()
+
+
+def repair(manifest: Manifest, damage: Damage, source: Path | None, num_workers: int) -> None:
+    """Rewrite the shards in `damage` and the manifest, and print what became of them.
+
+    Members that belong to no sample of the manifest are left out too. Errors: UserError where no sample would be
+    left, the source is of something else, or the disk is full; then nothing has changed.
+    """
+    folder, workshop = manifest.root, manifest.root / UNREADY
+    chosen = None if source is None else choose_source(manifest, source)
+    try:
+        shutil.rmtree(workshop, ignore_errors=True)
+        workshop.mkdir()
+        with find_restored(manifest, damage, chosen, workshop) as (root, restored):
+            tasks = list(_make_tasks(manifest, damage, workshop, root, restored))
+            with closing(run_tasks(rewrite_shard, tasks, num_workers)) as finished:
+                results = {result.shard.name: result for _, result in finished}
+        _write_manifest(manifest, results, workshop)
+        os.rename(workshop, folder / READY)
+        sync_folder(folder)
+    except OSError as error:
+        what, got = "cannot write the repaired shards", f"{error.filename or workshop} ({error.strerror})"
+        raise UserError(what, got=got, cure="mend that and start again; nothing was changed") from None
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    finish_repair(folder)
+    repaired = read_manifest(folder)
+    num_restored = sum(result.num_restored for result in results.values())
+    state = (
+        "the manifest is as it was"
+        if repaired.digest == manifest.digest
+        else ("its digest has changed: runs that began with the old one refuse to go on with it")
+    )
+    print(
+        f"{manifest.split}: {len(results):,} shards rewritten, {num_restored:,} samples taken from the source again, "
+        f"{manifest.num_samples - repaired.num_samples:,} left out, {repaired.num_samples:,} remain; {state}: {folder}",
+        flush=True,
+    )
+
+
+def finish_repair(folder: Path) -> None:
+    """Move what `.repair` holds to its places, and take away shards of which nothing was left."""
+    ready = folder / READY
+    if (ready / FILE_NAME).exists():  # else only the empty folder is left
+        old, new = (_shard_names(path / FILE_NAME) for path in (folder, ready))
+        moved = sorted(os.listdir(ready))
+        for name in (name for name in moved if name in new):
+            os.replace(ready / name, (folder / name).resolve())  # a link stays one, to the new shard
+        for name in old - new:
+            (folder / name).resolve().unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+        for name in (name for name in moved if name.endswith(".npy")):
+            os.replace(ready / name, folder / name)
+        os.replace(ready / FILE_NAME, folder / FILE_NAME)
+        sync_folder(folder)
+    shutil.rmtree(ready)
+
+
+def _shard_names(path: Path) -> set[str]:
+    names = {str(shard["name"]) for shard in json.loads(path.read_bytes())["shards"]}
+    assert all(name == os.path.basename(name) for name in names), "verify refuses such a manifest"
+    return names
+
+
+def rewrite_shard(task: Task) -> Result:
+    """Copy what is kept, byte for byte with its headers, and write what is restored as `data_prep.shard` does."""
+    path = task.folder / task.path.name
+    rows, offsets = [], []
+    num_restored = 0
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "wb"))
+        output = _Output(file)
+        contents = None
+        if task.kept:
+            contents = Contents(stack.enter_context(TarReader(task.path)))
+        kept_keys = {contents.key_at[place] for place in task.kept.values()} if contents else set()
+        for row in range(task.num_samples):
+            if row in task.kept:
+                assert contents is not None
+                offset = _copy(contents, task.kept[row], output)
+            elif row in task.restored and encode_key(task.restored[row].path) not in kept_keys:
+                try:
+                    offset = _write_restored(task.root, task.restored[row], output)
+                except ValueError:  # no image of a kind that is sharded
+                    continue
+                num_restored += 1
+            else:
+                continue
+            rows.append(row)
+            offsets.append(offset)
+        output.write(bytes(2 * BLOCK))
+        output.write(bytes(-output.num_bytes % tarfile.RECORDSIZE))
+        file.flush()
+        os.fsync(file.fileno())
+    if not rows:
+        path.unlink()
+    shard = Shard(task.path.name, len(rows), output.num_bytes, output.sha256.hexdigest())
+    return Result(shard, np.array(rows, np.int64), np.array(offsets, np.int64), num_restored)
+
+
+def _copy(contents: Contents, place: int, output: _Output) -> int:
+    offset = -1
+    for piece in contents.pieces(contents.key_at[place]):
+        if piece.offset == place:
+            offset = output.num_bytes + place - piece.start
+        size = piece.end - piece.start
+        output.write(contents.tar.read(piece.start, size).ljust(size, b"\0"))  # a truncated tar may lack the padding
+    assert offset >= 0, "a kept sample has no image"
+    return offset
+
+
+def _write_restored(root: Path, sample: Restored, output: _Output) -> int:
+    data = read_place(root, sample.place)
+    key = encode_key(sample.path)
+    about = {"key": key, "path": sample.path, "class": sample.path.split("/")[0], "label": sample.label}
+    members = [
+        (f"{key}.{image_extension(data)}", data),
+        (f"{key}.cls", str(sample.label).encode()),
+        (f"{key}.json", json.dumps(about).encode()),
+    ]
+    offsets = []
+    for name, content in members:
+        output.write(tar_header(name, len(content)))
+        offsets.append(output.num_bytes)
+        output.write(content + bytes(-len(content) % BLOCK))
+    return offsets[0]
+
+
+def _make_tasks(
+    manifest: Manifest, damage: Damage, workshop: Path, root: Path, restored: dict[int, Restored]
+) -> Iterator[Task]:
+    for shard, first in zip(manifest.shards, manifest.first[:-1], strict=True):
+        if shard.name in damage:
+            samples = {int(first) + row: row for row in range(shard.num_samples)}
+            lost = damage[shard.name]
+            kept = {row: int(manifest.offset[sample]) for sample, row in samples.items() if sample not in lost}
+            again = {samples[sample]: restored[sample] for sample in lost if sample in restored}
+            yield Task(manifest.root / shard.name, workshop, shard.num_samples, kept, root, again)
+
+
+def _write_manifest(manifest: Manifest, results: dict[str, Result], workshop: Path) -> None:
+    offset = np.array(manifest.offset)
+    keep = np.ones(manifest.num_samples, bool)
+    shards = []
+    for shard, begin, end in zip(manifest.shards, manifest.first[:-1], manifest.first[1:], strict=True):
+        result = results.get(shard.name)
+        if result is not None:
+            keep[begin:end] = False
+            keep[begin + result.rows] = True
+            offset[begin + result.rows] = result.offset
+            shard = result.shard if manifest.crc32 is not None else replace(result.shard, sha256=None)
+        if shard.num_samples:
+            shards.append(shard)
+    if not shards:
+        raise UserError(
+            "no sample would be left", got=manifest.root, cure="delete the folder and shard the source again"
+        )
+    columns = {name: column[keep] for name, column in (manifest.columns | {"offset": offset}).items()}
+    write_manifest(workshop, manifest.split, manifest.classes, shards, columns)

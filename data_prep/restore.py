@@ -1,0 +1,92 @@
+"""Finds damaged samples in the source of their shards again: `verify --repair --source DIR`."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.sources import Place, Source, encode_key, find_sources, read_place, spooled
+from gcvit.data.manifest import FILE_NAME, Manifest
+from gcvit.errors import UserError
+
+# The damaged samples of each shard to rewrite, numbered as in the split, with their keys where these are known.
+Damage = dict[str, dict[int, str | None]]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A sample in the source: where its bytes lie, its path there, its label."""
+
+    place: Place
+    path: str
+    label: int
+
+
+def choose_source(manifest: Manifest, root: Path) -> Source:
+    """The part of the source that has the manifest's split. Errors: UserError for none, for unknown checksums."""
+    if manifest.crc32 is None:
+        raise UserError(
+            "--source has no effect: the manifest has no checksums to tell the right bytes",
+            got=manifest.root / FILE_NAME,
+            cure="repair without it, or python -m data_prep.index --checksums while the tars are sound",
+        )
+    sources = find_sources(root, None)
+    source = next((source for source in sources if source.split == manifest.split or not source.split_folder), None)
+    if source is None or not set(source.classes) & set(manifest.classes):
+        raise UserError(
+            f"the source has not what was sharded: {root}",
+            got=", ".join(source.split for source in sources),
+            allowed=f"split {manifest.split} with classes like {manifest.classes[0]}",
+            cure="name the source of these shards",
+        )
+    return source
+
+
+@contextmanager
+def find_restored(
+    manifest: Manifest, damage: Damage, source: Source | None, workshop: Path
+) -> Iterator[tuple[Path, dict[int, Restored]]]:
+    """The damaged samples that the source has, told by class, size and crc32; and the root of their places.
+
+    Names in a tar play no part, but to choose among files with the same bytes.
+    """
+    if source is None:
+        yield workshop, {}
+        return
+    assert manifest.crc32 is not None
+    key_of = {sample: key for samples in damage.values() for sample, key in samples.items()}
+    class_of = {sample: manifest.classes[int(manifest.label[sample])] for sample in key_of}
+    names = set(class_of.values())
+    candidates = [index for index, label in enumerate(source.labels) if source.classes[label] in names]
+    with spooled(source, np.array(candidates, np.int64), workshop) as source:
+        alike: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for index in candidates:
+            place = source.place(index)
+            size = (source.root / place.file).stat().st_size if place.length is None else place.length
+            alike[source.classes[source.labels[index]], size].append(index)
+        restored: dict[int, Restored] = {}
+        taken: set[int] = set()
+        for sample in sorted(key_of):
+            crc32 = int(manifest.crc32[sample])
+            found = [
+                index
+                for index in alike[class_of[sample], int(manifest.length[sample])]
+                if index not in taken and _crc32(source.root, source.place(index)) == crc32
+            ]
+            found.sort(key=lambda index: encode_key(source.paths[index]) != key_of[sample])
+            if found:
+                taken.add(found[0])
+                path = source.paths[found[0]]
+                restored[sample] = Restored(source.place(found[0]), path, int(manifest.label[sample]))
+        yield source.root, restored
+
+
+def _crc32(root: Path, place: Place) -> int | None:
+    try:
+        return zlib.crc32(read_place(root, place))
+    except (OSError, ValueError):
+        return None

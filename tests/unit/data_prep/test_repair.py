@@ -1,0 +1,263 @@
+"""--repair leaves shards that verify passes: without the damaged samples, or with these as they were."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import index, shard, verify
+from data_prep.repair import READY, UNREADY, is_interrupted
+from gcvit.data.manifest import Manifest, read_manifest
+from gcvit.errors import UserError
+
+
+@pytest.fixture
+def out(tree: Path, tmp_path: Path) -> Path:
+    shard.main([str(tree), str(tmp_path / "out"), "--shard-size", "5", "--workers", "1"])
+    return tmp_path / "out"
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x5A
+    path.write_bytes(content)
+
+
+def damage(out: Path) -> set[int]:
+    """Damage an image, a header of an image, a label and all of a shard; return the samples."""
+    manifest = read_manifest(out)
+    flip(out / "train-000000.tar", int(manifest.offset[1]) + int(manifest.length[1]) // 2)
+    flip(out / "train-000000.tar", int(manifest.offset[3]) - 500)
+    image_end = int(manifest.offset[6]) + -(-int(manifest.length[6]) // 512) * 512
+    flip(out / "train-000001.tar", image_end + 512)
+    (out / "train-000002.tar").unlink()
+    return {1, 3, 6, 10, 11}
+
+
+def images_of(manifest: Manifest) -> list[tuple[int, bytes]]:
+    found = []
+    for i, entry in enumerate(manifest.shards):
+        content = (manifest.root / entry.name).read_bytes()
+        for sample in range(manifest.first[i], manifest.first[i + 1]):
+            begin = int(manifest.offset[sample])
+            found.append((int(manifest.label[sample]), content[begin : begin + int(manifest.length[sample])]))
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(out: Path, *options: object) -> None:
+    verify.main([str(out), "--workers", "1", *map(str, options)])
+
+
+def test_damaged_samples_are_left_out(out, capsys):
+    before = images_of(read_manifest(out))
+    digest = read_manifest(out).digest
+    lost = damage(out)
+    run(out, "--repair")
+    said = capsys.readouterr().out
+    assert "3 shards rewritten, 0 samples taken from the source again, 5 left out, 7 remain" in said
+    assert "its digest has changed: runs that began with the old one refuse" in said
+    run(out)
+    assert "7 samples of 3 classes in 2 shards, all sound" in capsys.readouterr().out
+    manifest = read_manifest(out)
+    assert manifest.digest != digest
+    assert images_of(manifest) == [sample for i, sample in enumerate(before) if i not in lost]
+    train = json.loads((out / "_info.json").read_bytes())["splits"]["train"]
+    assert (train["num_samples"], train["shard_lengths"]) == (7, [3, 4])
+    assert sorted(os.listdir(out)) == sorted(
+        ["train-000000.tar", "train-000001.tar", "manifest.json", "_info.json"]
+        + [f"manifest.{name}.npy" for name in manifest.columns]
+    )
+
+
+def test_the_source_restores_every_byte(tree, out, capsys):
+    sound = contents(out)
+    damage(out)
+    run(out, "--repair", "--source", tree)
+    assert "5 samples taken from the source again, 0 left out" in (said := capsys.readouterr().out)
+    assert "the manifest is as it was" in said
+    assert contents(out) == sound
+
+
+def test_a_source_that_has_changed_restores_the_rest(tree, out, make_image, capsys):
+    manifest = read_manifest(out)
+    names = [manifest.member_name(i).split(": ")[1] for i in range(12)]
+    lost = damage(out)
+    (tree / names[1]).write_bytes(make_image(999))
+    (tree / f"{os.path.splitext(names[10])[0]}.jpg").unlink()  # a PNG is named .jpg in the tree
+    run(out, "--repair", "--source", tree)
+    assert "3 samples taken from the source again, 2 left out, 10 remain" in capsys.readouterr().out
+    run(out)
+    kept = [name for i, name in enumerate(names) if i not in {1, 10}]
+    manifest = read_manifest(out)
+    assert [manifest.member_name(i).split(": ")[1] for i in range(10)] == kept
+    assert lost == {1, 3, 6, 10, 11}
+
+
+def test_files_with_the_same_bytes_are_told_apart(tree, tmp_path):
+    shutil.copyfile(tree / "a/1.jpg", tree / "a/twin.jpg")
+    out = tmp_path / "out"
+    shard.main([str(tree), str(out), "--workers", "1"])
+    sound, manifest = contents(out), read_manifest(out)
+    names = [manifest.member_name(i).split(": ")[1] for i in range(13)]
+    for name in ("a/1.jpg", "a/twin.jpg"):
+        flip(out / "train-000000.tar", int(manifest.offset[names.index(name)]) + 100)
+        run(out, "--repair", "--source", tree)
+        assert contents(out) == sound
+
+
+def test_a_truncated_shard_keeps_its_beginning(out, capsys):
+    path = out / "train-000001.tar"
+    manifest = read_manifest(out)
+    path.write_bytes(path.read_bytes()[: int(manifest.offset[8]) + 3])
+    run(out, "--repair")
+    assert "1 shards rewritten, 0 samples taken from the source again, 2 left out, 10 remain" in capsys.readouterr().out
+    run(out)
+
+
+def test_damage_between_samples_costs_none(out, capsys):
+    sound = contents(out)
+    path = out / "train-000002.tar"
+    flip(path, path.stat().st_size - 5)  # in the empty blocks at the end
+    run(out, "--repair")
+    assert "0 left out" in capsys.readouterr().out
+    assert contents(out) == sound
+
+
+def test_nothing_to_repair_changes_nothing(tree, out):
+    sound = contents(out)
+    run(out, "--repair", "--source", tree)
+    assert contents(out) == sound
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """Let the `step`-th call that changes a name or flushes a file fail as a kill would; return how many there were."""
+    num_calls = 0
+    for name in ("replace", "rename", "fsync", "unlink"):
+
+        def call(original, *args, **kwargs):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls > step:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, partial(call, getattr(os, name)))
+    return lambda: num_calls
+
+
+def test_a_repair_is_finished_after_a_kill_at_any_step(out, tmp_path, monkeypatch, capsys):
+    lost = damage(out)
+    shutil.copytree(out, tmp_path / "undisturbed")
+    run(tmp_path / "undisturbed", "--repair")
+    expected = contents(tmp_path / "undisturbed")
+    damaged = contents(out)
+    states = set()
+    for step in range(100):
+        here = tmp_path / f"step-{step}"
+        shutil.copytree(out, here)
+        with monkeypatch.context() as patch:
+            count = interrupt(patch, step)
+            with suppress(KeyboardInterrupt):
+                run(here, "--repair")
+            # A killed process clears nothing up: what it had not renamed yet may lie there, or not.
+        if count() <= step:
+            break
+        states.add(is_interrupted(here))
+        if is_interrupted(here):
+            with pytest.raises(UserError, match="a repair was interrupted"):
+                run(here)
+        else:  # what was to be renamed may lie there still: a killed process clears nothing up
+            found = {name: data for name, data in contents(here).items() if not name.startswith(UNREADY)}
+            assert found | {"_info.json": b""} in (damaged | {"_info.json": b""}, expected | {"_info.json": b""})
+        (here / UNREADY).mkdir(exist_ok=True)
+        (here / UNREADY / "train-000000.tar").write_bytes(b"half a shard")
+        run(here, "--repair")
+        shutil.rmtree(here / UNREADY, ignore_errors=True)
+        assert contents(here) == expected
+    else:
+        raise AssertionError("it never ended")
+    assert states == {False, True}
+    assert lost
+
+
+def test_what_cannot_be_repaired_is_left_alone(tree, out, tmp_path, monkeypatch):
+    damage(out)
+    damaged = contents(out)
+    with pytest.raises(UserError, match="--source has no effect without"):
+        run(out, "--source", tree)
+    (tmp_path / "other/x").mkdir(parents=True)
+    shutil.copyfile(tree / "a/0.jpg", tmp_path / "other/x/0.jpg")
+    with pytest.raises(UserError, match="the source has not what was sharded"):
+        run(out, "--repair", "--source", tmp_path / "other")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(UserError, match="No space left on device"):
+            run(out, "--repair")
+    assert contents(out) == damaged
+    for path in out.glob("*.tar"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no sample would be left"):
+        run(out, "--repair")
+    assert not (out / READY).exists()
+    assert not (out / UNREADY).exists()
+
+
+def test_a_stray_tar_is_left_and_told(out):
+    damage(out)
+    (out / "stray.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match="tars without a manifest are left"):
+        run(out, "--repair")
+    assert (out / "stray.tar").read_bytes() == b"x"
+    (out / "stray.tar").unlink()
+    run(out)
+
+
+@pytest.mark.parametrize("options", [[], ["--checksums"]])
+def test_tars_of_others_are_repaired_behind_their_links(out, tmp_path, options):
+    """Two splits in one folder: the manifests lie beside links, and the tars themselves are rewritten."""
+    there = tmp_path / "foreign"
+    there.mkdir()
+    for i, name in enumerate(["x-train-0.tar", "x-train-1.tar", "x-validation-0.tar"]):
+        shutil.copyfile(out / f"train-{i:06d}.tar", there / name)
+    index.main([str(there), "--workers", "1", *options])
+    run(there)
+    before = images_of(read_manifest(there / "train"))
+    manifest = read_manifest(there / "train")
+    flip(there / "x-train-1.tar", int(manifest.offset[6]) + 2)  # the image's marks: no checksum is needed
+    with pytest.raises(UserError, match="damaged"):
+        run(there)
+    run(there, "--repair")
+    run(there)
+    assert images_of(read_manifest(there / "train")) == before[:6] + before[7:]
+    assert os.readlink(there / "train/x-train-1.tar") == "../x-train-1.tar"
+    assert (read_manifest(there / "train").crc32 is None) == (options == [])
+    index.main([str(there), "--workers", "1", *options])
+    if not options:
+        flip(there / "x-train-1.tar", int(read_manifest(there / "train").offset[5]) + 2)
+        with pytest.raises(UserError, match="no checksums to tell the right bytes"):
+            run(there, "--repair", "--source", out)
+
+
+def test_labels_keep_their_meaning(out):
+    damage(out)
+    run(out, "--repair")
+    manifest = read_manifest(out)
+    for i in range(manifest.num_samples):
+        name = manifest.member_name(i).split(": ")[1]
+        assert manifest.classes[int(manifest.label[i])] == name.split("/")[0]
+    assert np.all(manifest.label < 3)
+    assert json.loads((out / "manifest.json").read_bytes())["num_samples"] == 7
