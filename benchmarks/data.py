@@ -34,7 +34,7 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from benchmarks.data_scale import measure_boundary, measure_memory, measure_planning, measure_resume
+from benchmarks.data_scale import make_large, measure_boundary, measure_memory, measure_planning, measure_resume
 from gcvit.config import Config
 from gcvit.config_file import load_config
 from gcvit.data.source import open_source
@@ -83,8 +83,8 @@ def make_photos(root: Path, num_images: int) -> int:
 def make_config(batch_size: int, overrides: list[str]) -> Config:
     """The recipe of GC ViT-T with a small batch."""
     fixed = [f"global_batch_size={batch_size}", f"model.img_size={IMG_SIZE}", f"model.num_classes={NUM_CLASSES}"]
-    # Four lanes suit a set of a few shards, as 1024 do ImageNet's.
-    return load_config(CONFIG, [*fixed, "data.lanes=4", "augment.mix.group_size=32", *overrides])[0]
+    few_lanes = "data.lanes=4"  # which suit a set of a few shards, as 1024 do ImageNet's
+    return load_config(CONFIG, [*fixed, few_lanes, *overrides])[0]
 
 
 def our_batches(shards: Path, batch_size: int, rand_augment: str | None) -> Iterator[torch.Tensor]:
@@ -242,7 +242,9 @@ def main() -> None:
             results[f"speedup_{key}"] = median_ratio(rates["ours"], rates["timm, wds/"])
         config = make_config(batch_size, ["data.num_workers=2"])
         results |= measure_memory(open_source(shards, "train"), config, arguments.epochs)
-        results |= measure_boundary(shards / "train", Path(folder) / "large", config)
+        config = make_config(1024, ["data.num_workers=2", "data.lanes=1024"])
+        make_large(shards / "train", Path(folder) / "large")
+        results |= measure_boundary(Path(folder) / "large", config)
         results |= measure_resume(Path(folder) / "large", config)
         results |= measure_planning()
     print()

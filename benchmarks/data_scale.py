@@ -1,8 +1,147 @@
-"""placeholder"""
+"""What a large data set asks of the loader: memory, epochs' ends, deep resumes, planning. Used by `benchmarks.data`."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gcvit.config import Config
+from gcvit.data.assignment import order_epoch
+from gcvit.data.manifest import Shard, read_manifest, write_manifest
+from gcvit.data.source import Source, open_source
+from gcvit.data.stream import train_stream
+
+IMAGENET, IMAGENET_21K = 1_280_000, 14_200_000
+WORLD_SIZE = 32  # as the recipe's; the first of these ranks is measured
+STEP_SECONDS = 0.1  # of a training step, between batches: longer than two loader processes need for one
 
 
-def measure_memory(*a):
-    return {}
+def resident_mb(pid: int | str = "self", field: str = "VmRSS") -> float:
+    """Resident memory of a process in MB; `VmHWM` is its highest so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field))
 
 
-measure_boundary = measure_resume = measure_planning = measure_memory
+def tree_mb(pid: int) -> float:
+    """Resident memory of a process and all below it in MB; pages they share count for each."""
+    children = [
+        child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return resident_mb(pid) + sum(tree_mb(int(child)) for child in children)
+
+
+def measure_memory(source: Source, config: Config, num_epochs: int) -> dict[str, Any]:
+    """RSS of this process and its loader processes after each epoch; growth from epochs 2-6 to the last 5."""
+    stream = train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
+    sizes = []
+    for _ in range(num_epochs):
+        for _ in range(source.num_samples // config.global_batch_size):
+            next(stream)
+        sizes.append(tree_mb(os.getpid()))
+    growth = statistics.median(sizes[-5:]) / statistics.median(sizes[1:6])
+    print("\nMB after each epoch: " + " ".join(f"{size:.0f}" for size in sizes))
+    return {"memory_mb": sizes, "memory_growth": growth}
+
+
+def make_large(split: Path, folder: Path) -> None:
+    """A manifest of as many samples as ImageNet has: one shard of `split` under many names."""
+    manifest = read_manifest(split)
+    shard = manifest.shards[0]
+    num_shards = -(-IMAGENET // shard.num_samples)
+    (folder / "train").mkdir(parents=True)
+    shards = []
+    for number in range(num_shards):
+        name = f"train-{number:06d}.tar"
+        os.link(split / shard.name, folder / "train" / name)
+        shards.append(Shard(name, shard.num_samples, shard.num_bytes, shard.sha256))
+    columns = {
+        name: np.tile(getattr(manifest, name)[: shard.num_samples], num_shards)
+        for name in ("offset", "length", "label", "crc32")
+    }
+    write_manifest(folder / "train", "train", manifest.classes, shards, columns)
+
+
+def measure_resume(folder: Path, config: Config) -> dict[str, float]:
+    """Seconds from opening a set of ImageNet's size to the first batch of a step far inside.
+
+    Without loader processes: how long those take to start does not depend on the step.
+    """
+    config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    seconds = []
+    for step in (123_456, 7 * IMAGENET // config.global_batch_size - 1, 99_999):
+        start = time.perf_counter()
+        source = open_source(folder, "train")
+        next(
+            train_stream(
+                source,
+                config,
+                start_step=step,
+                world_size=WORLD_SIZE,
+                rank=0,
+                micro_batch_size=None,
+                pin_memory=False,
+            )
+        )
+        seconds.append(time.perf_counter() - start)
+    return {"resume_s": statistics.median(seconds)}
+
+
+def measure_boundary(folder: Path, config: Config) -> dict[str, float]:
+    """Milliseconds that the first batch of an epoch is waited for, and the longest wait around it, by a rank that
+    trains for `STEP_SECONDS` between batches.
+    """
+    source = open_source(folder, "train")
+    last_step = source.num_samples // config.global_batch_size  # the first that holds samples of the second epoch
+    num_around = 2 * config.data.num_workers * config.data.prefetch_batches
+    stream = train_stream(
+        source,
+        config,
+        start_step=last_step - 2 * num_around,
+        world_size=WORLD_SIZE,
+        rank=0,
+        micro_batch_size=None,
+        pin_memory=False,
+    )
+    waits = []
+    for _ in range(3 * num_around):
+        time.sleep(STEP_SECONDS)
+        start = time.perf_counter()
+        next(stream)
+        waits.append(1000 * (time.perf_counter() - start))
+    around = waits[num_around:]
+    print(f"waits around an epoch's end: median {statistics.median(around):.1f} ms, longest {max(around):.1f} ms")
+    return {"epoch_boundary_ms": waits[2 * num_around], "epoch_around_ms": max(around)}
+
+
+def measure_planning() -> dict[str, float]:
+    """Seconds and MB of one epoch's whole order of ImageNet-21K's size, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "length.npy"
+        rng = np.random.default_rng(0)
+        np.save(path, rng.integers(20_000, 200_000, IMAGENET_21K, dtype=np.uint32))
+        output = subprocess.run(
+            [sys.executable, "-m", "benchmarks.data_scale", str(path)], check=True, stdout=subprocess.PIPE
+        ).stdout
+    return dict(json.loads(output))
+
+
+def plan_large(path: Path) -> dict[str, float]:
+    length = np.load(path, mmap_mode="r")
+    first = np.arange(0, len(length) + 1, 1000)
+    before = resident_mb()
+    start = time.perf_counter()
+    order = order_epoch(first, length, seed=0, epoch=1, lanes=1024, run_bytes=2_000_000, open_runs=4)
+    seconds = time.perf_counter() - start
+    assert len(order) == IMAGENET_21K
+    return {"planning_s": seconds, "planning_mb": resident_mb(field="VmHWM") - before}
+
+
+if __name__ == "__main__":
+    print(json.dumps(plan_large(Path(sys.argv[1]))))

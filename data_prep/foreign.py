@@ -8,7 +8,6 @@ checksums are asked for; `Contents` finds what there is in damaged ones.
 import hashlib
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +175,7 @@ class Contents:
     """What can be found in a tar, sound or not: members by key and field, which is "image" or an extension.
 
     `key_at` tells the key of the image at a byte, `twice` the keys with two members of one field, `broken` where
-    headers are damaged. A damaged header is a lost member: what `usual` samples have, some then lack.
+    the tar cannot be read on.
     """
 
     def __init__(self, tar: TarReader):
@@ -194,8 +193,6 @@ class Contents:
             fields[field] = piece
             if field == "image":
                 self.key_at[piece.offset] = key
-        counts = Counter(frozenset(fields) for fields in self.fields.values())
-        self.usual = max(counts, key=lambda fields: (counts[fields], len(fields)), default=frozenset())
 
     def pieces(self, key: str) -> list[Piece]:
         """The members of a sample, in their order."""

@@ -20,6 +20,7 @@ EXTENSIONS = {
 }
 OPENERS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens MPO as JPEG, then renames it
 MAX_PIXELS = 2**27  # 402 MB in RGB: beyond any photograph to train on, and short of a machine's memory
+BOMB = f"announces more than {MAX_PIXELS:,} pixels"
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what decoders know
@@ -43,7 +44,8 @@ def image_extension(data: bytes) -> str:
     """
     size = _jpeg_size(data)
     if size is not None:
-        _refuse_bomb(*size)
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(BOMB)
         return "jpg"
     with _opened(data) as image:
         extension = EXTENSIONS[str(image.format)]
@@ -124,16 +126,12 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are allowed here, and of odd metadata
             with Image.open(io.BytesIO(data), formats=OPENERS) as image:
-                _refuse_bomb(*image.size)
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
                 yield image
     except UnidentifiedImageError:
         raise ValueError("no known image format" if data else "an empty file") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"announces more than {MAX_PIXELS:,} pixels") from None
+        raise ValueError(BOMB) from None
     except Exception as error:
         raise ValueError(f"damaged: {error}") from None
-
-
-def _refuse_bomb(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"announces {width:,} × {height:,} pixels, more than {MAX_PIXELS:,}")

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.class_map import read_class_map
 from data_prep.foreign import Result, Task, index_tar
 from data_prep.pool import default_workers, run_tasks
 from data_prep.sidecar import has_sidecars, merge
+from data_prep.timm_info import write_timm_info
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, read_manifest, write_manifest
 from gcvit.errors import UserError, run_main
 
@@ -57,11 +59,11 @@ def find_splits(root: Path, wanted: str | None) -> list[Split]:
         for path in tars:
             groups.setdefault(_split_of(path.name), []).append(path)
     else:
-        for folder in sorted(path for path in root.iterdir() if path.is_dir() and _split_of(path.name)):
-            groups.setdefault(_split_of(folder.name), []).extend(_list_tars(folder))
+        for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name.lower() in WORDS):
+            groups.setdefault(WORDS[folder.name.lower()], []).extend(_list_tars(folder))
     if len(groups) == 1 and groups.keys() <= {None, "test"}:
         [(told, tars)] = groups.items()
-        groups = {wanted or told or _split_of(root.resolve().name) or "train": tars}
+        groups = {wanted or told or WORDS.get(root.resolve().name.lower(), "train"): tars}
     if None in groups:
         raise UserError(
             "the names of some tars tell no split, those of others do",
@@ -108,23 +110,20 @@ def _split_of(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def read_classes(root: Path, file: Path | None) -> tuple[str, ...] | None:
-    """Names of the classes: the first words of the lines of `file`, else what an info file in `root` lists."""
-    names: Any = None
-    try:
-        if file is not None:
-            names = [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
-        else:
-            for path in (root / name for name in INFO):
-                if names is None and path.exists():
-                    names = _find_names(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError("cannot read the names of the classes", got=f"{file or path} ({error})") from None
-    if names is None:
-        return None
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("two classes have one name", got=f"{twice[0]} in {file or root}", cure="one name a line")
-    return tuple(names)
+def read_classes(root: Path, class_map: Path | None) -> tuple[str, ...] | None:
+    """Names of the classes: those of `--classes`, else those that an info file in `root` lists, else None."""
+    if class_map is not None:
+        return read_class_map(class_map)
+    for path in (root / name for name in INFO):
+        try:
+            names = _find_names(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError("cannot read what is said about the tars", got=f"{path} ({error})") from None
+        if names is not None:
+            return tuple(names)
+    return None
 
 
 def _find_names(info: Any) -> list[str] | None:
@@ -268,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, help="index this split alone; it is also that of tars without one")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     parser.add_argument("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
-    parser.add_argument("--classes", type=Path, help="file with the classes' names, one a line (its first word)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels")
     parser.add_argument("--skip-unusable", action="store_true", help="leave out samples without one image and label")
     args = parser.parse_args(arguments)
     if args.workers < 1:
@@ -278,7 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
         manifest = merge(folder)
         num_shards = len(manifest.shards)
         print(f"{manifest.split}: merged {num_shards:,} shards of {manifest.num_samples:,} samples: {folder}")
-    if not sharded:
+    if sharded:
+        write_timm_info(args.dir)
+    else:
         index_foreign(args)
 
 

@@ -65,10 +65,13 @@ class Plan:
     @cached_property
     def mark(self) -> Mark:
         source, reduction = self.source, self.reduction
-        listing = [source.split, source.classes, source.paths, source.labels, self.seed, self.shard_size]
-        listing += [] if reduction is None else [reduction.short_side, reduction.quality]
-        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-        return Mark(digest, source.split, source.classes, -(-len(source.paths) // self.shard_size))
+        options = [source.split, source.classes, self.seed, self.shard_size]
+        options += [] if reduction is None else [reduction.short_side, reduction.quality]
+        digest = hashlib.sha256(json.dumps(options).encode())
+        for begin in range(0, len(source.paths), 1 << 16):  # in pieces: there may be 14 million of them
+            piece = slice(begin, begin + (1 << 16))
+            digest.update(json.dumps([source.paths[piece], source.labels[piece]]).encode())
+        return Mark(digest.hexdigest(), source.split, source.classes, -(-len(source.paths) // self.shard_size))
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -137,7 +140,7 @@ def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tu
         tasks = plan.tasks(numbers, source, write)
         with closing(run_tasks(write_shard, tasks, num_workers)) as finished:
             for index, result in finished:
-                refused += result.refused
+                refused += [f"{plan.source.root}/{path}" for path in result.refused]
                 num_bytes = 0
                 if result.sidecar is not None:
                     sidecars[numbers[index]] = result.sidecar

@@ -72,8 +72,13 @@ def read_mark(folder: Path) -> Mark | None:
 
 def write_sidecar(tar_path: Path, plan: str, sidecar: Sidecar) -> None:
     """Say that the shard at `tar_path` is complete: it must be on disk under that name already."""
-    content = asdict(sidecar) | {"columns": {name: column.tolist() for name, column in sidecar.columns.items()}}
-    write_text(sidecar_path(tar_path), json.dumps({"plan": plan} | content))
+    content = {
+        "plan": plan,
+        "shard": asdict(sidecar.shard),
+        "columns": {name: column.tolist() for name, column in sidecar.columns.items()},
+        "num_source_bytes": sidecar.num_source_bytes,
+    }
+    write_text(sidecar_path(tar_path), json.dumps(content))
 
 
 def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:

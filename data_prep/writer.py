@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.direct_file import DirectFile
 from data_prep.images import Reduction, image_extension, reduce_image
 from data_prep.sidecar import Sidecar, temporary_path, write_sidecar
 from data_prep.sources import Place, encode_key, read_place
-from gcvit.data.manifest import Shard, sync_folder
+from gcvit.data.manifest import Shard
 from gcvit.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
-EARLY_BYTES = 8 << 20  # so much is handed to the disk at a time; what is left for the end of a shard is less
+_PADDING = [bytes(length) for length in range(BLOCK)]
 _NAME_BYTES = 100  # the longest name in a header without a prefix
 
 # A regular file of mode 644 with mtime, uid and gid 0 and no names of users, as tarfile writes it. Its checksum is
@@ -50,58 +51,44 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """A shard; or None and the files that no shard can hold, each with the reason."""
+    """A shard; or None and the paths of the files that no shard can hold, each with the reason."""
 
     sidecar: Sidecar | None
     refused: list[str]
 
 
 class TarWriter:
-    """Appends samples to a tar and hashes it on the way; `descriptor` None only computes."""
+    """Appends samples to a tar and hashes it on the way; `file` None only computes."""
 
-    def __init__(self, descriptor: int | None):
+    def __init__(self, file: DirectFile | None):
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
-        self._descriptor = descriptor
-        self._num_early = 0
+        self._file = file
 
     def add(self, members: list[tuple[str, bytes]]) -> int:
         """Append a sample's members, (name, payload); return the offset of the first one's payload."""
         (name, data), *others = members
         head = tar_header(name, len(data))
         offset = self.num_bytes + len(head)
-        tail = [bytes(-len(data) % BLOCK)]
+        tail = [_PADDING[-len(data) % BLOCK]]
         for other, text in others:
-            tail += (tar_header(other, len(text)), text, bytes(-len(text) % BLOCK))
+            tail += (tar_header(other, len(text)), text, _PADDING[-len(text) % BLOCK])
         self._append(head, data, b"".join(tail))
         return offset
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Two empty blocks end a tar, and tar fills its last record. All is on disk then."""
         end = self.num_bytes + 2 * BLOCK
         self._append(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
+        if self._file is not None:
+            self._file.finish()
 
     def _append(self, *parts: bytes) -> None:
         for part in parts:
+            self.num_bytes += len(part)
             self.sha256.update(part)
-        num_bytes = sum(map(len, parts))
-        self.num_bytes += num_bytes
-        if self._descriptor is None:
-            return
-        written = os.writev(self._descriptor, parts)
-        if written < num_bytes:  # a disk that is nearly full takes a part: the next call then tells the error
-            rest = memoryview(b"".join(parts))[written:]
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-        if self.num_bytes - self._num_early >= EARLY_BYTES:
-            # Linux starts to write a range that will not be needed, and gives back the memory of what is written:
-            # the disk works while the next samples are hashed, and the images keep the page cache.
-            length = self.num_bytes - self._num_early
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._descriptor, self._num_early, length, os.POSIX_FADV_DONTNEED)
-            self._num_early = self.num_bytes
+            if self._file is not None:
+                self._file.append(part)
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -131,14 +118,10 @@ def write_shard(task: Task) -> Result:
         return _fill(TarWriter(None), task)
     temporary = temporary_path(task.tar_path)
     try:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            result = _fill(TarWriter(descriptor), task)
-        finally:
-            os.close(descriptor)
+        with DirectFile(temporary) as file:
+            result = _fill(TarWriter(file), task)
         if result.sidecar is not None:
             os.replace(temporary, task.tar_path)
-            sync_folder(task.tar_path.parent)
             write_sidecar(task.tar_path, task.plan, result.sidecar)
     except OSError as error:
         raise UserError(
@@ -162,7 +145,7 @@ def _fill(tar: TarWriter, task: Task) -> Result:
             extension = image_extension(data)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            refused.append(f"{task.root / path} ({reason})")
+            refused.append(f"{path} ({reason})")
             continue
         if refused:  # the shard cannot be, but all that stands against it is told at once
             continue
@@ -179,7 +162,7 @@ def _fill(tar: TarWriter, task: Task) -> Result:
         num_source_bytes += len(original)
     if refused:
         return Result(None, refused)
-    tar.close()
+    tar.finish()
     shard = Shard(task.tar_path.name, len(offsets), tar.num_bytes, tar.sha256.hexdigest())
     columns: dict[str, np.ndarray] = {
         "offset": np.array(offsets, np.int64),

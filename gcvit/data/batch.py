@@ -47,8 +47,7 @@ class Batch:
         """uint8 [b, 3, H, W]. Pieces find their rows on the device: the host copies nothing together."""
         if len(self.pieces) == 1:
             return self.pieces[0].images.to(device, non_blocking=True)
-        sizes = self.pieces[0].images.shape[1:]
-        images = torch.empty((len(self.labels), *sizes), dtype=torch.uint8, device=device)
+        images = empty_images(len(self.labels), self.pieces[0].images.shape[-1], device)
         for piece in self.pieces:
             rows, part = (tensor.to(device, non_blocking=True) for tensor in (piece.rows, piece.images))
             images.index_copy_(0, rows, part)
@@ -85,5 +84,7 @@ class EvalBatch:
         return EvalBatch(self.images.pin_memory(), self.labels, self.valid, self.indices, self.damaged)
 
 
-def empty_images(num_images: int, img_size: int) -> Tensor:
-    return torch.empty((num_images, 3, img_size, img_size), dtype=torch.uint8)
+def empty_images(num_images: int, img_size: int, device: torch.device | None = None) -> Tensor:
+    """uint8 [num_images, 3, img_size, img_size]; in memory the channels come last, as transforms leave images."""
+    shape = (num_images, 3, img_size, img_size)
+    return torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)

@@ -23,9 +23,8 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 1 << 27  # 400 MB when decoded: what announces more is a bomb, no photograph
 _ORIENTATION_TAG = 0x0112
-# Rows below a crop of which none in it depends: chroma is interpolated between neighbours of its coarser grid.
+# No row of a crop depends on rows further below it, at the size it is decoded at: chroma may be four times coarser.
 _MARGIN_ROWS = 4
-FAST = True
 # What libjpeg-turbo says of an image whose header announces fewer rows than follow, after it has decoded those.
 _STOPPED_EARLY = "extraneous bytes before marker 0xd9"
 
@@ -180,16 +179,16 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
     eighths = 8
     while eighths > 1 and min(box.height, box.width) * eighths >= 16 * min_side:
         eighths //= 2
-    num_rows = header.height
-    if header.rows_at is not None:
-        num_rows = min(num_rows, int(box.top + box.height) + _MARGIN_ROWS)
-        if num_rows < header.height:
-            content = bytearray(content)
-            content[header.rows_at : header.rows_at + 2] = num_rows.to_bytes(2, "big")
+    num_rows, shown = header.height, content
+    last_row = int(box.top + box.height) + _MARGIN_ROWS * 8 // eighths
+    if header.rows_at is not None and last_row < header.height:
+        num_rows = last_row
+        shown = b"".join((content[: header.rows_at], num_rows.to_bytes(2, "big"), content[header.rows_at + 2 :]))
     height, width = (-(-side * eighths // 8) for side in (num_rows, header.width))
     pixels = np.empty((height, width, 3), np.uint8)
     try:
-        simplejpeg.decode_jpeg(content, fastupsample=FAST, min_height=height, min_width=width, buffer=pixels)
+        # The quick way to bring chroma to full size repeats it: 5 % less work, and less than 1 % of the range in a crop.
+        simplejpeg.decode_jpeg(shown, fastupsample=True, min_height=height, min_width=width, buffer=pixels)
     except ValueError as error:
         if num_rows == header.height or not str(error).endswith(_STOPPED_EARLY):
             raise

@@ -51,9 +51,6 @@ SCALED_DOWN = {
     "--nproc-per-node 8 evaluate.py": "--nproc-per-node 1 evaluate.py",
     "--batch-size 64": "--batch-size 10",
     "source .venv": f"source {sys.prefix}",
-    # The archives below are not those of 2012, so their MD5 is another.
-    'python -c "': 'python -c "import os.path, torchvision.datasets.imagenet as archives; '
-    "archives.check_integrity = lambda path, md5=None: os.path.isfile(path); ",
 }
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
 NUM_VAL = 9
@@ -138,12 +135,11 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("train.py", "evaluate.py", "configs"):
         (root / name).symlink_to(ROOT / name)
     write_imagenet(root / "data/imagenet")
-    for split, num_images in (("train", 4), ("val", 1)):
-        for label in range(5):
-            folder = root / "data/flowers" / split / f"flower_{label}"
-            folder.mkdir(parents=True)
-            for i in range(num_images):
-                (folder / f"{i}.jpg").write_bytes(picture(50 * label + i))
+    for label in range(5):
+        folder = root / "data/flowers" / f"flower_{label}"
+        folder.mkdir(parents=True)
+        for i in range(12):
+            (folder / f"{i}.jpg").write_bytes(picture(50 * label + i))
     model = create_model("gc_vit_xxtiny", num_classes=len(WNIDS))
     torch.save({"state_dict": weights.to_official_state(model.state_dict())}, root / "gcvit_1k_xxtiny.pth.tar")
     return root

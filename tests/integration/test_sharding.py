@@ -48,7 +48,9 @@ def shards(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = data_prep("shard", source, out, "--shard-size", 50, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress line where stderr is no terminal
-    assert "train: 360 samples of 3 classes in 8 shards" in done.stdout
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert table[0] == ["split", "samples", "classes", "shards", "bytes", "seconds", "samples/s", "MB/s", "folder"]
+    assert [line[:4] for line in table[1:]] == [["train", "360", "3", "8"], ["val", "30", "3", "1"]]
     return out
 
 
@@ -90,6 +92,18 @@ def test_webdataset_reads_the_same_samples(source, shards):
     assert (decoded["jpg"].size, type(decoded["cls"])) == ((8, 8), int)
 
 
+def test_datasets_reads_the_same_samples(source, shards):
+    datasets = pytest.importorskip("datasets")
+    files = {"train": str(shards / "train/*.tar"), "val": str(shards / "val/*.tar")}
+    for split, num_samples in (("train", 360), ("val", 30)):
+        found = list(datasets.load_dataset("webdataset", data_files=files, split=split, streaming=True))
+        assert len(found) == num_samples
+        for sample in found[:: num_samples // 10]:
+            original = Image.open(source / split / sample["json"]["path"])
+            assert np.array_equal(np.asarray(sample["jpg"]), np.asarray(original))
+            assert sample["cls"] == sample["json"]["label"]
+
+
 def live_processes(group: int) -> list[int]:
     """Processes of a group that still run; zombies, which wait for somebody to collect them, do not."""
     found = []
@@ -103,11 +117,25 @@ def live_processes(group: int) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_killed_run_leaves_no_process_and_its_repetition_the_same_bytes(source, tmp_path):
-    arguments = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 2]
+@pytest.fixture(scope="module")
+def many(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of the training split in 180 shards, by an undisturbed run."""
+    out = tmp_path_factory.mktemp("many") / "out"
+    done = data_prep("shard", source / "train", out, "--shard-size", 2, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return hashes(out)
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "data_prep.shard", *map(str, arguments)]
-    process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    devnull = subprocess.DEVNULL
+    return subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=devnull, stderr=devnull)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_run_leaves_no_process_and_its_repetition_the_same_bytes(source, many, tmp_path):
+    arguments = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 2]
+    process = start(*arguments)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("train-*.tar")):
         assert time.monotonic() < deadline
@@ -121,11 +149,66 @@ def test_a_killed_run_leaves_no_process_and_its_repetition_the_same_bytes(source
     refused = data_prep("verify", tmp_path / "out")
     assert refused.returncode == 2
     assert "shards without a manifest" in refused.stderr
+    refused = data_prep("index", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "of 180 shards are not complete" in refused.stderr
 
+    done = data_prep("shard", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "of 180 shards are complete already" in done.stdout
+    assert hashes(tmp_path / "out") == many
+
+
+def run_with_kills(commands: list[list[object]], random: np.random.RandomState, num_kills: int) -> None:
+    """Run commands side by side, killing one after the other at random moments and starting it again at once."""
+    running = [start(*command) for command in commands]
+    for _ in range(num_kills):
+        time.sleep(random.uniform(0, 1.2 / len(commands)))
+        victim = random.randint(len(commands))
+        running[victim].kill()  # its workers are still there when the next run begins
+        running[victim].wait()
+        running[victim] = start(*commands[victim])
+    assert [process.wait(timeout=120) for process in running] == [0] * len(commands)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 25))])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(source, many, tmp_path, seed):
+    command = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 1 + seed % 2]
+    run_with_kills([command], np.random.RandomState(seed), 4)
+    assert hashes(tmp_path / "out") == many
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 13))])
+def test_parts_that_start_together_and_are_killed_end_with_the_same_bytes(source, many, tmp_path, seed):
+    common = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 1]
+    commands = [[*common, "--part", f"{index}/3"] for index in range(3)]
+    run_with_kills(commands, np.random.RandomState(seed), 4)
+    line = [sys.executable, "-m", "data_prep.index", str(tmp_path / "out")]
+    merges = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [merge.wait(timeout=120) for merge in merges] == [0, 0]
+    assert hashes(tmp_path / "out") == many
+
+
+def test_a_full_disk_is_one_line_and_what_is_complete_stays(source, shards, tmp_path):
+    """Files may have 30 blocks here, as a quota would have it, and later as many as they want."""
+    (tmp_path / "tree/a").mkdir(parents=True)
+    sizes = [8, 8, 8, 8, 200, 8, 8, 8]  # one shard is too large
+    for i, side in enumerate(sizes):
+        pixels = np.random.RandomState(i).randint(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"tree/a/{i}.png")
+    arguments = [tmp_path / "tree", tmp_path / "out", "--shard-size", 1, "--workers", 1]
+    line = [sys.executable, "-m", "data_prep.shard", *map(str, arguments)]
+    limited = ["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *line]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done
+    assert len(done.stderr.splitlines()) == 1
+    assert "error: cannot write a shard" in done.stderr
+    assert "(File too large); cure: " in done.stderr
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert 0 < len(kept) < len(sizes)
+    assert not list((tmp_path / "out").glob("*.tmp"))
     assert data_prep("shard", *arguments).returncode == 0
-    arguments[1] = tmp_path / "undisturbed"
-    assert data_prep("shard", *arguments).returncode == 0
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_bad_input_is_one_line_and_exit_code_2(shards, tmp_path):
@@ -141,7 +224,7 @@ def test_bad_input_is_one_line_and_exit_code_2(shards, tmp_path):
     data[700] ^= 1
     path.write_bytes(data)
     cases = [
-        (data_prep("shard", tmp_path / "absent", tmp_path / "out"), "absent (missing)"),
+        (data_prep("shard", tmp_path / "absent", tmp_path / "out"), "source is missing"),
         (
             data_prep("shard", tmp_path / "tree", tmp_path / "out", "--shard-size", 2, "--workers", 2),
             "a/9.jpg",
@@ -156,7 +239,7 @@ def test_bad_input_is_one_line_and_exit_code_2(shards, tmp_path):
         assert done.stderr.startswith("error: ")
         assert words in done.stderr
         assert "cure: " in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out/manifest.json").exists()
 
 
 def test_data_prep_loads_no_torch():

@@ -1,5 +1,6 @@
 """Augmentation beside timm's: the same draws must give the same pixels, boxes, weights and targets."""
 
+import io
 import random
 
 import numpy as np
@@ -9,10 +10,12 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from gcvit.config import AugmentConfig, DataConfig, MixConfig
 from gcvit.data import transforms
-from gcvit.data.batch import Batch
+from gcvit.data.batch import Piece, join_pieces
+from gcvit.data.decode import Box
 from gcvit.data.transforms import (
     DeviceAugment,
     EvalTransform,
@@ -35,6 +38,12 @@ def photo(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def encode(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0, 0.9])
 @pytest.mark.parametrize("eval_resize", ["crop", "squash"])
 @pytest.mark.parametrize("size", SIZES)
@@ -42,7 +51,27 @@ def test_eval_transform(size, eval_resize, crop_pct):
     data = DataConfig(crop_pct=crop_pct, eval_resize=eval_resize)
     mode = {"crop": "center", "squash": "squash"}[eval_resize]
     reference = create_transform(48, interpolation="bicubic", crop_pct=crop_pct, crop_mode=mode, use_prefetcher=True)
-    assert torch.equal(EvalTransform(data, 48)(photo(size)), reference(photo(size)))
+    assert torch.equal(EvalTransform(data, 48)(encode(photo(size))), reference(photo(size)))
+
+
+class OurCrop:
+    """A crop that timm draws and we cut and resize, in place of timm's."""
+
+    def __init__(self, theirs: RandomResizedCropAndInterpolation):
+        self.theirs = theirs
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.theirs.get_params(image, self.theirs.scale, self.theirs.ratio)
+        interpolation = self.theirs.interpolation
+        if isinstance(interpolation, tuple):
+            interpolation = random.choice(interpolation)
+        pixels = np.array(image)[top : top + height, left : left + width]
+        box = Box(0, 0, height, width)
+        ours = Image.fromarray(transforms._resize(pixels, box, self.theirs.size[0], interpolation.value))
+        expected = image.crop((left, top, left + width, top + height))
+        expected = expected.resize(self.theirs.size, Image.Resampling[interpolation.name])
+        assert np.abs(np.asarray(ours, np.int16) - np.asarray(expected, np.int16)).max() <= 2
+        return ours
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -56,8 +85,9 @@ def test_eval_transform(size, eval_resize, crop_pct):
     ],
 )
 def test_train_transform(size, augment):
-    data = DataConfig()
-    ours = TrainTransform(augment, data.mean, 48)
+    """The same draws, a crop that differs by rounding alone, and then the same pixels."""
+    data, image = DataConfig(), photo(size)
+    ours = TrainTransform(augment, data, 48)
     reference = create_transform(
         48,
         is_training=True,
@@ -70,13 +100,16 @@ def test_train_transform(size, augment):
         mean=data.mean,
         use_prefetcher=True,
     )
+    reference.transforms[0] = OurCrop(reference.transforms[0])
     with preserved_generators():
         for position in range(25):
-            views = []
-            for transform in (ours, reference):
+            views, states = [], []
+            for transform, shown in ((ours, encode(image)), (reference, image)):
                 seed_sample(0, 0, position)
-                views.append(transform(photo(size)))
+                views.append(transform(shown))
+                states.append((random.random(), np.random.random(), torch.rand(1).item()))  # noqa: NPY002
             assert torch.equal(*views)
+            assert states[0] == states[1]
 
 
 def test_normalize():
@@ -147,7 +180,8 @@ def test_the_whole_device_part(monkeypatch):
     config, data = AugmentConfig(erase_prob=0), DataConfig()
     reference = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = Batch(images, torch.tensor([3, 8]), torch.tensor([0, 1]), torch.zeros((2, 5), dtype=torch.int64))
+    rows, no_erase = torch.arange(2), torch.zeros((2, 5), dtype=torch.int64)
+    batch = join_pieces(rows, (Piece(rows, images, torch.tensor([3, 8]), no_erase, ()),))
     augment = DeviceAugment(config, data, 10, seed=0)
     monkeypatch.setattr(DeviceAugment, "_group_rng", lambda *_: _GlobalDraws())
     for seed in range(10):
@@ -164,5 +198,5 @@ def test_bicubic_crops_shrink_with_a_filter():
     stripes[:, ::2] = 255
     augment = AugmentConfig(rand_augment=None, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0)
     with preserved_generators():
-        view = TrainTransform(augment, transforms.DataConfig().mean, 32)(Image.fromarray(stripes))
+        view = TrainTransform(augment, DataConfig(), 32)(encode(Image.fromarray(stripes)))
     assert view.float().std() < 10

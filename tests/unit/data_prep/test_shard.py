@@ -1,15 +1,20 @@
 """Shards hold every file's bytes once, at the place the manifest says, and are never written over."""
 
 import hashlib
+import io
 import json
+import os
 import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from data_prep import shard, writer
+from data_prep import direct_file, index, shard, writer
 from data_prep.sources import encode_key
 from gcvit.data.manifest import read_manifest
 from gcvit.errors import UserError
@@ -155,51 +160,185 @@ def test_nothing_is_overwritten(tree, tmp_path, make_image, change):
     assert snapshot(tmp_path) == before
 
 
-def test_an_interrupted_run_is_finished_but_not_by_another_plan(tree, tmp_path, monkeypatch):
-    run(tree, tmp_path / "whole", "--shard-size", 5)
+def interrupt_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next run die when it comes to the shard `name`."""
     original = writer.write_shard
 
-    def interrupt(task):
-        if task.tar_path.name == "train-000001.tar":
-            Path(f"{task.tar_path}.tmp").write_bytes(b"half a shard")
+    def write(task):
+        if task.tar_path.name == name:
+            Path(f"{task.tar_path}.01234567.tmp").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         return original(task)
 
-    monkeypatch.setattr(shard, "write_shard", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tree, tmp_path / "out", "--shard-size", 5)
-    monkeypatch.undo()
+    monkeypatch.setattr(shard, "write_shard", write)
+
+
+def test_an_interrupted_run_is_finished_but_not_by_another_plan(tree, tmp_path, monkeypatch, capsys):
+    run(tree, tmp_path / "whole", "--shard-size", 5)
+    with monkeypatch.context() as patch:
+        interrupt_at("train-000001.tar", patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(tree, tmp_path / "out", "--shard-size", 5)
     before = snapshot(tmp_path / "out")
-    assert sorted(before) == [".sharding.json", "train-000000.tar", "train-000001.tar.tmp"]
-    with pytest.raises(UserError, match="interrupted sharding of other files or options"):
-        run(tree, tmp_path / "out", "--shard-size", 6)
-    assert snapshot(tmp_path / "out") == before
+    assert sorted(before) == [
+        ".sharding.json",
+        "train-000000.tar",
+        "train-000000.tar.json",
+        "train-000001.tar.01234567.tmp",
+    ]
+    for options in (["--shard-size", 6], ["--shard-size", 5, "--seed", 1], ["--shard-size", 5, "--short-side", 8]):
+        with pytest.raises(UserError, match="interrupted sharding of other files or options"):
+            run(tree, tmp_path / "out", *options)
+        assert snapshot(tmp_path / "out") == before
+    first = (tmp_path / "out/train-000000.tar").stat()
+    capsys.readouterr()
+    run(tree, tmp_path / "out", "--shard-size", 5)
+    assert "train: 1 of 3 shards are complete already" in capsys.readouterr().out
+    assert (tmp_path / "out/train-000000.tar").stat() == first, "a complete shard was written again"
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_a_run_killed_while_it_tidies_up_is_finished(tree, tmp_path):
+    run(tree, tmp_path / "out", "--shard-size", 5)
+    whole = snapshot(tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    run(tree, tmp_path / "out", "--shard-size", 5, "--part", "0/1")
+    assert snapshot(tmp_path / "out") == whole
+    (tmp_path / "out/.sharding.json").write_text("{}")
+    (tmp_path / "out/train-000001.tar.json").write_text("{}")
+    run(tree, tmp_path / "out", "--shard-size", 5)
+    assert snapshot(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("parts", [["0/2", "1/2"], ["2/3", "0/3", "1/3"], [f"{i}/5" for i in range(5)]])
+def test_parts_make_the_same_bytes_in_any_order(tree, tmp_path, parts, capsys):
+    run(tree, tmp_path / "whole", "--shard-size", 5)
+    out = tmp_path / "out"
+    for number, part in enumerate(parts):
+        run(tree, out, "--shard-size", 5, "--part", part)
+        assert f"part {part} is complete" in capsys.readouterr().out
+        assert len(list(out.glob("*.tar"))) == sum(
+            len(range(int(text[0]), 3, len(parts))) for text in parts[: number + 1]
+        )
+        if number == 0:
+            with pytest.raises(UserError, match=r"[12] of 3 shards are not complete"):
+                index.main([str(out), "--workers", "1"])
+    assert not (out / "manifest.json").exists()
+    index.main([str(out), "--workers", "1"])
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    for part in parts:
+        run(tree, out, "--shard-size", 5, "--part", part)
+    index.main([str(out), "--workers", "1"])
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix == ".tar"} == {
+        path: time for path, time in before.items() if path.suffix == ".tar"
+    }
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+@given(st.integers(0, 300), st.integers(1, 64))
+def test_every_shard_belongs_to_one_part(num_shards, num_parts):
+    owned = [shard.parse_part(f"{index}/{num_parts}").of(num_shards) for index in range(num_parts)]
+    assert sorted(number for numbers in owned for number in numbers) == list(range(num_shards))
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1
+
+
+@pytest.mark.parametrize("text", ["2/2", "0", "0/0", "-1/2", "1/2/3", "a/b", "/", "1.0/2", ""])
+def test_what_is_no_part_is_refused(tree, tmp_path, text):
+    with pytest.raises(UserError, match="--part is no part"):
+        run(tree, tmp_path / "out", f"--part={text}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0"])
+def test_files_that_are_no_images_are_all_named_and_the_other_shards_stay(tree, tmp_path, make_image, data):
+    bad = {name: (tree / name).read_bytes() for name in ("b/1.jpg", "c/2.jpg")}
+    run(tree, tmp_path / "whole", "--shard-size", 1)
+    for name in bad:
+        (tree / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"2 files are no images: got .*b/1\.jpg \(.*c/2\.jpg \(.*allowed: JPEG.*cure"):
+        run(tree, tmp_path / "out", "--shard-size", 1)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 10
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    for name, good in bad.items():
+        (tree / name).write_bytes(good)
+    run(tree, tmp_path / "out", "--shard-size", 1)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_an_image_that_cannot_be_read_is_named(tree, tmp_path):
+    (tree / "b/1.jpg").unlink()
+    (tree / "b/1.jpg").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"a file is no image: got .*b/1\.jpg \(No such file"):
+        run(tree, tmp_path / "out")
+
+
+def test_a_write_that_fails_is_explained_and_complete_shards_stay(tree, tmp_path, monkeypatch):
+    fsync, num_calls = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 1:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    run(tree, tmp_path / "whole", "--shard-size", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(direct_file.os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot write a shard.*train-000001\.tar \(No space left.*cure"):
+            run(tree, tmp_path / "out", "--shard-size", 5)
+    assert sorted(snapshot(tmp_path / "out")) == [".sharding.json", "train-000000.tar", "train-000000.tar.json"]
     run(tree, tmp_path / "out", "--shard-size", 5)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0"])
-def test_a_file_that_is_no_image_is_named_and_leaves_nothing(tree, tmp_path, data):
-    (tree / "b/notes.jpg").write_bytes(data)
-    with pytest.raises(UserError, match=r"no image: got .*b/notes\.jpg \(.*allowed: JPEG.*cure"):
-        run(tree, tmp_path / "out", "--shard-size", 3)
-    assert snapshot(tmp_path / "out") == {}
-    (tree / "b/notes.jpg").unlink()
-    run(tree, tmp_path / "out", "--shard-size", 3)
-    assert read_manifest(tmp_path / "out").num_samples == 12
+def photograph(width: int, height: int, mode: str = "RGB", kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height), 100 if mode == "L" else None).save(buffer, kind)
+    return buffer.getvalue()
 
 
-def test_a_write_that_fails_is_explained(tree, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer.os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write a shard.*train-000000\.tar\.tmp \(No space left.*cure"):
+def test_large_images_are_re_encoded_and_small_ones_are_not(tree, tmp_path, capsys):
+    large = photograph(300, 200)
+    (tree / "a/0.jpg").write_bytes(large)
+    run(tree, tmp_path / "out", "--short-side", 50, "--quality", 80)
+    manifest = read_manifest(tmp_path / "out")
+    tar = (tmp_path / "out/train-000000.tar").read_bytes()
+    images = [tar[o : o + n] for o, n in zip(manifest.offset.tolist(), manifest.length.tolist(), strict=True)]
+    [reduced] = set(images) - {path.read_bytes() for path in tree.rglob("*.jpg")}
+    assert Image.open(io.BytesIO(reduced)).size == (75, 50)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:6] == ["split", "samples", "classes", "shards", "bytes", "saved"]
+    assert table[1].split()[:6] == ["train", "12", "3", "1", f"{len(tar):,}", f"{len(large) - len(reduced):,}"]
+    with pytest.raises(UserError, match="other shards"):
+        run(tree, tmp_path / "out", "--short-side", 50, "--quality", 81)
+    with pytest.raises(UserError, match="other shards"):
         run(tree, tmp_path / "out")
 
 
-@pytest.mark.parametrize("option", ["--workers=0", "--shard-size=0", "--seed=-1"])
+def test_cmyk_and_pngs_that_call_themselves_jpeg_keep_their_bytes(tree, tmp_path, capsys):
+    odd = {"a/0.jpg": photograph(40, 30, "CMYK"), "a/1.jpg": photograph(40, 30, "RGB", "PNG")}
+    for name, data in odd.items():
+        (tree / name).write_bytes(data)
+    run(tree, tmp_path / "out")
+    with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
+        assert tar.extractfile("a/0.jpg").read() == odd["a/0.jpg"]
+        assert tar.extractfile("a/1.png").read() == odd["a/1.jpg"]
+    assert "saved" not in capsys.readouterr().out
+
+
+def test_quality_without_a_short_side_is_refused(tree, tmp_path):
+    with pytest.raises(UserError, match=r"--quality has no effect.*add --short-side"):
+        run(tree, tmp_path / "out", "--quality", 80)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--workers=0", "--shard-size=0", "--seed=-1", "--short-side=0", "--short-side=9 --quality=101"]
+)
 def test_options_out_of_range_are_refused(tree, tmp_path, option):
     with pytest.raises(UserError, match="allowed"):
-        shard.main([str(tree), str(tmp_path / "out"), option])
+        shard.main([str(tree), str(tmp_path / "out"), *option.split()])
     assert not (tmp_path / "out").exists()

@@ -40,6 +40,8 @@ def test_members_are_those_of_tarfile(tmp_path_factory, tar_format, wanted):
     with tarfile.open(path, "w", format=tar_format) as tar:
         for name, size, kind in wanted:
             info = tarfile.TarInfo(name)
+            if kind == tarfile.AREGTYPE and len(name.encode()) > 99:
+                kind = tarfile.REGTYPE  # of a long name cut at a slash, tarfile takes the rest for a folder's
             info.type, info.linkname = kind, name if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
             info.size = size if info.isreg() else 0
             try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data_prep import shard, verify
+from data_prep import index, shard, verify
+from data_prep.foreign import Task as IndexTask
+from data_prep.foreign import index_tar
 from gcvit.data.manifest import COLUMNS, Manifest, read_manifest, write_manifest
 from gcvit.errors import UserError
 
@@ -156,8 +161,6 @@ def test_every_truncation_is_found_to_the_sample(out):
         assert problems[0].problem.startswith("is truncated")
         lost = {problem.sample for problem in problems if problem.sample is not None}
         whole = {5 + row for row in range(5) if ends[3 * row + 2] <= size}
-        if ends[1] <= size < ends[2]:
-            whole = {5}  # of a single sample without its .json, nothing tells that it had one
         assert lost == set(range(5, 10)) - whole
     path.write_bytes(sound)
 
@@ -201,6 +204,82 @@ def test_flipped_bytes_are_found_to_the_sample(out):
 @pytest.mark.slow
 def test_every_flipped_byte_is_found_to_the_sample(out):
     check_flips(read_manifest(out), step=1)
+
+
+@pytest.mark.parametrize("options", [[], ["--checksums"]])
+def test_damage_in_tars_of_others_is_found_to_the_sample(tmp_path, make_image, options):
+    """timm's style, where the label comes first: all of a tar's bytes in turn, in steps."""
+    images = [make_image(seed) for seed in range(4)]
+    with tarfile.open(tmp_path / "x-train-0.tar", "w") as tar:
+        for i, image in enumerate(images):
+            for name, data in (("cls", b"%d" % (i % 2)), ("jpg", image), ("json", b'{"width": 11}')):
+                info = tarfile.TarInfo(f"{i}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    index.main([str(tmp_path), "--workers", "1", *options])
+    manifest = read_manifest(tmp_path)
+    [task] = verify.tasks_of(manifest)
+    path = tmp_path / "x-train-0.tar"
+    sound = path.read_bytes()
+    with tarfile.open(path) as tar:
+        ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar][2::3]
+    for place, sample in flips_of(manifest, 0, 61):
+        data = bytearray(sound)
+        data[place] ^= 1 + place % 255
+        path.write_bytes(data)
+        problems = verify.verify_shard(task)
+        damaged = {problem.sample for problem in problems} - {None}
+        assert damaged <= {sample}
+        if options:
+            assert problems[0].problem.startswith("SHA-256")
+        block, byte = sound[place // 512 * 512 :][:512], place % 512
+        is_header = block[257:262] == b"ustar" and byte not in (154, 155)
+        is_image = any(0 <= place - int(task.offset[row]) < int(task.length[row]) for row in range(4))
+        assert damaged == {sample} or not (is_header or (is_image and options))
+    for size in range(0, len(sound), 512):
+        path.write_bytes(sound[:size])
+        problems = verify.verify_shard(task)
+        assert problems[0].problem.startswith("is truncated")
+        damaged = {problem.sample for problem in problems} - {None}
+        whole = {row for row in range(4) if ends[row] <= size}
+        assert damaged == set(range(4)) - whole
+    path.write_bytes(sound)
+    assert verify.verify_shard(task) == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damage_makes_verify_or_index_crash(out, data):
+    """Blocks overwritten, moved and cut out: problems and refusals, never a traceback."""
+    task = verify.tasks_of(read_manifest(out))[0]
+    path = out / task.shard.name
+    sound = path.read_bytes()
+    content = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 4))):
+        begin = data.draw(st.integers(0, max(0, len(content) // 512 - 1))) * 512
+        end = begin + data.draw(st.integers(1, 8)) * 512
+        what = data.draw(st.sampled_from(["zero", "noise", "cut", "copy", "header"]))
+        noise = data.draw(st.binary(min_size=1, max_size=64))
+        if what == "zero":
+            content[begin:end] = bytes(end - begin)
+        elif what == "noise":
+            content[begin : begin + len(noise)] = noise
+        elif what == "cut":
+            del content[begin:end]
+        elif what == "copy":
+            content[begin:begin] = content[end : end + 1024]
+        else:  # a sound header of anything
+            info = tarfile.TarInfo("x" * len(noise))
+            info.type, info.size = noise[:1], 1 << (noise[0] % 40)
+            content[begin : begin + 512] = info.tobuf(tarfile.GNU_FORMAT)[:512]
+    path.write_bytes(content)
+    try:
+        problems = verify.verify_shard(task)
+        assert problems or content == sound
+        result = index_tar(IndexTask(path, {}, True))
+        assert result.refused or result.shard.num_samples == len(result.columns["label"])
+    finally:
+        path.write_bytes(sound)
 
 
 def test_folders_without_shards_are_refused(tmp_path):

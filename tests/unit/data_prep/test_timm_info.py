@@ -1,0 +1,39 @@
+"""timm's reader of tars finds the splits by `_info.json`."""
+
+import json
+
+import pytest
+
+from data_prep import shard
+from data_prep.timm_info import NAME, write_timm_info
+
+
+@pytest.mark.parametrize("has_splits", [True, False])
+def test_timm_finds_every_sample_once(tree, tmp_path, has_splits):
+    timm_data = pytest.importorskip("timm.data")
+    if has_splits:
+        (tmp_path / "both").mkdir()
+        (tree / "c").rename(tmp_path / "c")
+        tree.rename(tmp_path / "both/train")
+        (tmp_path / "both/val").mkdir()
+        (tmp_path / "c").rename(tmp_path / "both/val/a")
+    out = tmp_path / "out"
+    shard.main([str(tmp_path / "both" if has_splits else tree), str(out), "--shard-size", "4", "--workers", "1"])
+    expected = {"train": 9, "val": 3, "validation": 3} if has_splits else {"train": 12}
+    for split, num_samples in expected.items():
+        dataset = timm_data.create_dataset("wds/", root=str(out), split=split, is_training=False)
+        samples = list(dataset)
+        assert len(dataset) == len(samples) == num_samples
+        labels = [label for _, label in samples]
+        assert sorted(labels) == ([0] * 3 if split.startswith("val") else [0] * 5 + [1] * 4 + [2] * (num_samples - 9))
+        assert all(image.size == (11, 9) for image, _ in samples)
+
+
+def test_twice_is_once_and_without_splits_is_nothing(tree, tmp_path):
+    write_timm_info(tmp_path)
+    assert not (tmp_path / NAME).exists()
+    shard.main([str(tree), str(tmp_path / "out"), "--workers", "1"])
+    before = (tmp_path / "out" / NAME).stat()
+    write_timm_info(tmp_path / "out")
+    assert (tmp_path / "out" / NAME).stat() == before
+    assert json.loads((tmp_path / "out" / NAME).read_bytes())["splits"]["train"]["shard_lengths"] == [12]
