@@ -84,7 +84,7 @@ def _find_samples(tar: TarReader, label_of: Mapping[str, int]) -> tuple[list[tup
             twice.add(key)
         field[key] = (offset, size) if field is images else tar.read(offset, min(size, MAX_TEXT_BYTES))
     samples = []
-    problems = [f"{key}: no image" for key in {**labels, **abouts} if key not in images]
+    problems = [f"{key}: no image" for key in sorted((labels.keys() | abouts.keys()) - images.keys())]
     for key, (offset, size) in images.items():
         try:
             if key in twice:
@@ -130,9 +130,12 @@ def split_name(name: str) -> tuple[str, str]:
 
     Names without one or the other (hidden files too) belong to no sample: the extension is empty.
     """
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower() if stem else ""
+    key, _, extension = name.partition(".")
+    if "/" in extension or not key or key[-1] == "/":  # a dot in a folder's name, or none before the extension
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key, extension = f"{folder}{slash}{stem}", extension if stem else ""
+    return key, extension.lower()
 
 
 def read_label(cls: bytes | None, about: bytes | None, label_of: Mapping[str, int]) -> int:

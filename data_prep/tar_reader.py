@@ -15,7 +15,8 @@ BLOCK = 512
 MAX_TEXT_BYTES = 1 << 20  # of a label or an extended header: what is longer is neither
 _EMPTY = bytes(BLOCK)
 # What follows an image up to the next image's header fits in this: a pread per sample, not one per member.
-_WINDOW_BYTES = 4096
+_WINDOW_BYTES = 3072
+_REGULAR = ord("0")
 _SCAN_BYTES = 1 << 20
 _ADLER_MODULUS = 65521
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -90,6 +91,14 @@ class TarReader:
                 raise self._explain(header, position, start)
             position += BLOCK
             kind = header[156]
+            # Nearly all headers are of this kind, stand alone and have no prefix: for these, no further questions.
+            if kind == _REGULAR and position == start + BLOCK and not header[345]:
+                name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+                if position + size > num_bytes:
+                    raise BrokenTar(start, f"truncated in {name}: {num_bytes - position} of {size} bytes")
+                yield name, position, size
+                position = start = position + size + -size % BLOCK
+                continue
             if kind in b"LxX":
                 text = self._read_extended(position, size, start)
                 if kind == ord("L"):

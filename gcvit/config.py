@@ -90,7 +90,7 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = 8
     """Loader processes per rank; 0 loads in the training process."""
     prefetch_batches: Count = 4
-    """Micro-batches that each loader process keeps ready."""
+    """Micro-batches that a rank's loader processes keep ready; all of them work on each."""
     lanes: Count = 1024
     """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
     run_bytes: Count = 2_000_000

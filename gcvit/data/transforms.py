@@ -103,8 +103,8 @@ def _resize(pixels: Pixels, box: Box, size: int, interpolation: str) -> Pixels:
     """A box of pixels uint8 [h, w, 3] to [size, size, 3], antialiased; `interpolation` is bilinear or bicubic."""
     pixels = np.ascontiguousarray(pixels)  # else both kernels copy, and more slowly
     if pixels.shape[:2] == (box.height, box.width):
-        # NumPy makes views in less time than torch does.
-        image = torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
+        # The first stride must be that of a batch in channels-last order, or torch repacks the pixels.
+        image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         resized = F.interpolate(image, (size, size), mode=interpolation, antialias=True)
         return resized.numpy()[0].transpose(1, 2, 0)
     # torch cannot cut a pixel.
