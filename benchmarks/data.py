@@ -14,7 +14,6 @@ first batch after a deep resume with 1.28 M samples; and the planning of an epoc
 import argparse
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,11 @@ from data_prep.sidecar import Sidecar, temporary_path, write_sidecar
 from data_prep.sources import Place, encode_key, read_place
 from gcvit.data.manifest import Shard
 from gcvit.errors import UserError
+
+try:
+    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]  # ten times as fast, and the same
+except ImportError:
+    from zlib import crc32
 
 BLOCK = tarfile.BLOCKSIZE
 _PADDING = [bytes(length) for length in range(BLOCK)]
@@ -158,7 +162,7 @@ def _fill(tar: TarWriter, task: Task) -> Result:
         ]
         offsets.append(tar.add(members))
         lengths.append(len(data))
-        crcs.append(zlib.crc32(data))
+        crcs.append(crc32(data))
         num_source_bytes += len(original)
     if refused:
         return Result(None, refused)

@@ -23,7 +23,6 @@ from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
 from gcvit.parallel.world import World
 from gcvit.schedule import Schedule, build_schedule, to_samples, to_steps
 
-
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 
 
