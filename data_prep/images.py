@@ -30,7 +30,10 @@ _QUANTIZATION, _HUFFMAN, _RESTART, _COMMENT, _START_OF_SCAN = 0xDB, 0xC4, 0xDD, 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Images whose short side exceeds `short_side` pixels become JPEGs of that short side."""
+    """Images whose short side exceeds `short_side` pixels become JPEGs of that short side.
+
+    Their bytes depend on the versions of Pillow and libjpeg: let all parts of a run have the same.
+    """
 
     short_side: int
     quality: int  # of libjpeg, 1 to 100

@@ -8,8 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import TypeVar
+
+from gcvit.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -26,7 +29,8 @@ def run_tasks(
     """Yield (number of the task, its result) in the order of completion.
 
     `tasks` may be a generator: it is asked for a task only a little before a worker is free for it. When the
-    caller closes it early, running tasks are waited for and the others dropped.
+    caller closes it early, running tasks are waited for and the others dropped. Errors: those of `function`;
+    UserError for a worker that somebody killed.
     """
     numbered = enumerate(tasks)
     first = list(islice(numbered, 2))
@@ -44,6 +48,12 @@ def run_tasks(
                 yield from _collect(numbers)
         while numbers:
             yield from _collect(numbers)
+    except BrokenProcessPool:
+        what, cure = (
+            "a worker process was killed",
+            "if memory ran out, try fewer --workers; start the same command again",
+        )
+        raise UserError(what, cure=cure) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -62,14 +62,14 @@ class EncodedImage:
     def __init__(self, content: Bytes, *, upright: bool = False):
         """Errors: DecodeError for what is no image, and for more than `MAX_PIXELS`, of which none is decoded."""
         self._content, self._upright = content, upright
-        self._jpeg = _read_jpeg_header(content)
+        self._jpeg = _read_jpeg_header(content, upright)
         if self._jpeg is None:
             self._image = _open(content, upright)
             self.height, self.width = self._image.height, self._image.width
         else:
             self.height, self.width = self._jpeg.height, self._jpeg.width
             _check_size(self.height, self.width)
-            self._turn = _TURNS[self._jpeg.orientation if upright else 1]
+            self._turn = _TURNS[self._jpeg.orientation]
             if self._turn.swap:
                 self.height, self.width = self.width, self.height
 
@@ -127,10 +127,10 @@ class _JpegHeader(NamedTuple):
     height: int
     width: int
     rows_at: int | None  # byte offset of the 16-bit number of rows, where decoding may stop before the last
-    orientation: int  # EXIF's, 1 to 8; 1 is upright
+    orientation: int  # EXIF's, 1 to 8; 1 is upright, or was not asked for
 
 
-def _read_jpeg_header(content: Bytes) -> _JpegHeader | None:
+def _read_jpeg_header(content: Bytes, upright: bool) -> _JpegHeader | None:
     """None for all but 8-bit grey and YCbCr or RGB JPEGs. ITU-T T.81, annex B; nothing is decoded."""
     if content[:2] != b"\xff\xd8":
         return None
@@ -149,7 +149,7 @@ def _read_jpeg_header(content: Bytes) -> _JpegHeader | None:
                 frame = (marker, payload)
             elif marker == 0xDD:  # define restart interval
                 restarts = True
-            elif marker == 0xE1 and content[payload : payload + 6] == b"Exif\0\0":
+            elif upright and marker == 0xE1 and content[payload : payload + 6] == b"Exif\0\0":
                 orientation = _read_orientation(bytes(content[payload:end]))
             at = end
         if frame is None or content[frame[1]] != 8 or content[frame[1] + 5] not in (1, 3):
@@ -187,11 +187,11 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
     height, width = (-(-side * eighths // 8) for side in (num_rows, header.width))
     pixels = np.empty((height, width, 3), np.uint8)
     try:
-        # The quick way to bring chroma to full size repeats it: 5 % less work, and less than 1 % of the range in a crop.
+        # Chroma is brought to full size by repeating it: 5 % less work, for at most 1 % of the range in a crop's mean.
         simplejpeg.decode_jpeg(shown, fastupsample=True, min_height=height, min_width=width, buffer=pixels)
-    except ValueError as error:
+    except Exception as error:  # only simplejpeg runs in here
         if num_rows == header.height or not str(error).endswith(_STOPPED_EARLY):
-            raise
+            raise ValueError(str(error)) from None
     box = Box(*(side * eighths / 8 for side in box))
     top, left = math.floor(box.top), math.floor(box.left)
     bottom, right = math.ceil(box.top + box.height), math.ceil(box.left + box.width)

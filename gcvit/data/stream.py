@@ -15,7 +15,10 @@ Nothing is remembered but the step: resuming is starting at another one, on any 
 """
 
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -300,6 +303,15 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group: the main process ends its workers, they need not each say so.
     # torch has set one thread a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def follow() -> None:
+        # torch's own watch looks at the fork server, which lives for as long as one of its children does.
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _raise_error(items: Iterator[Loaded | UserError]) -> Iterator[Loaded]:

@@ -167,6 +167,7 @@ def test_a_sample_that_is_no_image_ends_all_ranks_and_loaders(images, tmp_path):
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1, done.stderr
+    assert "too many samples are damaged" in errors[0]
     assert "bee/0.jpg" in errors[0]
 
 

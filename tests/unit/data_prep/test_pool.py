@@ -1,6 +1,7 @@
 """Tasks are taken as workers get free, results come whole, errors are the tasks' own."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,12 @@ def refuse_three(number: int) -> int:
 
 def process_of(_: int) -> int:
     return os.getpid()
+
+
+def die_at_three(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -55,3 +62,8 @@ def test_a_single_task_needs_no_process():
 def test_a_tasks_error_is_the_callers(num_workers):
     with pytest.raises(UserError, match="three: got 3"):
         list(run_tasks(refuse_three, range(1000), num_workers))
+
+
+def test_a_worker_that_was_killed_is_the_users_to_know():
+    with pytest.raises(UserError, match=r"worker process was killed; cure: .*fewer --workers"):
+        list(run_tasks(die_at_three, range(10), 2))

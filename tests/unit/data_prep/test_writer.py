@@ -1,18 +1,12 @@
-"""Headers are tarfile's own, and what is appended to a file arrives on disk, whole or with an error."""
+"""A tar's headers are tarfile's own, its offsets and its hash what a reader of it finds."""
 
-import errno
 import hashlib
 import io
-import os
 import tarfile
-from pathlib import Path
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_prep import direct_file
-from data_prep.direct_file import BUFFER_BYTES, DirectFile
 from data_prep.writer import TarWriter, tar_header
 
 names = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=300).filter(
@@ -53,66 +47,3 @@ def test_tarfile_reads_what_was_added(samples):
     assert found == [member for sample in samples for member in sample]
     firsts = [sum(map(len, samples[:i])) for i in range(len(samples))]
     assert offsets == [members[i].offset_data for i in firsts]
-
-
-LENGTHS = [0, 1, 4096, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 1, 2 * BUFFER_BYTES + 4095]
-
-
-def write_file(path: Path, *parts: bytes) -> None:
-    with DirectFile(path) as file:
-        for part in parts:
-            file.append(part)
-        file.finish()
-
-
-@pytest.mark.parametrize("has_direct", [True, False])
-@pytest.mark.parametrize("lengths", [LENGTHS, [], [1], [BUFFER_BYTES], [700_001] * 9])
-def test_a_direct_file_holds_what_was_appended(tmp_path, monkeypatch, has_direct, lengths):
-    if not has_direct:
-        monkeypatch.setattr(direct_file, "_DIRECT", 0)
-    parts = [os.urandom(length) for length in lengths]
-    write_file(tmp_path / "file", *parts)
-    assert (tmp_path / "file").read_bytes() == b"".join(parts)
-
-
-def test_a_file_system_that_refuses_direct_writes_gets_plain_ones(tmp_path, monkeypatch):
-    """At opening, and at a write: both are met."""
-    open_file, write, refused = os.open, os.write, []
-
-    def refusing_open(path, flags, *mode):
-        if flags & os.O_DIRECT:
-            refused.append("open")
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return open_file(path, flags, *mode)
-
-    def refusing_write(descriptor, data):
-        if len(refused) == 1:
-            refused.append("write")
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return write(descriptor, data)
-
-    monkeypatch.setattr(direct_file.os, "open", refusing_open)
-    monkeypatch.setattr(direct_file.os, "write", refusing_write)
-    data = os.urandom(BUFFER_BYTES + 5)
-    write_file(tmp_path / "file", data)
-    monkeypatch.undo()
-    assert (tmp_path / "file").read_bytes() == data
-    assert refused == ["open", "write"]
-
-
-def test_short_writes_are_continued(tmp_path, monkeypatch):
-    write = os.write
-    monkeypatch.setattr(direct_file.os, "write", lambda descriptor, data: write(descriptor, data[:99_999]))
-    data = os.urandom(BUFFER_BYTES + 5)
-    write_file(tmp_path / "file", data)
-    assert (tmp_path / "file").read_bytes() == data
-
-
-def test_a_failing_disk_is_heard_of(tmp_path, monkeypatch):
-    def full(descriptor, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(direct_file.os, "write", full)
-    for num_bytes in (1, BUFFER_BYTES, 5 * BUFFER_BYTES):
-        with pytest.raises(OSError, match="No space"):
-            write_file(tmp_path / "file", bytes(num_bytes))
