@@ -20,7 +20,7 @@ from gcvit.data.stream import train_stream
 
 IMAGENET, IMAGENET_21K = 1_280_000, 14_200_000
 WORLD_SIZE = 32  # as the recipe's; the first of these ranks is measured
-STEP_SECONDS = 0.1  # of a training step, between batches: longer than two loader processes need for one
+STEP_SECONDS = 0.25  # of a training step, between batches: more than two loader processes need for one
 
 
 def resident_mb(pid: int | str = "self", field: str = "VmRSS") -> float:
