@@ -12,13 +12,13 @@ import io
 import json
 import os
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 from PIL import Image
 
 from data_prep.foreign import Contents, read_label
@@ -154,8 +154,8 @@ def _verify_sample(
     if fields["image"].size != length:
         problems.append(f"has {fields['image'].size} bytes; the manifest says {length}")
     data = contents.tar.read(offset, length)
-    if task.crc32 is not None and zlib.crc32(data) != task.crc32[index]:
-        problems.append(f"crc32 is {zlib.crc32(data):08x}; the manifest says {int(task.crc32[index]):08x}")
+    if task.crc32 is not None and crc32(data) != task.crc32[index]:
+        problems.append(f"crc32 is {crc32(data):08x}; the manifest says {int(task.crc32[index]):08x}")
     problems += _verify_label(task.classes, expected, key, contents, label_of)
     try:
         decode(data)

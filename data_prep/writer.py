@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data_prep.direct_file import DirectFile
 from data_prep.images import Reduction, image_extension, reduce_image
@@ -19,11 +20,6 @@ from data_prep.sidecar import Sidecar, temporary_path, write_sidecar
 from data_prep.sources import Place, encode_key, read_place
 from gcvit.data.manifest import Shard
 from gcvit.errors import UserError
-
-try:
-    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]  # ten times as fast, and the same
-except ImportError:
-    from zlib import crc32
 
 BLOCK = tarfile.BLOCKSIZE
 _PADDING = [bytes(length) for length in range(BLOCK)]

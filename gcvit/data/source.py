@@ -1,7 +1,6 @@
 """A split's samples by number, whether they lie in shards or in class folders: bytes, not what they show."""
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from isal.isal_zlib import crc32
 
 from gcvit.data.folder import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import Manifest, Shard, column_path, find_split, read_manifest
@@ -138,7 +138,7 @@ class ShardSource:
         length = int(manifest.length[index])
         if len(content) != length:
             kind = f"{len(content)} of {length} bytes"
-        elif manifest.crc32 is not None and zlib.crc32(content) != int(manifest.crc32[index]):
+        elif manifest.crc32 is not None and crc32(content) != int(manifest.crc32[index]):
             kind = "another checksum"
         else:
             return

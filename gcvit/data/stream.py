@@ -189,7 +189,7 @@ class _TrainLoader(Dataset[Piece | UserError]):
 
     def __getitem__(self, task: _TrainTask) -> Piece | UserError:
         images = empty_images(len(task.rows), self._img_size)
-        erase = torch.zeros((len(task.rows), 5), dtype=torch.int64)
+        erase = np.zeros((len(task.rows), 5), dtype=np.int64)
         samples = task.samples.copy()
         damaged: list[Damage] = []
         with preserved_generators():
@@ -213,9 +213,9 @@ class _TrainLoader(Dataset[Piece | UserError]):
                 except UserError as error:
                     return error
                 samples[i] = sample
-                erase[i] = torch.tensor(draw_erase(self._erase_prob, self._img_size, self._img_size))
+                erase[i] = draw_erase(self._erase_prob, self._img_size, self._img_size)
         labels = torch.from_numpy(self._source.label[samples].astype(np.int64))
-        return Piece(torch.from_numpy(task.rows), images, labels, erase, tuple(damaged))
+        return Piece(torch.from_numpy(task.rows), images, labels, torch.from_numpy(erase), tuple(damaged))
 
     def _stored(self, epoch: int, sample: int, begin: int, end: int, is_last: bool) -> memoryview:
         run = self._runs.pop((epoch, begin), None)
