@@ -1,8 +1,8 @@
 """From encoded bytes to pixels, and of these no more than are asked for.
 
 1. The header tells the size, so that a crop can be drawn before anything is decoded.
-2. Of a JPEG that comes in one scan, the rows below the crop are not decoded: the decoder gets a copy whose header
-   announces fewer rows, and stops there.
+2. Of a JPEG that comes in one scan, the rows below the crop are not decoded: for the decoder, the header announces
+   fewer rows, and it stops there.
 3. A JPEG's crop that is to shrink by two or more is decoded at 1/2, 1/4 or 1/8 of its size, which the inverse cosine
    transform does by itself: it computes fewer values, and fewer are left to resize.
 4. All else is Pillow's: other formats, CMYK, and any JPEG of which libjpeg-turbo says that something is wrong. So an
@@ -12,7 +12,8 @@
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -179,16 +180,15 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
     eighths = 8
     while eighths > 1 and min(box.height, box.width) * eighths >= 16 * min_side:
         eighths //= 2
-    num_rows, shown = header.height, content
-    last_row = int(box.top + box.height) + _MARGIN_ROWS * 8 // eighths
-    if header.rows_at is not None and last_row < header.height:
-        num_rows = last_row
-        shown = b"".join((content[: header.rows_at], num_rows.to_bytes(2, "big"), content[header.rows_at + 2 :]))
+    num_rows = header.height
+    if header.rows_at is not None:
+        num_rows = min(num_rows, int(box.top + box.height) + _MARGIN_ROWS * 8 // eighths)
     height, width = (-(-side * eighths // 8) for side in (num_rows, header.width))
     pixels = np.empty((height, width, 3), np.uint8)
     try:
-        # Chroma is brought to full size by repeating it: 5 % less work, for at most 1 % of the range in a crop's mean.
-        simplejpeg.decode_jpeg(shown, fastupsample=True, min_height=height, min_width=width, buffer=pixels)
+        with _announce_rows(content, header, num_rows) as shown:
+            # Chroma is brought to full size by repeating it: 5 % less work, at most 1 % of the range in a crop's mean.
+            simplejpeg.decode_jpeg(shown, fastupsample=True, min_height=height, min_width=width, buffer=pixels)
     except Exception as error:  # only simplejpeg runs in here
         if num_rows == header.height or not str(error).endswith(_STOPPED_EARLY):
             raise ValueError(str(error)) from None
@@ -196,6 +196,21 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
     top, left = math.floor(box.top), math.floor(box.left)
     bottom, right = math.ceil(box.top + box.height), math.ceil(box.left + box.width)
     return pixels[top:bottom, left:right], box._replace(top=box.top - top, left=box.left - left)
+
+
+@contextmanager
+def _announce_rows(content: Bytes, header: _JpegHeader, num_rows: int) -> Iterator[Bytes]:
+    """The JPEG with another number of rows in its header: itself for a while, where it can be written to."""
+    if header.rows_at is None or num_rows == header.height:
+        yield content
+        return
+    place = slice(header.rows_at, header.rows_at + 2)
+    shown = content if isinstance(content, memoryview) and not content.readonly else memoryview(bytearray(content))
+    shown[place] = num_rows.to_bytes(2, "big")
+    try:
+        yield shown
+    finally:
+        shown[place] = header.height.to_bytes(2, "big")
 
 
 class _Turn(NamedTuple):

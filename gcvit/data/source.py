@@ -83,7 +83,9 @@ class ShardSource:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
         self.classes, self.num_samples, self.first = manifest.classes, manifest.num_samples, manifest.first
-        self.label, self.length = manifest.label, manifest.length
+        # Plain arrays over the mapped memory, whose elements are read in a tenth of the time.
+        self.label, self.length = np.asarray(manifest.label), np.asarray(manifest.length)
+        self._crc32 = None if manifest.crc32 is None else np.asarray(manifest.crc32)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Columns are mapped again rather than copied, and not checked again, by each worker.
@@ -128,17 +130,17 @@ class ShardSource:
             descriptor = self._open(shard)
             if self._cache:
                 os.utime(descriptor)  # in use: not the first to be evicted
-            stored = memoryview(os.pread(descriptor, high - low, low))
+            stored = np.empty(high - low, np.uint8).data  # which a decoder may write to, unlike bytes
+            stored = stored[: os.preadv(descriptor, [stored], low)]
         except OSError as error:
             raise UserError("cannot read a sample", got=f"{self.name(begin)} ({error.strerror})") from None
         return [stored[one:other] for one, other in zip((offset - low).tolist(), (ends - low).tolist(), strict=True)]
 
     def check(self, index: int, content: memoryview) -> None:
-        manifest = self._manifest
-        length = int(manifest.length[index])
+        length = int(self.length[index])
         if len(content) != length:
             kind = f"{len(content)} of {length} bytes"
-        elif manifest.crc32 is not None and crc32(content) != int(manifest.crc32[index]):
+        elif self._crc32 is not None and crc32(content) != int(self._crc32[index]):
             kind = "another checksum"
         else:
             return
