@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["ema", "model"], help="of a run; default: ema where there is one")
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder or URL with the split")
     parser.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
+    parser.add_argument("--cache_bytes", "--cache-bytes", metavar="N", type=int, help="most bytes kept there")
     parser.add_argument("--split", default="val", help="folder below DIR (val)")
     parser.add_argument("--batch-size", "--batch_size", type=int, default=64, metavar="N", help="per device (64)")
     parser.add_argument("--skip-damaged", action="store_true", help="leave damaged samples out, and count them")
@@ -40,9 +41,7 @@ def main() -> None:
     from gcvit.evaluator import evaluate, load_file, load_run  # loads torch: --help is quicker without
     from gcvit.parallel.world import join_world
 
-    if arguments.batch_size < 1:
-        raise UserError("--batch-size", got=arguments.batch_size, allowed="1 or more")
-    source = open_source(arguments.data_dir, arguments.split, arguments.cache_dir)
+    source = open_source(arguments.data_dir, arguments.split, arguments.cache_dir, arguments.cache_bytes)
     if arguments.run:
         model, data = load_run(arguments.run, arguments.weights, num_classes=len(source.classes))
     else:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +23,6 @@ from gcvit.errors import UserError
 _PREFIX = re.compile(r"(train|val|valid|validation|test)[-._].*")  # train-00000-of-00294.parquet
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # test sets come without labels
 _COLUMNS = "image: struct of bytes (binary) and path (string); label: integer"
-_SPOOL = (".spool-", ".tmp")  # begin and end of the name of a spool file
 _MAX_CLASSES = 1_000_000
 _ROWS_AT_ONCE = 64
 
@@ -95,8 +95,8 @@ def scan_parquet(
 def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iterator[Spans]:
     """Copy the images of the rows `chosen` (sample numbers) into one file in `folder`, where the spans find them.
 
-    Spans of other samples are negative. The file is removed at the end, and at the start those that killed runs left:
-    a living one holds a lock on its own. Errors: UserError for a row without bytes, a damaged file, a full disk.
+    Spans of other samples are negative. The file is removed at the end, and at the start those that this host's killed
+    runs left: a living one holds a lock on its own. Errors: UserError for a row without bytes, a damaged file, a full disk.
     """
     _remove_orphans(folder)
     with ExitStack() as stack:
@@ -229,9 +229,16 @@ def _groups(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, int, int, int
         first = last
 
 
+def _spool_name() -> tuple[str, str]:
+    """Begin and end of the name of a spool file: that of a host's own, since locks may not reach other hosts."""
+    host = re.sub(r"[^a-z0-9.]", "_", socket.gethostname().lower())
+    return f".spool-{host}-", ".tmp"
+
+
 def _create_spool(folder: Path) -> tuple[Path, BinaryIO]:
+    prefix, suffix = _spool_name()
     while True:
-        descriptor, name = tempfile.mkstemp(prefix=_SPOOL[0], suffix=_SPOOL[1], dir=folder)
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
         with suppress(OSError):  # a file system without locks; then a killed run's file stays
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(name):  # else another process took it for an orphan before it was locked
@@ -240,7 +247,7 @@ def _create_spool(folder: Path) -> tuple[Path, BinaryIO]:
 
 
 def _remove_orphans(folder: Path) -> None:
-    for path in folder.glob("*".join(_SPOOL)):
+    for path in folder.glob("*".join(_spool_name())):
         with suppress(OSError), open(path, "r+b") as file:  # its writer lives, or has removed it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

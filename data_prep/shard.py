@@ -155,15 +155,20 @@ def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tu
     return sidecars, progress.seconds
 
 
+def begin_plan(plan: Plan) -> None:
+    """Make the folder and its mark, unless they are there. Errors: UserError where they cannot be written."""
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        if not has_sidecars(plan.folder):
+            write_mark(plan.folder, plan.mark)
+    except OSError as error:
+        raise UserError("cannot write the output", got=f"{plan.folder} ({error.strerror})") from None
+
+
 def write_plan(plan: Plan, part: Part, num_workers: int) -> Row:
     """Fill an empty or interrupted folder with a part's shards; the only part makes the manifest too."""
     folder, mark = plan.folder, plan.mark
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not has_sidecars(folder):
-            write_mark(folder, mark)
-    except OSError as error:
-        raise UserError("cannot write the output", got=f"{folder} ({error.strerror})") from None
+    begin_plan(plan)  # again: another process may have completed the folder since
     numbers = part.of(mark.num_shards)
     kept = {number: read_sidecar(plan.tar_path(number), mark.plan) for number in numbers}
     sidecars = {number: sidecar for number, sidecar in kept.items() if sidecar is not None}
@@ -267,7 +272,10 @@ def main(arguments: list[str] | None = None) -> None:
     complete = [plan for plan in plans if is_complete(plan)]
     for plan in complete:
         compare_plan(plan, part, args.workers)
-    rows = [write_plan(plan, part, args.workers) for plan in plans if plan not in complete]
+    begun = [plan for plan in plans if plan not in complete]
+    for plan in begun:  # all, so that an index of OUT misses the val that a killed run did not come to
+        begin_plan(plan)
+    rows = [write_plan(plan, part, args.workers) for plan in begun]
     if rows:
         print_summary(rows)
     if part.count == 1:

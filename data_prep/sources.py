@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,11 +65,15 @@ class Source:
 
 
 def read_place(root: Path, place: Place) -> bytes:
-    """The bytes at a place. Errors: OSError; ValueError where the file ends before."""
+    """The bytes at a place. Errors: OSError; ValueError where the file ends before, or is a pipe, a device or a folder."""
     # Plain system calls: file objects and paths would cost as much as reading a hundred kilobytes does.
-    descriptor = os.open(os.path.join(root, place.file) if place.file else root, os.O_RDONLY)
+    # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
+    descriptor = os.open(os.path.join(root, place.file) if place.file else root, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        length = os.fstat(descriptor).st_size - place.offset if place.length is None else place.length
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no regular file")
+        length = status.st_size - place.offset if place.length is None else place.length
         data = os.pread(descriptor, length, place.offset)
     finally:
         os.close(descriptor)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sidecar import write_text
-from gcvit.data.manifest import FILE_NAME
+from gcvit.data.manifest import FILE_NAME, read_manifest
 from gcvit.errors import UserError
 
 NAME = "_info.json"
@@ -13,22 +13,24 @@ ALIASES = {"val": "validation"}  # timm's own name for it, which its scripts ask
 
 
 def write_timm_info(out: Path) -> None:
-    """Describe the splits that are complete in `out`, or in folders directly in it; do nothing where none is.
+    """Describe the split that is complete in `out`, or those in `out/train` and `out/val`; do nothing where none is.
 
-    Twice gives the same bytes. Errors: UserError where it cannot be written.
+    Other folders in `out` may be other data sets. Twice gives the same bytes. Errors: UserError for a malformed
+    manifest, or where it cannot be written.
     """
-    folders = [out] if (out / FILE_NAME).exists() else sorted(path.parent for path in out.glob(f"*/{FILE_NAME}"))
+    folders = [out] if (out / FILE_NAME).exists() else [out / name for name in ("train", "val")]
     splits: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        manifest = json.loads((folder / FILE_NAME).read_bytes())
-        shards = manifest["shards"]
+        if not (folder / FILE_NAME).exists():
+            continue
+        manifest = read_manifest(folder, check_shards=False)
         split = {
-            "name": manifest["split"],
-            "num_samples": manifest["num_samples"],
-            "filenames": [(folder / shard["name"]).relative_to(out).as_posix() for shard in shards],
-            "shard_lengths": [shard["num_samples"] for shard in shards],
+            "name": manifest.split,
+            "num_samples": manifest.num_samples,
+            "filenames": [(folder.relative_to(out) / shard.name).as_posix() for shard in manifest.shards],
+            "shard_lengths": [shard.num_samples for shard in manifest.shards],
         }
-        for name in (manifest["split"], ALIASES.get(manifest["split"])):
+        for name in (manifest.split, ALIASES.get(manifest.split)):
             if name is not None:
                 splits[name] = split | {"name": name}
     text = json.dumps({"splits": splits}, indent=1) + "\n"

@@ -71,6 +71,8 @@ def evaluate(
 
     Errors: UserError for a damaged sample, unless `skip_damaged` leaves it out and counts it.
     """
+    if batch_size < 1:
+        raise UserError("--batch-size", got=batch_size, allowed="1 or more")
     counts = torch.zeros(4, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     stream = eval_stream(

@@ -78,7 +78,10 @@ class Metrics:
     def log_evaluation(self, step: int, name: str, row: dict[str, float | int]) -> None:
         """Log an evaluation of the "weights" or of their "ema"."""
         self._write(step, f"val/{name}", row)
-        self._say(f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}")
+        self._say(
+            f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}"
+            + (f"  without {row['num_skipped']} DAMAGED samples" if row.get("num_skipped") else "")
+        )
 
     def log_damage(self, step: int, new: Sequence[Damage], num_damaged: int) -> None:
         """Log samples that were found damaged and replaced by others; `num_damaged` counts all so far."""

@@ -5,12 +5,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import RunState
 from gcvit.config import Config
 from gcvit.damage import DamageBudget
 from gcvit.data.assignment import holds_whole_lanes
-from gcvit.data.source import Source, open_source
+from gcvit.data.source import Source, num_local_ranks, open_source
 from gcvit.data.stream import Batch, check_world, num_micro_steps, train_stream
 from gcvit.ema import Ema
 from gcvit.errors import UserError
@@ -150,6 +152,13 @@ def start(
                 f"samples are read one by one: {world.size} processes do not divide data.lanes={config.data.lanes}, "
                 f"or these not the global batch of {config.global_batch_size} (the samples are the same)"
             )
+        lanes_here = config.data.lanes * num_local_ranks() // world.size
+        wanted = min(1.0, 2 * lanes_here / (len(train.first) - 1)) * int(train.length.sum(dtype=np.int64))
+        if config.data.cache_bytes is not None and config.data.cache_bytes < wanted:
+            metrics.say(
+                f"data.cache_bytes={config.data.cache_bytes} is too little for the {lanes_here} lanes of this node, "
+                f"which want {wanted:.2g}: shards will come again and again; raise it, or start with fewer data.lanes"
+            )
         damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
         yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, metrics, damage)
 
@@ -176,6 +185,7 @@ def evaluate_all(run: Run) -> bool:
                 run.world,
                 img_size=run.config.model.img_size,
                 batch_size=run.config.trainer.eval_batch_size,
+                skip_damaged=True,  # said and counted; an error here would throw away what was just trained
             )
         run.metrics.log_evaluation(run.state.step, name, result.as_dict())
         top1 = result.top1
@@ -217,6 +227,15 @@ def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: 
             "the checkpoint has another seed", got=config.seed, allowed=found.info["config"]["seed"], cure="set seed"
         )
     state = found.state
+    was = found.info["config"]["data"]
+    order = {name: was[name] for name in ("lanes", "run_bytes", "open_runs")}
+    if state.samples % train.num_samples and any(getattr(config.data, name) != value for name, value in order.items()):
+        raise UserError(
+            "another order of samples in the middle of an epoch, of which some would be skipped and some repeated",
+            got=", ".join(f"data.{name}={getattr(config.data, name)}" for name in order),
+            allowed=", ".join(f"data.{name}={value}" for name, value in order.items()),
+            cure="set them back, or start another run with --init-from",
+        )
     if state.samples % config.global_batch_size:
         raise UserError(
             "global_batch_size does not divide the samples that the checkpoint has seen",

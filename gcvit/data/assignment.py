@@ -112,8 +112,12 @@ class EpochOrder:
         return Picks(places + shift, begin + shift, end + shift, opened + lanes, entries == last)
 
     def shards(self, lanes: Places, start_entry: int = 0) -> list[int]:
-        """Shards that these lanes need from `start_entry` on, in the order of their first use, nearly."""
+        """Shards that these lanes need from `start_entry` on, and perhaps more, nearly in the order of first use."""
         starts = np.append(0, self._shard_end)
+        # What is left of a window of runs may lie anywhere in it.
+        if start_entry:
+            mean_length = max(1.0, float(np.mean(self._length)))
+            start_entry = max(0, start_entry - 2 * math.ceil(_WINDOW_RUNS * self._run_bytes / mean_length))
         found: dict[int, int] = {}
         for lane in np.unique(lanes):
             begin, size = self._lane_begin[lane], self._lane_size[lane]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,12 +19,15 @@ class Damage:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one loader process makes of a micro-batch: some of its rows."""
+    """What one loader process makes of a micro-batch: some of its rows.
 
-    rows: Tensor  # int64 [p], ascending
+    A tensor on its way between processes takes a file descriptor of each, so that only the images are one.
+    """
+
+    rows: npt.NDArray[np.int64]  # [p], ascending
     images: Tensor  # uint8 [p, 3, H, W]
-    labels: Tensor  # int64 [p]
-    erase: Tensor  # int64 [p, 5]
+    labels: npt.NDArray[np.int64]  # [p]
+    erase: npt.NDArray[np.int64]  # [p, 5]
     damaged: tuple[Damage, ...]  # whose rows hold other samples instead
 
     def pin_memory(self) -> "Piece":
@@ -49,8 +54,8 @@ class Batch:
             return self.pieces[0].images.to(device, non_blocking=True)
         images = empty_images(len(self.labels), self.pieces[0].images.shape[-1], device)
         for piece in self.pieces:
-            rows, part = (tensor.to(device, non_blocking=True) for tensor in (piece.rows, piece.images))
-            images.index_copy_(0, rows, part)
+            rows = torch.from_numpy(piece.rows).to(device, non_blocking=True)
+            images.index_copy_(0, rows, piece.images.to(device, non_blocking=True))
         return images
 
     @property
@@ -63,11 +68,11 @@ class Batch:
 
 
 def join_pieces(positions: Tensor, pieces: tuple[Piece, ...]) -> Batch:
-    labels = torch.empty(len(positions), dtype=torch.int64)
-    erase = torch.empty((len(positions), 5), dtype=torch.int64)
+    labels = np.empty(len(positions), dtype=np.int64)
+    erase = np.empty((len(positions), 5), dtype=np.int64)
     for piece in pieces:
         labels[piece.rows], erase[piece.rows] = piece.labels, piece.erase
-    return Batch(positions, labels, erase, pieces)
+    return Batch(positions, torch.from_numpy(labels), torch.from_numpy(erase), pieces)
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,8 @@ def _open_complete(path: Path, num_bytes: int) -> int | None:
         os.close(descriptor)
         path.unlink(missing_ok=True)
         return None
-    os.utime(descriptor)
+    with suppress(PermissionError):  # in a cache that another user filled
+        os.utime(descriptor)
     return descriptor
 
 

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ _PREFETCH_BYTES = 2_000_000_000  # of shards that a rank has brought and not beg
 
 # Per process, less than the usual limit of 1024 files. A shard is opened for each of its runs at worst.
 _MAX_OPEN_SHARDS = 256
-_MAX_OPEN_CACHED = 32  # an evicted shard takes space until it is closed
+_MAX_OPEN_CACHED = 2  # an evicted shard takes space until it is closed
 _MAX_WASTE = 2  # bytes read for each byte wanted
 
 
@@ -129,9 +130,15 @@ class ShardSource:
         try:
             descriptor = self._open(shard)
             if self._cache:
-                os.utime(descriptor)  # in use: not the first to be evicted
+                with suppress(PermissionError):  # in a cache that another user filled
+                    os.utime(descriptor)  # in use: not the first to be evicted
             stored = np.empty(high - low, np.uint8).data  # which a decoder may write to, unlike bytes
-            stored = stored[: os.preadv(descriptor, [stored], low)]
+            num_read = 0
+            while num_read < high - low:  # a read may be short
+                if not (part := os.preadv(descriptor, [stored[num_read:]], low + num_read)):
+                    break
+                num_read += part
+            stored = stored[:num_read]
         except OSError as error:
             raise UserError("cannot read a sample", got=f"{self.name(begin)} ({error.strerror})") from None
         return [stored[one:other] for one, other in zip((offset - low).tolist(), (ends - low).tolist(), strict=True)]
@@ -162,6 +169,11 @@ class ShardSource:
             os.close(self._files.popitem()[1])
 
 
+def num_local_ranks() -> int:
+    """Ranks on this node, by torchrun's or DeepSpeed's launcher's word."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def _reopen(
     root: Path,
     split: str,
@@ -188,11 +200,10 @@ def open_source(
         url, folder = fetch_manifest(str(data_dir), split, Path(cache_dir or DEFAULT_CACHE).expanduser())
         manifest = read_manifest(folder, check_shards=False)
         # All ranks of a node bring shards ahead, and what is in use needs room too.
-        budget = (
-            _PREFETCH_BYTES if cache_bytes is None else cache_bytes // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        )
-        cache = ShardCache(url, folder, manifest.shards, cache_bytes)
-        return ShardSource(manifest, cache, min(_PREFETCH_BYTES, budget))
+        window = min(_PREFETCH_BYTES, (cache_bytes or 2**62) // (4 * num_local_ranks()))
+        return ShardSource(manifest, ShardCache(url, folder, manifest.shards, cache_bytes), window)
+    if cache_dir or cache_bytes:
+        raise UserError("a cache has no effect: the data lies in a folder", got=data_dir, cure="leave it out")
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         kind = "a file" if data_dir.exists() else "missing"

@@ -17,6 +17,7 @@ Nothing is remembered but the step: resuming is starting at another one, on any 
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -214,8 +215,8 @@ class _TrainLoader(Dataset[Piece | UserError]):
                     return error
                 samples[i] = sample
                 erase[i] = draw_erase(self._erase_prob, self._img_size, self._img_size)
-        labels = torch.from_numpy(self._source.label[samples].astype(np.int64))
-        return Piece(torch.from_numpy(task.rows), images, labels, torch.from_numpy(erase), tuple(damaged))
+        labels = self._source.label[samples].astype(np.int64)
+        return Piece(task.rows, images, labels, erase, tuple(damaged))
 
     def _stored(self, epoch: int, sample: int, begin: int, end: int, is_last: bool) -> memoryview:
         run = self._runs.pop((epoch, begin), None)
@@ -284,6 +285,10 @@ def _load(
     pin_memory: bool,
 ) -> Iterator[Loaded]:
     """What becomes of the tasks, in their order; with 0 workers it is made when asked for, in this process."""
+    if num_workers:
+        # Images of all micro-batches of a step may be on their way at once, each with a file descriptor.
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     loaded = DataLoader(
         loader,
         batch_size=None,

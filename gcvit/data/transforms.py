@@ -23,7 +23,7 @@ from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, R
 
 from gcvit.config import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
-from gcvit.data.decode import Box, Bytes, EncodedImage, Pixels, decode
+from gcvit.data.decode import MAX_PIXELS, Box, Bytes, DecodeError, EncodedImage, Pixels, decode
 from gcvit.errors import UserError
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the image; these and the aspect ratio are timm's defaults
@@ -87,15 +87,16 @@ def draw_crop(scale: tuple[float, float], ratio: tuple[float, float], height: in
     for _ in range(10):
         area = random.uniform(*scale) * (height * width)
         aspect = math.exp(random.uniform(*log_ratio))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        # At least a pixel, where timm would fail.
+        box_width, box_height = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
         if box_height <= height and box_width <= width:
             top, left = random.randint(0, height - box_height), random.randint(0, width - box_width)
             return Box(top, left, box_height, box_width)
     box_height, box_width = height, width
     if width / height < min(ratio):
-        box_height = round(width / min(ratio))
+        box_height = max(1, round(width / min(ratio)))
     elif width / height > max(ratio):
-        box_width = round(height * max(ratio))
+        box_width = max(1, round(height * max(ratio)))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
@@ -147,13 +148,18 @@ class EvalTransform:
     def __init__(self, data: DataConfig, img_size: int):
         side = math.floor(img_size / data.crop_pct)
         size = (side, side) if data.eval_resize == "squash" else side
+        self._side, self._by_short_side = side, data.eval_resize == "crop"
         self._resize = Resize(size, InterpolationMode.BICUBIC)
         self._crop = CenterCrop(img_size)
         self._upright = data.exif_orientation
 
     def __call__(self, content: Bytes) -> Tensor:
         """Errors: DecodeError for bytes that are no image or a damaged one."""
-        return to_tensor(self._crop(self._resize(decode(content, upright=self._upright))))
+        image = decode(content, upright=self._upright)
+        # A strip of a pixel's width would become gigabytes.
+        if self._by_short_side and max(image.size) * self._side**2 > MAX_PIXELS * min(image.size):
+            raise DecodeError(f"{image.width} x {image.height} pixels exceed 2^27 at a short side of {self._side}")
+        return to_tensor(self._crop(self._resize(image)))
 
 
 def seed_sample(seed: int, epoch: int, position: int) -> None:

@@ -64,6 +64,7 @@ def damaged(shards, tmp_path) -> tuple[Path, list[str]]:
 
 def test_damage_within_the_budget_is_replaced_counted_and_named(damaged, tmp_path):
     root, names = damaged
+    flip(root, "val", [7])
     # 6 steps of 32 are two epochs: each damaged sample is met twice, by either rank.
     done = succeed(train(2, root, tmp_path, "some", "data.max_damaged_fraction=0.04", "data.num_workers=1"))
     told = rows(tmp_path / "some", "damage")
@@ -72,6 +73,9 @@ def test_damage_within_the_budget_is_replaced_counted_and_named(damaged, tmp_pat
     assert told[-1]["num_damaged"] == 3
     assert all(done.stderr.count(f"DAMAGED, replaced: {name}") == 1 for name in names)
     assert rows(tmp_path / "some", "train")[-1]["step"] == 6
+    (evaluated,) = rows(tmp_path / "some", "val/weights")
+    assert (evaluated["num_samples"], evaluated["num_skipped"]) == (NUM_VAL - 1, 1)
+    assert "without 1 DAMAGED samples" in done.stderr
 
 
 def test_damage_beyond_the_budget_stops_all_ranks_with_the_list(damaged, tmp_path):
@@ -113,12 +117,17 @@ def test_a_run_from_a_web_server_is_the_run_from_the_disk(shards, tmp_path):
     url = f"http://127.0.0.1:{server.server_port}"
     cache = tmp_path / "cache"
     try:
-        succeed(train(2, shards, tmp_path, "disk", "data.num_workers=1"))
-        succeed(train(2, url, tmp_path, "web", "data.num_workers=1", f"data.cache_dir={cache}"))
+        five = ("data.num_workers=1", "schedule.cosine=5 steps")  # of 32: in the middle of an epoch
+        succeed(train(2, shards, tmp_path, "disk", *five))
+        succeed(train(2, url, tmp_path, "web", *five, f"data.cache_dir={cache}"))
         result = succeed(python("evaluate.py", tmp_path / "disk", "--data_dir", url, "--cache_dir", cache))
     finally:
         server.shutdown()
         server.server_close()
+    # Another order would repeat some samples of the epoch and skip others.
+    done = train(1, shards, tmp_path, "disk", "schedule.cosine=9 steps", "data.run_bytes=9999")
+    assert done.returncode == 2
+    assert "got data.lanes=4, data.run_bytes=9999, data.open_runs=2; allowed: data.lanes=4" in done.stderr
     losses = [[row["loss"] for row in rows(tmp_path / tag, "train")] for tag in ("disk", "web")]
     assert losses[0] == losses[1]
     assert json.loads(result.stdout.splitlines()[-1])["num_samples"] == NUM_VAL

@@ -28,7 +28,8 @@ def make_config(global_batch_size: int = 12, num_workers: int = 0, **sections) -
 
 def whole_batch(images, labels, positions, erase) -> Batch:
     """A batch of one piece."""
-    return join_pieces(positions, (Piece(torch.arange(len(images)), images, labels, erase, ()),))
+    rows = torch.arange(len(images)).numpy()
+    return join_pieces(positions, (Piece(rows, images, labels.numpy(), erase.numpy(), ()),))
 
 
 def take_steps(source, config, num_steps, *, start_step=0, world_size=1, rank=0, micro_batch_size=None):

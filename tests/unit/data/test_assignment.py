@@ -161,6 +161,10 @@ def test_shards_come_in_the_order_of_their_first_use(arguments, data):
     positions = np.flatnonzero(np.isin(np.arange(num_samples) % arguments["lanes"], lanes))
     shard = np.searchsorted(arguments["first"], order.take(positions).samples, side="right") - 1
     assert sorted(order.shards(lanes)) == sorted(set(shard.tolist()))
+    start_entry = data.draw(st.integers(0, 30))
+    if num_samples:
+        wanted = set(shard[positions // arguments["lanes"] >= start_entry].tolist())
+        assert wanted <= set(order.shards(lanes, start_entry))
 
 
 def test_a_lane_uses_few_shards_at_a_time():

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gcvit.config import AffineConfig, AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch, Piece, empty_images, join_pieces
+from gcvit.data.decode import DecodeError
 from gcvit.data.transforms import (
     NO_ERASE,
     DeviceAugment,
+    EvalTransform,
     TrainTransform,
     draw_erase,
     draw_mix,
@@ -223,3 +225,22 @@ def test_no_warnings_for_recipe_ranges():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TrainTransform(AugmentConfig(), DATA, 32)(PHOTO)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1), (1, 500)])
+def test_the_smallest_images_have_crops(size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 99, 199)).save(buffer, "PNG")
+    transform = TrainTransform(AugmentConfig(rand_augment=None), DataConfig(), 32)
+    for position in range(100):
+        seed_sample(0, 0, position)
+        assert transform(buffer.getvalue()).shape == (3, 32, 32)
+
+
+def test_a_strip_is_no_image_to_evaluate():
+    """Its short side resized to 256, it would take gigabytes."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 65500)).save(buffer, "JPEG")
+    with pytest.raises(DecodeError, match="exceed"):
+        EvalTransform(DataConfig(), 224)(buffer.getvalue())
+    assert EvalTransform(DataConfig(eval_resize="squash"), 224)(buffer.getvalue()).shape == (3, 224, 224)
