@@ -8,6 +8,7 @@ checksums are asked for; `Contents` finds what there is in damaged ones.
 import hashlib
 import json
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_prep.tar_reader import MAX_TEXT_BYTES, BrokenTar, Piece, TarReader
 from gcvit.data.manifest import Shard
 
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+MAX_LABELS = 1_000_000  # where classes have no names: each label up to the largest becomes a class
 _CHUNK_BYTES = 1 << 20
 
 
@@ -91,7 +93,10 @@ def _find_samples(tar: TarReader, label_of: Mapping[str, int]) -> tuple[list[tup
                 raise ValueError("two images, two .cls or two .json")
             if not 0 < size < 2**32:
                 raise ValueError(f"its image has {size} bytes")
-            samples.append((offset, size, read_label(labels.get(key), abouts.get(key), label_of)))
+            label = read_label(labels.get(key), abouts.get(key), label_of)
+            if not label_of and label >= MAX_LABELS:
+                raise ValueError(f"its label is {label:,}; without names of classes it must be below {MAX_LABELS:,}")
+            samples.append((offset, size, label))
         except ValueError as error:
             problems.append(f"{key}: {error}")
     return sorted(samples), problems
@@ -177,8 +182,9 @@ def _as_label(value: object, label_of: Mapping[str, int]) -> int:
 class Contents:
     """What can be found in a tar, sound or not: members by key and field, which is "image" or an extension.
 
-    `key_at` tells the key of the image at a byte, `twice` the keys with two members of one field, `broken` where
-    the tar cannot be read on.
+    `members` are all of them with their keys, in their order. `key_at` tells the key of the image at a byte, `twice`
+    the keys with two members of one field, `broken` where the tar cannot be read on, `beside` the keys before and
+    behind such places: members of theirs may lie there.
     """
 
     def __init__(self, tar: TarReader):
@@ -186,9 +192,11 @@ class Contents:
         pieces, self.broken = tar.salvage()
         self.fields: dict[str, dict[str, Piece]] = {}
         self.key_at: dict[int, str] = {}
+        self.members: list[tuple[str, Piece]] = []
         self.twice: set[str] = set()
         for piece in pieces:
             key, extension = split_name(piece.name)
+            self.members.append((key, piece))
             field = "image" if extension in IMAGES else extension
             fields = self.fields.setdefault(key, {})
             if field in fields:
@@ -196,6 +204,11 @@ class Contents:
             fields[field] = piece
             if field == "image":
                 self.key_at[piece.offset] = key
+        starts = [piece.start for piece in pieces]
+        self.beside: set[str] = set()
+        for error in self.broken:
+            behind = bisect_left(starts, error.position)
+            self.beside |= {key for key, _ in self.members[max(0, behind - 1) : behind + 1]}
 
     def pieces(self, key: str) -> list[Piece]:
         """The members of a sample, in their order."""

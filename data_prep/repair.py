@@ -21,12 +21,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.foreign import Contents
+from data_prep.foreign import IMAGES, Contents, split_name
 from data_prep.images import image_extension
 from data_prep.pool import run_tasks
-from data_prep.restore import Damage, Restored, choose_source, find_restored
-from data_prep.sources import encode_key, read_place
-from data_prep.tar_reader import BLOCK, TarReader
+from data_prep.restore import Damage, Restored, find_restored
+from data_prep.sources import Source, encode_key, read_place
+from data_prep.tar_reader import BLOCK, Piece, TarReader
 from data_prep.writer import tar_header
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
 from gcvit.errors import UserError
@@ -39,7 +39,9 @@ UNREADY = ".repair.tmp"
 class Task:
     """A shard to rewrite into `folder`: its samples by their numbers in the shard.
 
-    `kept` are the places of images in the old tar; `restored` ones come from `root`. All others are left out.
+    `kept` are the places of images in the old tar; `restored` ones come from `root`, from the first place whose key
+    is free. All others are left out: of some of these `damaged_keys` are known, of those whose image cannot be
+    found `lost_sizes`, the images' sizes in bytes.
     """
 
     path: Path
@@ -47,20 +49,24 @@ class Task:
     num_samples: int
     kept: dict[int, int]
     root: Path
-    restored: dict[int, Restored]
+    restored: dict[int, list[Restored]]
+    damaged_keys: frozenset[str]
+    lost_sizes: frozenset[int]
 
 
 @dataclass(frozen=True)
 class Result:
     """A rewritten shard; `rows` are the numbers of its samples in the old one, `offset` the new places: [n].
 
-    A shard without samples is not written.
+    A shard without samples is not written. `removed` names the members that went with damaged samples, or may have
+    been parts of lost ones.
     """
 
     shard: Shard
     rows: np.ndarray
     offset: np.ndarray
     num_restored: int
+    removed: list[str]
 
 
 class _Output:
@@ -81,21 +87,24 @@ def is_interrupted(folder: Path) -> bool:
     return (folder / READY).exists()
 
 
-def repair(manifest: Manifest, damage: Damage, source: Path | None, num_workers: int) -> None:
+def repair(manifest: Manifest, damage: Damage, source: Source | None, num_workers: int) -> None:
     """Rewrite the shards in `damage` and the manifest, and print what became of them.
 
-    Members that belong to no sample of the manifest are left out too. Errors: UserError where no sample would be
-    left, the source is of something else, or the disk is full; then nothing has changed.
+    Members that belong to no sample of the manifest stay, behind the samples; folders and links in a tar do not.
+    Errors: UserError where no sample would be left, the source lacks some of the damaged ones, a shard is a link to
+    another disk, or the disk is full; then nothing has changed.
     """
     folder, workshop = manifest.root, manifest.root / UNREADY
-    chosen = None if source is None else choose_source(manifest, source)
     try:
+        _refuse_other_disks(folder, list(damage))
         shutil.rmtree(workshop, ignore_errors=True)
         workshop.mkdir()
-        with find_restored(manifest, damage, chosen, workshop) as (root, restored):
+        with find_restored(manifest, damage, source, workshop) as (root, restored):
             tasks = list(_make_tasks(manifest, damage, workshop, root, restored))
             with closing(run_tasks(rewrite_shard, tasks, num_workers)) as finished:
                 results = {result.shard.name: result for _, result in finished}
+        if source is not None:
+            _refuse_missing(manifest, damage, results)
         _write_manifest(manifest, results, workshop)
         os.rename(workshop, folder / READY)
         sync_folder(folder)
@@ -105,6 +114,8 @@ def repair(manifest: Manifest, damage: Damage, source: Path | None, num_workers:
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     finish_repair(folder)
+    for name, result in results.items():
+        print("".join(f"{folder}/{name}: removed {member}\n" for member in result.removed), end="")
     repaired = read_manifest(folder)
     num_restored = sum(result.num_restored for result in results.values())
     state = (
@@ -120,8 +131,15 @@ def repair(manifest: Manifest, damage: Damage, source: Path | None, num_workers:
 
 
 def finish_repair(folder: Path) -> None:
-    """Move what `.repair` holds to its places, and take away shards of which nothing was left."""
-    ready = folder / READY
+    """Move what `.repair` holds to its places, and take away shards of which nothing was left. Errors: UserError."""
+    try:
+        _finish(folder, folder / READY)
+    except OSError as error:
+        got = f"{error.filename or folder} ({error.strerror})"
+        raise UserError("cannot finish a repair", got=got, cure="mend that and start --repair again") from None
+
+
+def _finish(folder: Path, ready: Path) -> None:
     if (ready / FILE_NAME).exists():  # else only the empty folder is left
         old, new = (_shard_names(path / FILE_NAME) for path in (folder, ready))
         moved = sorted(os.listdir(ready))
@@ -144,6 +162,35 @@ def _shard_names(path: Path) -> set[str]:
     return names
 
 
+def _refuse_other_disks(folder: Path, names: list[str]) -> None:
+    """A shard may be a link, but its place must be one that a rename reaches."""
+    device = folder.stat().st_dev
+    for name in names:
+        target = (folder / name).resolve()
+        if target.parent.stat().st_dev != device:
+            raise UserError(
+                "a damaged shard is a link to another disk",
+                got=f"{folder / name} -> {target}",
+                allowed=f"tars on the disk of {folder}",
+                cure="put the tar itself in the place of the link; nothing was changed",
+            )
+
+
+def _refuse_missing(manifest: Manifest, damage: Damage, results: dict[str, Result]) -> None:
+    missing = []
+    for shard, first in zip(manifest.shards, manifest.first[:-1], strict=True):
+        there = set((first + results[shard.name].rows).tolist()) if shard.name in results else set()
+        missing += [key or f"sample {i}" for i, key in sorted(damage.get(shard.name, {}).items()) if i not in there]
+    if missing:
+        more = f" and {len(missing) - 20:,} more" if len(missing) > 20 else ""
+        raise UserError(
+            f"the source lacks {len(missing):,} of the damaged samples",
+            got=", ".join(missing[:20]) + more,
+            allowed="files with the very bytes that were sharded (what --short-side re-encoded is in no source)",
+            cure="name the right source; or repair without --source, which leaves them out; nothing was changed",
+        )
+
+
 def rewrite_shard(task: Task) -> Result:
     """Copy what is kept, byte for byte with its headers, and write what is restored as `data_prep.shard` does."""
     path = task.folder / task.path.name
@@ -153,23 +200,33 @@ def rewrite_shard(task: Task) -> Result:
         file = stack.enter_context(open(path, "wb"))
         output = _Output(file)
         contents = None
-        if task.kept:
+        if task.path.exists():
             contents = Contents(stack.enter_context(TarReader(task.path)))
         kept_keys = {contents.key_at[place] for place in task.kept.values()} if contents else set()
+        used_keys = set(kept_keys)
         for row in range(task.num_samples):
             if row in task.kept:
                 assert contents is not None
                 offset = _copy(contents, task.kept[row], output)
-            elif row in task.restored and encode_key(task.restored[row].path) not in kept_keys:
+            elif sample := next((s for s in task.restored.get(row, []) if encode_key(s.path) not in used_keys), None):
                 try:
-                    offset = _write_restored(task.root, task.restored[row], output)
+                    offset = _write_restored(task.root, sample, output)
                 except ValueError:  # no image of a kind that is sharded
                     continue
+                used_keys.add(encode_key(sample.path))
                 num_restored += 1
             else:
                 continue
             rows.append(row)
             offsets.append(offset)
+        removed = []
+        for key, piece in contents.members if contents else []:
+            if key in kept_keys:
+                continue
+            if rows and key not in task.damaged_keys | used_keys and not _may_be_lost(task, piece):
+                _copy_piece(contents, piece, output)
+            else:
+                removed.append(piece.name)
         output.write(bytes(2 * BLOCK))
         output.write(bytes(-output.num_bytes % tarfile.RECORDSIZE))
         file.flush()
@@ -177,7 +234,7 @@ def rewrite_shard(task: Task) -> Result:
     if not rows:
         path.unlink()
     shard = Shard(task.path.name, len(rows), output.num_bytes, output.sha256.hexdigest())
-    return Result(shard, np.array(rows, np.int64), np.array(offsets, np.int64), num_restored)
+    return Result(shard, np.array(rows, np.int64), np.array(offsets, np.int64), num_restored, removed)
 
 
 def _copy(contents: Contents, place: int, output: _Output) -> int:
@@ -185,10 +242,22 @@ def _copy(contents: Contents, place: int, output: _Output) -> int:
     for piece in contents.pieces(contents.key_at[place]):
         if piece.offset == place:
             offset = output.num_bytes + place - piece.start
-        size = piece.end - piece.start
-        output.write(contents.tar.read(piece.start, size).ljust(size, b"\0"))  # a truncated tar may lack the padding
+        _copy_piece(contents, piece, output)
     assert offset >= 0, "a kept sample has no image"
     return offset
+
+
+def _copy_piece(contents: Contents, piece: Piece, output: _Output) -> None:
+    size = piece.end - piece.start
+    output.write(contents.tar.read(piece.start, size).ljust(size, b"\0"))  # a truncated tar may lack the padding
+
+
+def _may_be_lost(task: Task, piece: Piece) -> bool:
+    """Whether a member under a key of its own may be part of a sample whose image cannot be found in its place."""
+    extension = split_name(piece.name)[1]
+    if extension in IMAGES:
+        return piece.size in task.lost_sizes
+    return bool(task.lost_sizes) and extension in ("", "cls", "json")
 
 
 def _write_restored(root: Path, sample: Restored, output: _Output) -> int:
@@ -209,7 +278,7 @@ def _write_restored(root: Path, sample: Restored, output: _Output) -> int:
 
 
 def _make_tasks(
-    manifest: Manifest, damage: Damage, workshop: Path, root: Path, restored: dict[int, Restored]
+    manifest: Manifest, damage: Damage, workshop: Path, root: Path, restored: dict[int, list[Restored]]
 ) -> Iterator[Task]:
     for shard, first in zip(manifest.shards, manifest.first[:-1], strict=True):
         if shard.name in damage:
@@ -217,7 +286,9 @@ def _make_tasks(
             lost = damage[shard.name]
             kept = {row: int(manifest.offset[sample]) for sample, row in samples.items() if sample not in lost}
             again = {samples[sample]: restored[sample] for sample in lost if sample in restored}
-            yield Task(manifest.root / shard.name, workshop, shard.num_samples, kept, root, again)
+            keys = frozenset(key for key in lost.values() if key is not None)
+            sizes = frozenset(int(manifest.length[sample]) for sample, key in lost.items() if key is None)
+            yield Task(manifest.root / shard.name, workshop, shard.num_samples, kept, root, again, keys, sizes)
 
 
 def _write_manifest(manifest: Manifest, results: dict[str, Result], workshop: Path) -> None:

@@ -26,15 +26,18 @@ class Restored:
     label: int
 
 
-def choose_source(manifest: Manifest, root: Path) -> Source:
-    """The part of the source that has the manifest's split. Errors: UserError for none, for unknown checksums."""
+def choose_source(manifest: Manifest, root: Path, classes: Path | None) -> Source:
+    """The part of the source that has the manifest's split; `classes` is the file that named its classes, if one did.
+
+    Errors: UserError for none, for unknown checksums.
+    """
     if manifest.crc32 is None:
         raise UserError(
             "--source has no effect: the manifest has no checksums to tell the right bytes",
             got=manifest.root / FILE_NAME,
             cure="repair without it, or python -m data_prep.index --checksums while the tars are sound",
         )
-    sources = find_sources(root, None)
+    sources = find_sources(root, None, classes=classes)
     source = next((source for source in sources if source.split == manifest.split or not source.split_folder), None)
     if source is None or not set(source.classes) & set(manifest.classes):
         raise UserError(
@@ -49,10 +52,11 @@ def choose_source(manifest: Manifest, root: Path) -> Source:
 @contextmanager
 def find_restored(
     manifest: Manifest, damage: Damage, source: Source | None, workshop: Path
-) -> Iterator[tuple[Path, dict[int, Restored]]]:
+) -> Iterator[tuple[Path, dict[int, list[Restored]]]]:
     """The damaged samples that the source has, told by class, size and crc32; and the root of their places.
 
-    Names in a tar play no part, but to choose among files with the same bytes.
+    Names in a tar play no part, but to choose among files with the same bytes: of these there is a list for each
+    sample, the likeliest first.
     """
     if source is None:
         yield workshop, {}
@@ -68,20 +72,19 @@ def find_restored(
             place = source.place(index)
             size = (source.root / place.file).stat().st_size if place.length is None else place.length
             alike[source.classes[source.labels[index]], size].append(index)
-        restored: dict[int, Restored] = {}
+        restored: dict[int, list[Restored]] = {}
         taken: set[int] = set()
         for sample in sorted(key_of):
             crc32 = int(manifest.crc32[sample])
             found = [
                 index
                 for index in alike[class_of[sample], int(manifest.length[sample])]
-                if index not in taken and _crc32(source.root, source.place(index)) == crc32
+                if _crc32(source.root, source.place(index)) == crc32
             ]
-            found.sort(key=lambda index: encode_key(source.paths[index]) != key_of[sample])
-            if found:
-                taken.add(found[0])
-                path = source.paths[found[0]]
-                restored[sample] = Restored(source.place(found[0]), path, int(manifest.label[sample]))
+            found.sort(key=lambda index: (encode_key(source.paths[index]) != key_of[sample], index in taken))
+            taken.update(found[:1])
+            label = int(manifest.label[sample])
+            restored[sample] = [Restored(source.place(index), source.paths[index], label) for index in found]
         yield source.root, restored
 
 

@@ -123,6 +123,8 @@ class TarReader:
                 raise BrokenTar(start, f"{name} is a sparse member, whose bytes do not lie together")
             if kind not in b"123456":  # links, devices and folders have no payload
                 position += size + -size % BLOCK
+                if position > num_bytes:
+                    raise BrokenTar(start, "truncated")
             start, long_name, long_size = position, None, None
 
     def salvage(self) -> tuple[list[Piece], list[BrokenTar]]:

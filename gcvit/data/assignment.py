@@ -117,7 +117,7 @@ class EpochOrder:
         # What is left of a window of runs may lie anywhere in it.
         if start_entry:
             mean_length = max(1.0, float(np.mean(self._length)))
-            start_entry = max(0, start_entry - 2 * math.ceil(_WINDOW_RUNS * self._run_bytes / mean_length))
+            start_entry = max(0, start_entry - 2 * _WINDOW_RUNS * math.ceil(self._run_bytes / mean_length))
         found: dict[int, int] = {}
         for lane in np.unique(lanes):
             begin, size = self._lane_begin[lane], self._lane_size[lane]

@@ -159,22 +159,35 @@ def test_a_killed_run_leaves_no_process_and_its_repetition_the_same_bytes(source
     assert hashes(tmp_path / "out") == many
 
 
-def run_with_kills(commands: list[list[object]], random: np.random.RandomState, num_kills: int) -> None:
-    """Run commands side by side, killing one after the other at random moments and starting it again at once."""
+def run_with_kills(commands: list[list[object]], out: Path, random: np.random.RandomState, num_kills: int) -> None:
+    """Run commands side by side, killing one after the other at random moments and starting it again at once.
+
+    Command i writes every len(commands)-th of 180 shards from shard i on. One kill at least strikes while it writes.
+    """
     running = [start(*command) for command in commands]
-    for _ in range(num_kills):
-        time.sleep(random.uniform(0, 1.2 / len(commands)))
+    num_struck = 0
+    deadline = time.monotonic() + 60
+    for number in range(num_kills):
         victim = random.randint(len(commands))
+        while not list(out.glob(f"train-{victim:06d}.tar*")):  # its first shard, or what is to become that
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        # From its first shard to its last it takes half a second; when it starts again, as long before the first.
+        time.sleep(random.uniform(0, 1.2 if number else 0.15) / len(commands))
         running[victim].kill()  # its workers are still there when the next run begins
-        running[victim].wait()
+        was_killed = running[victim].wait() == -signal.SIGKILL
+        shards = [out / f"train-{shard:06d}.tar.json" for shard in range(victim, 180, len(commands))]
+        is_unfinished = (out / ".sharding.json").exists() and not (out / "manifest.json").exists()
+        num_struck += was_killed and is_unfinished and not all(path.exists() for path in shards)
         running[victim] = start(*commands[victim])
+    assert num_struck > 0, "no kill struck while shards were written"
     assert [process.wait(timeout=120) for process in running] == [0] * len(commands)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 25))])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(source, many, tmp_path, seed):
     command = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 1 + seed % 2]
-    run_with_kills([command], np.random.RandomState(seed), 4)
+    run_with_kills([command], tmp_path / "out", np.random.RandomState(seed), 4)
     assert hashes(tmp_path / "out") == many
 
 
@@ -182,7 +195,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(source, many, tmp_
 def test_parts_that_start_together_and_are_killed_end_with_the_same_bytes(source, many, tmp_path, seed):
     common = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 1]
     commands = [[*common, "--part", f"{index}/3"] for index in range(3)]
-    run_with_kills(commands, np.random.RandomState(seed), 4)
+    run_with_kills(commands, tmp_path / "out", np.random.RandomState(seed), 4)
     line = [sys.executable, "-m", "data_prep.index", str(tmp_path / "out")]
     merges = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [merge.wait(timeout=120) for merge in merges] == [0, 0]

@@ -187,6 +187,18 @@ def test_a_lane_uses_few_shards_at_a_time():
         assert np.mean(num_open) < 9
 
 
+def test_a_resumed_epoch_brings_the_shards_that_it_needs():
+    first, length = np.arange(0, 40_001, 100), random_lengths(40_000)
+    order = EpochOrder(first, length, seed=0, epoch=0, lanes=4, run_bytes=500, open_runs=3)
+    lane = order.take(np.arange(2, 40_000, 4)).samples // 100
+    for start_entry in (0, 3000, 9000):
+        listed = order.shards(np.array([2]), start_entry)
+        assert set(lane[start_entry:].tolist()) <= set(listed)
+        # Windows follow each other: what comes first is needed early.
+        assert set(listed[:5]) <= set(lane[start_entry // 4 :].tolist())
+    assert len(listed) < 0.4 * len(set(lane.tolist()))
+
+
 def chi_square_failures(order: np.ndarray, label: np.ndarray, batch_size: int) -> float:
     """Share of batches whose class histogram is beyond the 99th percentile of chi-square."""
     num_classes = label.max() + 1

@@ -251,6 +251,25 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not(tm
     assert list(folder.iterdir()) == []
 
 
+def test_where_locks_are_a_host_s_own_no_other_host_s_spool_is_removed(tmp_path, monkeypatch):
+    write(tmp_path / "train.parquet", [(b"1", "1.jpg", 0)])
+    [source] = find_sources(tmp_path, None)
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    monkeypatch.setattr(parquet_source.fcntl, "flock", lambda *_: None)  # nobody's lock is seen here
+    kept = []
+    for host in ("node-1.a", "node", "node-1", "Node*[/", "node-12"):
+        monkeypatch.setattr(parquet_source.socket, "gethostname", lambda host=host: host)
+        with spooled(source, np.arange(1), folder):
+            kept.append(next(path for path in folder.iterdir() if path not in kept))
+            copy = kept[-1].read_bytes()
+        kept[-1].write_bytes(copy)  # as if it were still there
+        assert sorted(folder.iterdir()) == sorted(kept)
+    with spooled(source, np.arange(1), folder):
+        assert kept.pop() not in folder.iterdir(), "a host removes its own"
+        assert set(kept) < set(folder.iterdir())
+
+
 def test_without_pyarrow_the_cure_is_named(tmp_path, monkeypatch):
     write(tmp_path / "train.parquet", [(b"1", "1.jpg", 0)])
     monkeypatch.setitem(sys.modules, "pyarrow", None)

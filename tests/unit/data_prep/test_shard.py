@@ -198,6 +198,33 @@ def test_an_interrupted_run_is_finished_but_not_by_another_plan(tree, tmp_path, 
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("parts", [["0/1"], ["0/2", "1/2"]])
+def test_index_misses_the_val_that_a_killed_run_did_not_come_to(tree, tmp_path, make_image, monkeypatch, parts):
+    (tmp_path / "both/val/c").mkdir(parents=True)
+    tree.rename(tmp_path / "both/train")
+    (tmp_path / "both/val/c/v.jpg").write_bytes(make_image(99))
+    run(tmp_path / "both", tmp_path / "whole", "--shard-size", 5)
+    write_plan = shard.write_plan
+
+    def write(plan, part, num_workers):
+        if plan.source.split == "val":
+            raise KeyboardInterrupt
+        return write_plan(plan, part, num_workers)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "write_plan", write)
+        for part in parts:
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "both", out, "--shard-size", 5, "--part", part)
+    with pytest.raises(UserError, match=r"1 of 1 shards are not complete: .*val: got val-000000\.tar"):
+        index.main([str(out), "--workers", "1"])
+    for part in parts:
+        run(tmp_path / "both", out, "--shard-size", 5, "--part", part)
+    index.main([str(out), "--workers", "1"])
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
 def test_a_run_killed_while_it_tidies_up_is_finished(tree, tmp_path):
     run(tree, tmp_path / "out", "--shard-size", 5)
     whole = snapshot(tmp_path / "out")

@@ -1,6 +1,8 @@
 """Keys name files uniquely, labels follow the classes, unclear sources are refused, val is taken out by hash."""
 
+import os
 import re
+import signal
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -138,6 +140,22 @@ def test_a_place_is_read_whole_or_refused(tree, tmp_path):
         read_place(tree, Place("a/9.jpg"))
     with spooled(source, np.arange(3), tmp_path) as readable:
         assert readable is source
+
+
+def test_a_pipe_that_is_called_an_image_is_refused_at_once(tree):
+    def give_up(*_):
+        raise AssertionError("waits for a writer")
+
+    os.mkfifo(tree / "a/9.jpg")
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(5)
+    try:
+        for place in (Place("a/9.jpg"), Place("a/9.jpg", 7, 10), Place("a")):
+            with pytest.raises(ValueError, match="no regular file"):
+                read_place(tree, place)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_class_map_numbers_the_labels(tree, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from data_prep import shard
 from data_prep.timm_info import NAME, write_timm_info
+from gcvit.errors import UserError
 
 
 @pytest.mark.parametrize("has_splits", [True, False])
@@ -37,3 +38,24 @@ def test_twice_is_once_and_without_splits_is_nothing(tree, tmp_path):
     write_timm_info(tmp_path / "out")
     assert (tmp_path / "out" / NAME).stat() == before
     assert json.loads((tmp_path / "out" / NAME).read_bytes())["splits"]["train"]["shard_lengths"] == [12]
+
+
+def test_other_folders_beside_the_splits_are_not_looked_at(tree, tmp_path):
+    out = tmp_path / "out"
+    shard.main([str(tree), str(out / "zoo"), "--shard-size", "4", "--workers", "1"])
+    (out / "app").mkdir()
+    (out / "app/manifest.json").write_text('{"name": "a web application"}')
+    write_timm_info(out)
+    assert not (out / NAME).exists()
+    (tmp_path / "both").mkdir()
+    tree.rename(tmp_path / "both/train")
+    shard.main([str(tmp_path / "both"), str(out), "--workers", "1"])
+    splits = json.loads((out / NAME).read_bytes())["splits"]
+    assert {name: split["filenames"] for name, split in splits.items()} == {"train": ["train/train-000000.tar"]}
+
+
+def test_a_malformed_manifest_of_a_split_is_refused(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/manifest.json").write_text('{"name": "a web application"}')
+    with pytest.raises(UserError, match=r"the manifest is malformed: .*val/manifest\.json"):
+        write_timm_info(tmp_path)
