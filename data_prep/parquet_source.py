@@ -96,7 +96,8 @@ def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iter
     """Copy the images of the rows `chosen` (sample numbers) into one file in `folder`, where the spans find them.
 
     Spans of other samples are negative. The file is removed at the end, and at the start those that this host's killed
-    runs left: a living one holds a lock on its own. Errors: UserError for a row without bytes, a damaged file, a full disk.
+    runs left: a living one holds a lock on its own.
+    Errors: UserError for a row without bytes, a damaged file, a full disk.
     """
     _remove_orphans(folder)
     with ExitStack() as stack:

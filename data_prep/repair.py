@@ -58,8 +58,8 @@ class Task:
 class Result:
     """A rewritten shard; `rows` are the numbers of its samples in the old one, `offset` the new places: [n].
 
-    A shard without samples is not written. `removed` names the members that went with damaged samples, or may have
-    been parts of lost ones.
+    A shard without samples is not written. `removed` names members under other keys that may have been parts of
+    samples that are lost.
     """
 
     shard: Shard
@@ -187,7 +187,7 @@ def _refuse_missing(manifest: Manifest, damage: Damage, results: dict[str, Resul
             f"the source lacks {len(missing):,} of the damaged samples",
             got=", ".join(missing[:20]) + more,
             allowed="files with the very bytes that were sharded (what --short-side re-encoded is in no source)",
-            cure="name the right source; or repair without --source, which leaves them out; nothing was changed",
+            cure="name the right source; or repair without --source, which leaves them out; this split was not changed",
         )
 
 
@@ -220,13 +220,13 @@ def rewrite_shard(task: Task) -> Result:
             rows.append(row)
             offsets.append(offset)
         removed = []
-        for key, piece in contents.members if contents else []:
-            if key in kept_keys:
-                continue
-            if rows and key not in task.damaged_keys | used_keys and not _may_be_lost(task, piece):
-                _copy_piece(contents, piece, output)
-            else:
-                removed.append(piece.name)
+        if contents is not None:
+            of_samples = used_keys | task.damaged_keys
+            for piece in (piece for key, piece in contents.members if key not in of_samples):
+                if rows and not _may_be_lost(task, piece):
+                    _copy_piece(contents, piece, output)
+                else:
+                    removed.append(piece.name)
         output.write(bytes(2 * BLOCK))
         output.write(bytes(-output.num_bytes % tarfile.RECORDSIZE))
         file.flush()

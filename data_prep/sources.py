@@ -65,7 +65,7 @@ class Source:
 
 
 def read_place(root: Path, place: Place) -> bytes:
-    """The bytes at a place. Errors: OSError; ValueError where the file ends before, or is a pipe, a device or a folder."""
+    """The bytes at a place. Errors: OSError; ValueError where the file ends before, or is no regular file."""
     # Plain system calls: file objects and paths would cost as much as reading a hundred kilobytes does.
     # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
     descriptor = os.open(os.path.join(root, place.file) if place.file else root, os.O_RDONLY | os.O_NONBLOCK)

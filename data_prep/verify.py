@@ -3,7 +3,7 @@
 Hashes of shards and columns, the members' order and number, labels in .cls and .json, checksums, and a full
 decode of every image; of tars that others made, what their manifest knows. One line per problem on stdout, all of
 them in the file that `--json` names; exit code 2 where there is any. `--repair` rewrites the shards that are damaged
-(see `data_prep.repair`).
+(see `data_prep.repair`), but none that cannot be read or that holds samples which the manifest lacks.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import numpy as np
 from isal.isal_zlib import crc32
 from PIL import Image
 
-from data_prep.foreign import Contents, read_label
+from data_prep.foreign import MAX_LABELS, Contents, read_label
 from data_prep.images import MAX_PIXELS, OPENERS
 from data_prep.pool import Progress, default_workers, run_tasks
 from data_prep.repair import finish_repair, is_interrupted, repair
-from data_prep.restore import Damage
+from data_prep.restore import Damage, choose_source
 from data_prep.tar_reader import TarReader
 from data_prep.timm_info import NAME, write_timm_info
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
@@ -39,7 +39,7 @@ OURS = {"key", "path", "class", "label"}  # what stands in a .json that data_pre
 class Task:
     """One shard with its part of the columns, each [num_samples of the shard]; `first` numbers its first sample.
 
-    `usual` are the fields that a sample has: where a tar lost a member, that tells which sample did.
+    `usual` are the fields that every sample has: where a tar lost a member, that tells which sample did.
     """
 
     folder: Path
@@ -56,13 +56,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a shard, or with the sample of this number in its split; `key` None where it is lost."""
+    """What is wrong with a shard, or with the sample of this number in its split; `key` None where it is lost.
+
+    One that is not `repairable` is no damage to the shard's bytes, or none that is known: its samples may be sound.
+    """
 
     split: str
     shard: str
     sample: int | None
     key: str | None
     problem: str
+    repairable: bool = True
 
     def __str__(self) -> str:
         name = self.key or (None if self.sample is None else f"sample {self.sample}")
@@ -84,15 +88,33 @@ def find_folders(out: Path) -> list[Path]:
 
 
 def usual_fields(manifest: Manifest) -> frozenset[str]:
-    """The fields that most samples have, as a few shards tell."""
-    counts: Counter[frozenset[str]] = Counter()
-    for shard in manifest.shards[:: 1 + len(manifest.shards) // 4]:
+    """The fields that all samples of a few shards have: of sound ones where there are such."""
+    sound: list[frozenset[str]] = []
+    damaged: list[frozenset[str]] = []
+    for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // 4):
+        shard = manifest.shards[number]
         try:
             with TarReader(manifest.root / shard.name) as tar:
-                counts.update(frozenset(fields) for fields in Contents(tar).fields.values())
+                contents = Contents(tar)
+                is_sound = not contents.broken and tar.num_bytes == shard.num_bytes
         except OSError:
             continue
-    return max(counts, key=lambda fields: (counts[fields], len(fields)), default=frozenset())
+        offset = manifest.offset[manifest.first[number] : manifest.first[number + 1]]
+        fields = _common_fields(contents, offset, is_sound)
+        if fields is not None:
+            (sound if is_sound else damaged).append(fields)
+    found = sound or damaged
+    return frozenset.intersection(*found) if found else frozenset()
+
+
+def _common_fields(contents: Contents, offset: np.ndarray, is_sound: bool) -> frozenset[str] | None:
+    """The fields that all samples have; of a damaged tar, all that are not beside damage. None if there are none."""
+    keys = [contents.key_at.get(int(place)) for place in offset]
+    if not is_sound:  # nor may the next image be lost: what lay between may have been cut out
+        pairs = zip(keys, [*keys[1:], None], strict=True)
+        keys = [key for key, behind in pairs if behind is not None and key not in contents.beside]
+    fields = [frozenset(contents.fields[key]) for key in keys if key is not None]
+    return frozenset.intersection(*fields) if fields else None
 
 
 def tasks_of(manifest: Manifest) -> list[Task]:
@@ -110,33 +132,51 @@ def tasks_of(manifest: Manifest) -> list[Task]:
 
 def verify_shard(task: Task) -> list[Problem]:
     """The problems of one shard: those of the tar, then those of its samples in their order."""
-    found: list[tuple[int | None, str | None, str]] = []
+
+    def problem(text: str, sample: int | None = None, key: str | None = None, repairable: bool = True) -> Problem:
+        return Problem(task.split, task.shard.name, sample, key, text, repairable)
+
     path = task.folder / task.shard.name
+    numbers = range(task.first, task.first + task.shard.num_samples)
     try:
+        found = []
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with TarReader(path) as tar:
             if tar.num_bytes != task.shard.num_bytes:
                 kind = "truncated" if tar.num_bytes < task.shard.num_bytes else "grown"
-                found.append((None, None, f"is {kind}: {tar.num_bytes} bytes instead of {task.shard.num_bytes}"))
+                found.append(problem(f"is {kind}: {tar.num_bytes} bytes instead of {task.shard.num_bytes}"))
             elif task.shard.sha256 not in (None, sha256):
-                found.append((None, None, f"SHA-256 is {sha256} instead of {task.shard.sha256}"))
+                found.append(problem(f"SHA-256 is {sha256} instead of {task.shard.sha256}"))
+            if np.any(np.diff(task.offset) <= 0):
+                are_distinct = len(np.unique(task.offset)) == len(task.offset)
+                found.append(problem("the manifest lists its samples out of order", repairable=are_distinct))
             contents = Contents(tar)
-            usual = task.usual if contents.broken or tar.num_bytes != task.shard.num_bytes else frozenset()
+            usual: frozenset[str] = frozenset()
+            if contents.broken or tar.num_bytes != task.shard.num_bytes:
+                here = _common_fields(contents, task.offset, is_sound=False)
+                usual = task.usual if here is None else task.usual & here
             label_of = {name: label for label, name in enumerate(task.classes)}
-            found += [(None, None, f"{error} at byte {error.position}") for error in contents.broken]
-            for index in range(task.shard.num_samples):
+            found += [problem(f"{error} at byte {error.position}") for error in contents.broken]
+            lost_sizes: Counter[int] = Counter()
+            for index, sample in enumerate(numbers):
                 key = contents.key_at.get(int(task.offset[index]))
-                found += [
-                    (task.first + index, key, text)
-                    for text in _verify_sample(task, index, key, contents, usual, label_of)
-                ]
-            found += [(None, key, "the manifest lacks this sample") for key in _find_surplus(task, contents, label_of)]
+                lost_sizes[int(task.length[index])] += key is None
+                texts = _verify_sample(task, index, key, contents, usual, label_of)
+                found += [problem(text, sample, key) for text in texts]
+            for key in _find_surplus(task, contents, label_of):
+                # One as large as a lost one is that one, moved by what was cut out or put in before it.
+                size = contents.fields[key]["image"].size
+                is_moved = lost_sizes[size] > 0
+                lost_sizes[size] -= is_moved
+                found.append(problem("the manifest lacks this sample", key=key, repairable=is_moved))
+        return found
     except OSError as error:
-        found.append((None, None, f"cannot be read: {error.strerror}"))
-        lost = range(task.first, task.first + task.shard.num_samples)
-        found += [(sample, None, "cannot be read") for sample in lost]
-    return [Problem(task.split, task.shard.name, *about) for about in found]
+        text = f"cannot be read: {error.strerror}"
+        # Only a file that is gone is lost. Others may be sound: on a disk that is away, or another user's.
+        if not isinstance(error, FileNotFoundError) or path.is_symlink():
+            return [problem(text, repairable=False)]
+        return [problem(text), *(problem("cannot be read", sample) for sample in numbers)]
 
 
 def _verify_sample(
@@ -159,6 +199,8 @@ def _verify_sample(
     problems += _verify_label(task.classes, expected, key, contents, label_of)
     try:
         decode(data)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever they meet in damaged bytes
         problems.append(f"does not decode: {error}")
     return problems
@@ -193,12 +235,12 @@ def _find_surplus(task: Task, contents: Contents, label_of: Mapping[str, int]) -
     known = {contents.key_at.get(int(offset)) for offset in task.offset}
     surplus = []
     for key, fields in contents.fields.items():
-        if key not in known and key not in contents.twice and "image" in fields:
+        if key not in known and key not in contents.twice and "image" in fields and fields["image"].size:
             try:
-                read_label(contents.read(key, "cls"), contents.read(key, "json"), label_of)
-                surplus.append(key)
+                label = read_label(contents.read(key, "cls"), contents.read(key, "json"), label_of)
             except ValueError:
-                pass
+                continue
+            surplus += [key] if label < MAX_LABELS else []
     return surplus
 
 
@@ -257,6 +299,36 @@ def open_manifest(folder: Path, may_finish: bool) -> Manifest:
     return manifest
 
 
+def refuse_unrepairable(problems: list[Problem]) -> None:
+    """Errors: UserError where a repair would remove what may be sound."""
+    found = [problem for problem in problems if not problem.repairable]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(
+            "a repair would remove what may be sound",
+            got=f"{found[0]}{more}",
+            allowed="shards that can be read, and that hold no whole sample beyond their manifest's",
+            cure="make the shard readable; where the manifest is stale, delete it and index the tars again (those of "
+            "data_prep.shard: delete the shard, --repair --source writes it anew); nothing was changed",
+        )
+
+
+def repair_split(
+    manifest: Manifest, problems: list[Problem], source: Path | None, classes: Path | None, num_workers: int
+) -> int:
+    """Repair what is damaged, and return how many of the problems that mends: not those of tars without a manifest."""
+    names = {shard.name for shard in manifest.shards}
+    problems = [problem for problem in problems if problem.shard in names]
+    damage: Damage = {problem.shard: {} for problem in problems}
+    for problem in problems:
+        if problem.sample is not None:
+            damage[problem.shard][problem.sample] = problem.key
+    if damage:
+        chosen = None if source is None else choose_source(manifest, source, classes)
+        repair(manifest, damage, chosen, num_workers)
+    return len(problems)
+
+
 def refresh_timm_info(out: Path) -> None:
     """Let timm's list of shards follow a repair where it is ours; that of others says more than we know."""
     try:
@@ -278,11 +350,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the problems there, as a list of objects")
     parser.add_argument("--repair", action="store_true", help="rewrite damaged shards without the damaged samples")
     parser.add_argument("--source", type=Path, help="take damaged samples from here again, as it was sharded")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="the class map that the source was sharded with")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError("--workers is too small", got=args.workers, allowed="at least 1")
     if args.source is not None and not args.repair:
         raise UserError("--source has no effect without --repair", got=args.source, cure="add --repair")
+    if args.classes is not None and args.source is None:
+        raise UserError("--classes has no effect without --source", got=args.classes, cure="add --source")
     manifests = [open_manifest(folder, args.repair) for folder in find_folders(args.out)]
     problems_of = [verify(manifest, args.workers) for manifest in manifests]
     problems = [problem for found in problems_of for problem in found]
@@ -293,15 +368,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("cannot write the list of problems", got=f"{args.json} ({error.strerror})") from None
     num_left = len(problems)
     if args.repair:
+        refuse_unrepairable(problems)
         for manifest, found in zip(manifests, problems_of, strict=True):
-            names = {shard.name for shard in manifest.shards}  # tars that the manifest lacks stay as they are
-            damage: Damage = {problem.shard: {} for problem in found if problem.shard in names}
-            for problem in found:
-                if problem.sample is not None:
-                    damage[problem.shard][problem.sample] = problem.key
-            if damage:
-                repair(manifest, damage, args.source, args.workers)
-            num_left -= sum(problem.shard in names for problem in found)
+            num_left -= repair_split(manifest, found, args.source, args.classes, args.workers)
         refresh_timm_info(args.out)
     if num_left:
         raise UserError(

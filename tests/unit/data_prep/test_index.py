@@ -54,6 +54,16 @@ def foreign(tmp_path: Path, make_image) -> Path:
     return folder
 
 
+def test_an_absurd_label_is_refused(tmp_path, make_image):
+    """Classes without names are made for each label up to the largest."""
+    write_tar(tmp_path / "x-train-0.tar", [0, 1, 1_000_000], make_image)
+    with pytest.raises(UserError, match=r"x-train-0\.tar: n0002: its label is 1,000,000; .* below 1,000,000"):
+        run(tmp_path)
+    run(tmp_path, "--skip-unusable")
+    assert read_manifest(tmp_path).classes == ("0000", "0001")
+    verify.main([str(tmp_path), "--workers", "1"])
+
+
 def test_both_splits_of_one_folder_are_indexed(foreign, make_image, capsys):
     run(foreign)
     said = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """--repair leaves shards that verify passes: without the damaged samples, or with these as they were."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from data_prep import index, shard, verify
 from data_prep.repair import READY, UNREADY, is_interrupted
+from data_prep.tar_reader import TarReader
 from gcvit.data.manifest import Manifest, read_manifest
 from gcvit.errors import UserError
 
@@ -90,19 +92,48 @@ def test_the_source_restores_every_byte(tree, out, capsys):
     assert contents(out) == sound
 
 
-def test_a_source_that_has_changed_restores_the_rest(tree, out, make_image, capsys):
+def test_a_source_that_lacks_damaged_samples_is_refused(tree, out, make_image):
     manifest = read_manifest(out)
     names = [manifest.member_name(i).split(": ")[1] for i in range(12)]
     lost = damage(out)
+    damaged = contents(out)
     (tree / names[1]).write_bytes(make_image(999))
     (tree / f"{os.path.splitext(names[10])[0]}.jpg").unlink()  # a PNG is named .jpg in the tree
-    run(out, "--repair", "--source", tree)
-    assert "3 samples taken from the source again, 2 left out, 10 remain" in capsys.readouterr().out
+    key = os.path.splitext(names[1])[0]
+    with pytest.raises(UserError, match=f"the source lacks 2 of the damaged samples: got {key}, sample 10;"):
+        run(out, "--repair", "--source", tree)
+    assert contents(out) == damaged
+    run(out, "--repair")
     run(out)
-    kept = [name for i, name in enumerate(names) if i not in {1, 10}]
+    assert read_manifest(out).num_samples == 12 - len(lost)
+
+
+def test_what_was_encoded_again_is_in_no_source(tree, tmp_path, make_image):
+    out = tmp_path / "out"
+    shard.main([str(tree), str(out), "--workers", "1", "--short-side", "6"])
     manifest = read_manifest(out)
-    assert [manifest.member_name(i).split(": ")[1] for i in range(10)] == kept
-    assert lost == {1, 3, 6, 10, 11}
+    flip(out / "train-000000.tar", int(manifest.offset[3]) + int(manifest.length[3]) // 2)
+    damaged = contents(out)
+    with pytest.raises(UserError, match="the source lacks 1 of the damaged samples"):
+        run(out, "--repair", "--source", tree)
+    assert contents(out) == damaged
+
+
+def test_the_class_map_finds_a_source_without_train(tree, tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    tree.rename(tmp_path / "source/val")
+    (tmp_path / "classes.txt").write_text("c\nb\na\n")
+    options = ("--classes", tmp_path / "classes.txt")
+    shard.main([str(tmp_path / "source"), str(tmp_path / "out"), "--workers", "1", *map(str, options)])
+    out = tmp_path / "out/val"
+    sound, manifest = contents(out), read_manifest(out)
+    flip(out / "val-000000.tar", int(manifest.offset[3]) + 100)
+    with pytest.raises(UserError, match="no train folder"):
+        run(out, "--repair", "--source", tmp_path / "source")
+    with pytest.raises(UserError, match="--classes has no effect without --source"):
+        run(out, "--repair", *options)
+    run(out, "--repair", "--source", tmp_path / "source", *options)
+    assert contents(out) == sound
 
 
 def test_files_with_the_same_bytes_are_told_apart(tree, tmp_path):
@@ -115,6 +146,9 @@ def test_files_with_the_same_bytes_are_told_apart(tree, tmp_path):
         flip(out / "train-000000.tar", int(manifest.offset[names.index(name)]) + 100)
         run(out, "--repair", "--source", tree)
         assert contents(out) == sound
+    flip(out / "train-000000.tar", int(manifest.offset[names.index("a/twin.jpg")]) - 500)  # its key is lost
+    run(out, "--repair", "--source", tree)
+    assert contents(out) == sound
 
 
 def test_a_truncated_shard_keeps_its_beginning(out, capsys):
@@ -251,6 +285,71 @@ def test_tars_of_others_are_repaired_behind_their_links(out, tmp_path, options):
         flip(there / "x-train-1.tar", int(read_manifest(there / "train").offset[5]) + 2)
         with pytest.raises(UserError, match="no checksums to tell the right bytes"):
             run(there, "--repair", "--source", out)
+
+
+def refuse(out: Path, words: str) -> None:
+    """A repair says these words and changes nothing."""
+    before = contents(out)
+    with pytest.raises(UserError, match=words):
+        run(out, "--repair")
+    assert contents(out) == before
+
+
+def test_a_shard_that_cannot_be_read_is_kept(out, monkeypatch):
+    flip(out / "train-000000.tar", int(read_manifest(out).offset[1]) + 50)
+    for number in (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE):
+
+        def fail(tar: TarReader, path: Path, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TarReader, "__init__", fail)
+            refuse(out, f"may be sound: got train-000000.tar: cannot be read: {os.strerror(number)}")
+    run(out, "--repair")
+
+
+def test_a_link_to_a_disk_that_is_away_is_kept(out, tmp_path):
+    (out / "train-000001.tar").rename(tmp_path / "away.tar")
+    (out / "train-000001.tar").symlink_to(tmp_path / "absent/away.tar")
+    refuse(out, r"train-000001.tar: cannot be read: No such file")
+    assert (out / "train-000001.tar").is_symlink()
+
+
+def test_a_link_to_another_disk_is_refused(out, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (out / "train-000000.tar").rename(tmp_path / "disk/0.tar")
+    (out / "train-000000.tar").symlink_to(tmp_path / "disk/0.tar")
+    flip(tmp_path / "disk/0.tar", int(read_manifest(out).offset[1]) + 50)
+    stat = Path.stat
+
+    def other_device(path: Path, **options: bool) -> os.stat_result:
+        found = stat(path, **options)
+        return os.stat_result([*found[:2], found.st_dev + 1, *found[3:]]) if path == tmp_path / "disk" else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", other_device)
+        refuse(out, r"train-000000.tar -> .*/disk/0.tar; allowed: tars on the disk of")
+    assert not is_interrupted(out)
+    run(out, "--repair")
+
+
+def test_a_repair_that_cannot_be_finished_says_so(out, monkeypatch):
+    damage(out)
+
+    replace = os.replace
+
+    def fail(old: Path, new: Path) -> None:
+        if Path(old).parent.name != READY:
+            return replace(old, new)
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(UserError, match=f"cannot finish a repair: .*{os.strerror(errno.EXDEV)}"):
+            run(out, "--repair")
+    assert is_interrupted(out)
+    run(out, "--repair")
+    run(out)
 
 
 def test_labels_keep_their_meaning(out):

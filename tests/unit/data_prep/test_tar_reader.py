@@ -118,6 +118,38 @@ def test_what_is_no_tar_is_refused(tmp_path, content, words):
         read_tar(tmp_path / "x.tar")
 
 
+def mark_size(header: bytes, size: int) -> bytes:
+    """The header with a size in base 256, and the checksum that it needs then."""
+    block = bytearray(header)
+    block[124:136] = b"\x80" + size.to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=1, max_size=1), st.one_of(st.integers(1, 1 << 20), st.integers(1, (1 << 88) - 1)))
+def test_any_size_of_any_kind_is_read_or_refused(tmp_path_factory, kind, size):
+    info = tarfile.TarInfo("a.jpg")
+    info.type = kind
+    path = tmp_path_factory.getbasetemp() / "sizes.tar"
+    path.write_bytes(mark_size(info.tobuf(tarfile.USTAR_FORMAT), size) + bytes(4096))
+    with TarReader(path) as tar:
+        try:
+            assert all(offset + length <= tar.num_bytes for _, offset, length in tar.members())
+        except BrokenTar:
+            assert tar.salvage()[1]
+
+
+def test_a_remark_longer_than_its_tar_is_refused(tmp_path):
+    info = tarfile.TarInfo("pax")
+    info.type = tarfile.XGLTYPE
+    for size in (1 << 13, 0x7F << 80):
+        (tmp_path / "x.tar").write_bytes(mark_size(info.tobuf(tarfile.USTAR_FORMAT), size) + bytes(1024))
+        with pytest.raises(BrokenTar, match=r"truncated$"):
+            read_tar(tmp_path / "x.tar")
+
+
 def test_sparse_members_and_absurd_headers_are_refused(tmp_path):
     def refuse(data: bytes, words: str) -> None:
         (tmp_path / "x.tar").write_bytes(data + bytes(1024))

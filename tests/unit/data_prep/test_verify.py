@@ -140,7 +140,7 @@ def test_problems_are_written_as_json(out, tmp_path, capsys):
     assert shard_problem["sample"] is None
     assert shard_problem["problem"].startswith("SHA-256")
     for problem in problems:
-        assert problem.keys() == {"split", "shard", "sample", "key", "problem"}
+        assert problem.keys() == {"split", "shard", "sample", "key", "problem", "repairable"}
         assert (problem["split"], problem["shard"], problem["sample"]) == ("train", "train-000001.tar", 6)
         assert problem["key"] == key_of(manifest, 6)
     assert problems[0]["problem"].startswith("crc32 is")
@@ -280,6 +280,26 @@ def test_no_damage_makes_verify_or_index_crash(out, data):
         assert result.refused or result.shard.num_samples == len(result.columns["label"])
     finally:
         path.write_bytes(sound)
+
+
+def test_a_manifest_out_of_order_is_found(out, capsys):
+    manifest = read_manifest(out)
+    swapped = np.arange(12)
+    swapped[[0, 1]] = 1, 0
+    rewrite(manifest, **{name: np.array(getattr(manifest, name))[swapped] for name in COLUMNS})
+    [line] = problems_of(out, capsys)
+    assert line == f"{out}/train-000000.tar: the manifest lists its samples out of order"
+    verify.main([str(out), "--workers", "1", "--repair"])
+    verify.main([str(out), "--workers", "1"])
+
+
+def test_no_memory_is_no_damage(out, monkeypatch):
+    def fail(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(verify, "decode", fail)
+    with pytest.raises(MemoryError):
+        verify.verify_shard(verify.tasks_of(read_manifest(out))[0])
 
 
 def test_folders_without_shards_are_refused(tmp_path):
