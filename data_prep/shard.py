@@ -30,7 +30,7 @@ import numpy as np
 from data_prep.images import Reduction
 from data_prep.pool import Progress, default_workers, run_tasks
 from data_prep.sidecar import MARK, Mark, Sidecar, has_sidecars, merge, read_mark, read_sidecar, write_mark
-from data_prep.sources import Source, find_sources, spooled
+from data_prep.sources import KINDS, Source, find_sources, spooled
 from data_prep.summary import Row, print_summary
 from data_prep.timm_info import write_timm_info
 from data_prep.writer import Task, write_shard
@@ -226,7 +226,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Images -> WebDataset tars with a manifest.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="folder of class folders or class tars, or of train/ and val/ above")
+    parser.add_argument("source", type=Path, help=KINDS)
     parser.add_argument("out", type=Path, help="new folder; gets train/ and val/ too where SOURCE has them")
     parser.add_argument("--split", choices=("train", "val"), help="a single tree's split; train where absent")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels")

@@ -95,7 +95,8 @@ class ShardSource:
         return _reopen, (manifest.root, manifest.split, manifest.classes, manifest.shards, names, self._cache)
 
     def __del__(self) -> None:
-        self._close()
+        if os is not None:  # as it is when the interpreter ends, and closes all files itself
+            self._close()
 
     @property
     def digest(self) -> str:
