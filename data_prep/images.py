@@ -136,5 +136,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError("no known image format" if data else "an empty file") from None
     except Image.DecompressionBombError:
         raise ValueError(BOMB) from None
+    except MemoryError:  # the machine's fault, not the image's: its size was checked
+        raise
     except Exception as error:
         raise ValueError(f"damaged: {error}") from None

@@ -111,6 +111,8 @@ def _guard(work: Callable[[], T]) -> T:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, whose size is checked, and of faults in metadata
             return work()
+    except MemoryError:  # the machine's fault, not the image's: its size was checked
+        raise
     except Exception as error:  # damaged bytes make Pillow raise almost anything, and only Pillow runs in here
         if isinstance(error, Image.UnidentifiedImageError):
             raise DecodeError(f"it is none of {', '.join(FORMATS)}") from None
@@ -189,6 +191,8 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
         with _announce_rows(content, header, num_rows) as shown:
             # Chroma is brought to full size by repeating it: 5 % less work, at most 1 % of the range in a crop's mean.
             simplejpeg.decode_jpeg(shown, fastupsample=True, min_height=height, min_width=width, buffer=pixels)
+    except MemoryError:
+        raise
     except Exception as error:  # only simplejpeg runs in here
         if num_rows == header.height or not str(error).endswith(_STOPPED_EARLY):
             raise ValueError(str(error)) from None

@@ -237,3 +237,19 @@ def test_what_pillow_reads_is_no_damage():
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(odd)
     assert np.array_equal(read_whole(odd), np.asarray(decode(odd)))
+
+
+def test_want_of_memory_is_no_damage(monkeypatch):
+    """It would be replaced and charged to the budget, though the image is sound."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decode(buffer.getvalue())
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    with pytest.raises(MemoryError):
+        EncodedImage(buffer.getvalue()).read(Box(0, 0, 8, 8), 8)
