@@ -199,23 +199,6 @@ class EpochOrder:
         return number - row_start[rows]
 
 
-def order_epoch(
-    first: npt.NDArray[np.integer],
-    length: npt.NDArray[np.integer],
-    *,
-    seed: int,
-    epoch: int,
-    lanes: int,
-    run_bytes: int,
-    open_runs: int,
-) -> npt.NDArray[np.uint32]:
-    """The sample at each position of an epoch: a permutation of [0, N), uint32; arguments as of `EpochOrder`."""
-    order = EpochOrder(first, length, seed=seed, epoch=epoch, lanes=lanes, run_bytes=run_bytes, open_runs=open_runs)
-    order.plan(np.arange(lanes))
-    places = order._places.T.reshape(-1)[: order.num_samples].astype(np.int64)
-    return (places + order._shift(places)).astype(np.uint32)
-
-
 def _hash(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
     """64 well-mixed bits for each value: SplitMix64's finalizer (Steele, Lea and Flood, 2014)."""
     mixed = values * np.uint64(0x9E3779B97F4A7C15) + key

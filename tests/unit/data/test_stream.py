@@ -17,13 +17,21 @@ from gcvit.data.assignment import (
     deal_share,
     holds_whole_lanes,
     micro_batch_capacity,
-    order_epoch,
 )
 from gcvit.data.source import open_source
 from gcvit.data.stream import eval_stream, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
-from tests.unit.data.streaming import NUM_TRAIN, NUM_VAL, PLAIN, assert_equal_rows, by_position, make_config, take_steps
+from tests.unit.data.streaming import (
+    NUM_TRAIN,
+    NUM_VAL,
+    PLAIN,
+    assert_equal_rows,
+    by_position,
+    make_config,
+    order_epoch,
+    take_steps,
+)
 
 CPU = torch.device("cpu")
 
