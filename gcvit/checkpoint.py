@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 
 from gcvit.errors import UserError
 from gcvit.flat_dcp import METADATA_FILE, read_fragments, write_fragments
-from gcvit.parallel.engine import Fragment, Fragments
+from gcvit.parallel.engine import Counters, Fragment, Fragments
 from gcvit.parallel.world import World
 
 STATE_FILE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -35,7 +35,7 @@ class RunState:
 
     step: int = 0
     samples: int = 0  # consumed; with the seed, the place in the order
-    updates: int = 0  # AdamW's count: steps less the refused ones
+    counters: Counters = field(default_factory=Counters)
     ema_updates: int = 0
     best_top1: float = -1.0  # percent; the EMA's where there is one
     best_step: int = -1
@@ -109,7 +109,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         content = json.loads((path / STATE_FILE).read_text())
         if content["format"] != FORMAT:
             raise UserError(f"{path} has another format", got=content["format"], allowed=FORMAT, cure=cure)
-        state = RunState(**content.pop("state"))
+        state = content.pop("state")
+        state = RunState(**state | {"counters": Counters(**state.get("counters", {}))})
         shapes = {name: torch.Size(shape) for name, shape in content.pop("shapes").items()}
         files = content.pop("files")
     except FileNotFoundError:

@@ -8,9 +8,9 @@ texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.schedu
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DURATION = re.compile(r"^(?P<amount>\d+(\.\d+)?([eE][+-]?\d+)?) (?P<unit>epoch|step|sample)s?$")
 
@@ -218,11 +218,40 @@ class FsdpConfig(Section):
     """Free gathered parameters after forward and gather them again in backward: less memory, more traffic."""
     unit_parameters: Count = 4_000_000
     """Neighbouring parts of the model are gathered together until they have so many parameters."""
+    shard_size: Count | None = None
+    """Neighbouring ranks that share one copy of the model, a replica of the others' (HSDP); null is all ranks."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over ranks; bf16 halves the traffic and rounds."""
+    cpu_offload: bool = False
+    """Keep masters, moments and EMA in host memory and update there: less device memory, much slower steps."""
 
 
 class ZeroConfig(Section):
     stage: Literal[1, 2, 3] = 2
     """1 shards the moments, 2 also the gradients, 3 also the parameters."""
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    """Where masters and moments live and are updated; null is the device."""
+    offload_parameters: Literal["cpu", "nvme"] | None = None
+    """Where stage 3 keeps its shards of the parameters between uses; null is the device."""
+    nvme_path: str | None = None
+    """Folder of a local disk for what is offloaded to nvme."""
+    extra: dict[str, Any] | None = None
+    """Further keys of DeepSpeed's own configuration, merged into ours; refused where they contradict it."""
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _check_stage(cls, stage: Any) -> Any:
+        if stage == 0:
+            raise ValueError("stage 0 shards nothing: take engine=ddp, which does that job")
+        return stage
+
+    @model_validator(mode="after")
+    def _check(self) -> "ZeroConfig":
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError("offload_parameters has no effect below stage 3, which alone shards them: remove it")
+        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
+            raise ValueError("nvme_path is the folder for what is offloaded to nvme: set both or neither")
+        return self
 
 
 class TrainerConfig(Section):
@@ -238,6 +267,10 @@ class TrainerConfig(Section):
     """Newest checkpoints that are kept, beside the best one."""
     eval_batch_size: Count = 64
     """Samples per device and step in evaluation."""
+    max_bad_steps: Count = 10
+    """Stop where so many steps in a row were refused for a loss or gradient that is not finite."""
+    deterministic: bool = False
+    """On a GPU, take kernels that give the same bits in every run, some of them slower; a CPU always does."""
 
 
 class Config(Section):
@@ -257,10 +290,14 @@ class Config(Section):
     """Options of engine fsdp; refused beside another."""
     zero: ZeroConfig | None = None
     """Options of engine zero; refused beside another."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute precision; master weights, moments and EMA are always fp32."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """Recompute activations in backward: nothing, or blocks, stem, query generators and downsamplers."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute precision; master weights, moments and EMA are always fp32. fp16 scales the loss."""
+    activation_checkpointing: Literal["none", "selective", "blocks", "full", "budget"] = "none"
+    """What backward computes again: nothing, all but linear layers, blocks, all parts, or as many as a budget asks."""
+    activation_budget_bytes: Count | None = None
+    """With "budget": most bytes of activations of a micro-batch on each device."""
+    compile: bool = False
+    """Compile each part of the model with torch.compile: faster steps after a start of minutes."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -275,6 +312,8 @@ class Config(Section):
         for name in ("fsdp", "zero"):
             if getattr(self, name) is not None and self.engine != name:
                 raise ValueError(f"{name}.* has no effect with engine={self.engine}: remove it or set engine={name}")
+        if (self.activation_checkpointing == "budget") != (self.activation_budget_bytes is not None):
+            raise ValueError("activation_budget_bytes belongs to activation_checkpointing=budget: set both or neither")
         if self.augment.mix and self.global_batch_size % 2:
             raise ValueError("global_batch_size must be even where mixup or cutmix is on: samples are mixed in pairs")
         return self

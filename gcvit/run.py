@@ -197,7 +197,7 @@ def evaluate_all(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint by all ranks together, then delete old ones."""
-    run.state.updates = run.engine.updates()
+    run.state.counters = run.engine.counters()
     run.state.ema_updates = run.ema.updates if run.ema else 0
     folder = runfolder.checkpoints_of(run.config.run_dir)
     info = {
@@ -264,7 +264,7 @@ def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: 
         kinds.pop("ema")
     checkpoint.load(found, kinds, engine.world)
     engine.refresh()
-    engine.set_updates(state.updates)
+    engine.set_counters(state.counters)
     if ema and ema_is_new:
         ema.restart()
     elif ema:

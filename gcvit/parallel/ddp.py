@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gcvit.config import OptimConfig
 from gcvit.model import GCViT
 from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
+from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
 
 
@@ -71,12 +71,12 @@ class DdpEngine:
     def refresh(self) -> None:
         """Nothing to do: the fragments are the model's own weights."""
 
-    def updates(self) -> int:
-        return int(next(iter(self._optimizer.state.values()))["step"].item())
+    def counters(self) -> Counters:
+        return Counters(updates=int(next(iter(self._optimizer.state.values()))["step"].item()))
 
-    def set_updates(self, count: int) -> None:
+    def set_counters(self, counters: Counters) -> None:
         for state in self._optimizer.state.values():
-            state["step"].fill_(count)
+            state["step"].fill_(counters.updates)
 
     def _whole(self, tensor: Tensor, shape: torch.Size) -> Fragment:
         return Fragment(tensor.view(-1), 0, shape, replica=self.world.rank, num_replicas=self.world.size)

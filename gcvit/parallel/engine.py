@@ -48,6 +48,15 @@ class StepResult:
     applied: Tensor  # [], 1.0, or 0.0 where the gradient was not finite and nothing was changed
 
 
+@dataclass(frozen=True)
+class Counters:
+    """What an engine counts beside its tensors; it survives in a checkpoint."""
+
+    updates: int = 0  # applied by AdamW: steps less the refused ones
+    loss_scale: float = 2.0**16  # of fp16, doubled after 2000 updates that it survived, halved after one it did not
+    loss_scale_updates: int = 0  # updates since it last changed
+
+
 class Engine(Protocol):
     """See this file's head."""
 
@@ -68,11 +77,11 @@ class Engine(Protocol):
         """Make the model compute with what now stands in the parameters' fragments."""
         ...
 
-    def updates(self) -> int:
-        """AdamW's own count of applied updates (waits for the device)."""
+    def counters(self) -> Counters:
+        """What is counted now (waits for the device)."""
         ...
 
-    def set_updates(self, count: int) -> None: ...
+    def set_counters(self, counters: Counters) -> None: ...
 
 
 def fill(fragments: Fragments, value_of: Callable[[str], Tensor]) -> None:

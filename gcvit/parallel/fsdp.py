@@ -15,7 +15,7 @@ from gcvit.config import FsdpConfig, OptimConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
+from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
 
 
@@ -97,12 +97,12 @@ class FsdpEngine:
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def updates(self) -> int:
-        return int(next(iter(self._optimizer.state.values()))["step"].item())
+    def counters(self) -> Counters:
+        return Counters(updates=int(next(iter(self._optimizer.state.values()))["step"].item()))
 
-    def set_updates(self, count: int) -> None:
+    def set_counters(self, counters: Counters) -> None:
         for state in self._optimizer.state.values():
-            state["step"].fill_(count)
+            state["step"].fill_(counters.updates)
 
     def _fragment(self, name: str, shard: Tensor) -> Fragment:
         shape = self._parameters[name].shape

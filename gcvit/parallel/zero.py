@@ -18,7 +18,7 @@ from gcvit.config import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim import build_adamw, create_moment, set_lr
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Fragment, Fragments, StepResult
+from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
 
 
@@ -112,12 +112,12 @@ class ZeroEngine:
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
-    def updates(self) -> int:
-        return int(self._zero.optimizer.state[self._flat_masters()[0]]["step"].item())
+    def counters(self) -> Counters:
+        return Counters(updates=int(self._zero.optimizer.state[self._flat_masters()[0]]["step"].item()))
 
-    def set_updates(self, count: int) -> None:
+    def set_counters(self, counters: Counters) -> None:
         for flat in self._flat_masters():
-            self._zero.optimizer.state[flat]["step"].fill_(count)
+            self._zero.optimizer.state[flat]["step"].fill_(counters.updates)
 
     def _flat_masters(self) -> list[Tensor]:
         return (

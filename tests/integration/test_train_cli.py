@@ -85,7 +85,7 @@ def test_a_plain_process_leaves_a_complete_run(trained):
     assert (config.tag, config.trainer.micro_batch_size, config.optim.lr) == ("plain", 16, 1e-4)
     assert list(trained.glob("events.out.tfevents.*"))
     found = open_checkpoint(trained / "checkpoints" / "step_00000010")
-    assert (found.state.step, found.state.samples, found.state.updates, found.state.ema_updates) == (
+    assert (found.state.step, found.state.samples, found.state.counters.updates, found.state.ema_updates) == (
         10,
         320,
         10,

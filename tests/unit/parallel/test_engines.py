@@ -14,7 +14,7 @@ from gcvit.config_file import load_config
 from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine, build_model
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Engine, fill
+from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Engine, fill
 from gcvit.parallel.world import World, join_world
 from tests.integration.launching import ROOT
 
@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, factor, world):
     assert result.applied.item() == 0
     assert not torch.isfinite(result.grad_norm)
     assert all(torch.equal(tensor, before[n]) for n, tensor in copy_all(engine).items())
-    assert engine.updates() == 1
+    assert engine.counters().updates == 1
     # Nothing of the refused gradient is left: the next one is what a bare model has here.
     model = build_model(configure(name).model).train()
     model.load_state_dict({n: before[f"model.{n}"].view(p.shape) for n, p in model.named_parameters()})
@@ -173,7 +173,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, factor, world):
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     torch.testing.assert_close(result.grad_norm, expected, rtol=1e-5, atol=0)
     assert result.applied.item() == 1
-    assert engine.updates() == 2
+    assert engine.counters().updates == 2
 
 
 @each_kind
@@ -201,11 +201,11 @@ def test_the_count_of_updates_can_be_set(name, world):
     """Adam's bias correction follows it: after many updates a first step of fresh moments is a tenth of lr or
     so."""
     engine = build(name, world, "optim.weight_decay=0")
-    assert engine.updates() == 0
-    engine.set_updates(10_000)
+    assert engine.counters().updates == 0
+    engine.set_counters(Counters(updates=10_000))
     before = copy_all(engine)
     train_step(engine, lr=1e-3)
-    assert engine.updates() == 10_001
+    assert engine.counters().updates == 10_001
     moved = engine.fragments()[MODEL]["head.fc.weight"].data - before["model.head.fc.weight"]
     # m / sqrt(v) of a first gradient, uncorrected: .1 g / sqrt(.001 g^2) is 3.16 where the corrected is 1.
     assert moved.abs().max().item() == pytest.approx(3.16e-3, rel=0.01)
