@@ -1,19 +1,23 @@
 """Runs a list of trainings inside one process group, to spare the start of many: `golden_worker.py SPEC.json`.
 
 SPEC: {"config": FILE, "data": DIR, "out": DIR, "runs": [{"tag", "overrides", "resume"?, "sabotage"?}]}. Each run is the
-real `gcvit.trainer.train`; its metrics and checkpoints stand in OUT/TAG.
+real `gcvit.trainer.train`; its metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
+that its engine held when it started and when it ended.
 """
 
+import hashlib
 import json
 import sys
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 from gcvit import optim
 from gcvit.config_file import load_config
 from gcvit.parallel.world import World, join_world
-from gcvit.run import open_sources, start
+from gcvit.run import Run, all_fragments, open_sources, start
 from gcvit.trainer import train
 
 
@@ -31,6 +35,27 @@ def sabotage(kind: str | None) -> mock._patch:
     return mock.patch.object(optim, "BIAS_TABLE", optim.BIAS_TABLE)  # nothing
 
 
+def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes of whole tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def digest_state(run: Run) -> str:
+    """Of all that the ranks hold together, put back into whole tensors; on every rank."""
+    fragments = {
+        f"{kind}.{n}": p for kind, parts in all_fragments(run.engine, run.ema).items() for n, p in parts.items()
+    }
+    held = {n: (p.start, p.shape.numel(), p.data.detach().cpu().numpy()) for n, p in fragments.items()}
+    whole: dict[str, np.ndarray] = {}
+    for of_rank in run.world.gather(held):
+        for name, (begin, numel, values) in of_rank.items():
+            whole.setdefault(name, np.full(numel, np.nan, np.float32))[begin : begin + len(values)] = values
+    return digest_tensors({name: torch.from_numpy(values) for name, values in whole.items()})
+
+
 def run_all(spec: dict, world: World) -> None:
     for run in spec["runs"]:
         overrides = [
@@ -45,7 +70,11 @@ def run_all(spec: dict, world: World) -> None:
             sabotage(run.get("sabotage")),
             start(config, world, open_sources(config), resume) as started,
         ):
+            before = digest_state(started)
             train(started)
+            digests = {"start": before, "end": digest_state(started)}
+        if world.is_first:
+            (Path(spec["out"]) / run["tag"] / "digests.json").write_text(json.dumps(digests))
 
 
 if __name__ == "__main__":

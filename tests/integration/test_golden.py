@@ -202,19 +202,6 @@ def test_resume_is_equal_to_the_bit(engine, trained):
         assert torch.equal(resumed.weights[name], tensor), name
 
 
-@pytest.mark.slow
-def test_a_checkpoint_moves_between_engines_and_worlds(images, plain, tmp_path):
-    """Five steps by fsdp on 2 processes, five by ZeRO-3 on 3, ten by ddp on 1: the losses of one run."""
-    journey = [("fsdp", 2, 0), ("zero3", 3, 5), ("ddp", 1, 10)]
-    resume = "none"
-    for engine, world_size, begin in journey:
-        run = {"tag": engine, "overrides": [*ENGINES[engine], "trainer.save_every=5 steps"], "resume": resume}
-        train_all([run], world_size, images, tmp_path)
-        wanted = plain["a"]
-        check_equal(read_run(tmp_path / engine), Run(wanted.losses[begin:], wanted.norms[begin:], wanted.weights))
-        resume = str(tmp_path / engine / "checkpoints" / f"step_{begin + 5:08d}")
-
-
 def test_the_comparison_finds_bugs(images, plain, tmp_path):
     runs = [
         {"tag": "decay", "overrides": CASES["b"], "sabotage": "swapped decay groups"},
