@@ -33,7 +33,14 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from benchmarks.data_scale import make_large, measure_boundary, measure_memory, measure_planning, measure_resume
+from benchmarks.data_scale import (
+    make_large,
+    measure_boundary,
+    measure_memory,
+    measure_planning,
+    measure_reads,
+    measure_resume,
+)
 from gcvit.config import Config
 from gcvit.config_file import load_config
 from gcvit.data.source import open_source
@@ -48,6 +55,7 @@ QUALITY, NOISE = 96, 3.0
 BARS = {  # measurement: at least, or at most
     "speedup_rand_augment": (">=", 1.5),
     "speedup_plain": (">=", 1.9),
+    "read_share": ("<=", 1.1),
     "memory_growth": ("<=", 1.05),
     "epoch_boundary_ms": ("<=", 50.0),
     "resume_s": ("<=", 2.0),
@@ -239,6 +247,8 @@ def main() -> None:
             print_rates(str(title), rates)
             results[f"rates_{key}"] = rates
             results[f"speedup_{key}"] = median_ratio(rates["ours"], rates["timm, wds/"])
+        # As many lanes as leave each some runs, as the recipes' do on ImageNet.
+        results |= measure_reads(shards, make_config(batch_size, ["data.lanes=4"]))
         config = make_config(batch_size, ["data.num_workers=2"])
         results |= measure_memory(open_source(shards, "train"), config, arguments.epochs)
         config = make_config(1024, ["data.num_workers=2", "data.lanes=1024"])

@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -91,6 +92,28 @@ def measure_resume(folder: Path, config: Config) -> dict[str, float]:
         )
         seconds.append(time.perf_counter() - start)
     return {"resume_s": statistics.median(seconds)}
+
+
+def measure_reads(folder: Path, config: Config) -> dict[str, float]:
+    """Bytes that a rank of two reads in an epoch, beside its share of the tars' bytes, and MB of a read.
+
+    By this process alone: what is counted is `os.preadv`, by which runs of samples are read.
+    """
+    config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def count(*place: Any) -> int:
+        sizes.append(preadv(*place))
+        return sizes[-1]
+
+    source = open_source(folder, "train")
+    stream = train_stream(source, config, start_step=0, world_size=2, rank=0, micro_batch_size=None, pin_memory=False)
+    with mock.patch.object(os, "preadv", count):
+        for _ in range(source.num_samples // config.global_batch_size):
+            next(stream)
+    share = sum(path.stat().st_size for path in folder.glob("train/*.tar")) / 2
+    return {"read_share": sum(sizes) / share, "read_mb": sum(sizes) / len(sizes) / 1e6}
 
 
 def measure_boundary(folder: Path, config: Config) -> dict[str, float]:
