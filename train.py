@@ -20,17 +20,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", help="folder with train/ and val/ (data.dir)")
-    parser.add_argument(
-        "--batch-size",
-        "--batch_size",
-        metavar="N",
-        type=int,
-        help="most samples per device and pass (trainer.micro_batch_size)",
-    )
+    parser.add_argument("--batch-size", "--batch_size", type=int, help="samples per pass (trainer.micro_batch_size)")
     parser.add_argument("--tag", help="name of the run (tag)")
     parser.add_argument("--model-ema", "--model_ema", action="store_true", help="average the weights (ema)")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
     parser.add_argument("--init-from", "--init_from", metavar="FILE|NAME", help="start from these weights")
+    parser.add_argument("--replay", metavar="STEP", type=int, help="do this step of the log again, to explain it")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any knob of the config")
     return parser.parse_intermixed_args()
@@ -47,12 +42,17 @@ def main() -> None:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
 
     from gcvit.parallel.world import join_world  # loads torch: a misspelt key is told before that
+    from gcvit.replay import replay
     from gcvit.run import open_sources, start
     from gcvit.trainer import train
 
     sources, start_from = open_sources(config), (arguments.resume, arguments.init_from)
-    with join_world() as world, start(config, world, sources, *start_from, notices) as run:
-        train(run)
+    with join_world(config.trainer.deterministic) as world:
+        if arguments.replay is None:
+            with start(config, world, sources, *start_from, notices) as run:
+                train(run)
+        else:
+            replay(config, world, sources, arguments.replay, *start_from)
 
 
 if __name__ == "__main__":

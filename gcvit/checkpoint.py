@@ -3,9 +3,15 @@
 A checkpoint is a folder `step_N`: a `torch.distributed.checkpoint` directory that holds tensors only, each stored flat
 under its name ("model.head.weight", "exp_avg...", "exp_avg_sq...", "ema..."), and a readable `state.json`. Stored flat,
 what a rank holds under any engine is a contiguous range: rows under FSDP2, a cut through a matrix under ZeRO, a whole
-replica under DDP, which then writes its part of it. Written to `step_N.tmp`, flushed, renamed by rank 0: a folder
-under its final name is complete. No pickle from a file is executed: tensors are read with `weights_only`, DCP's
-metadata through an allow-list.
+replica under DDP, which then writes its part of it.
+
+Whole or not at all: the files are written to `step_N.tmp` and hashed on their way to the disk, flushed, and read back
+from it. `state.json`, with their sizes and hashes and one of itself, comes last; then rank 0 renames the folder, and
+only then old ones go. So a folder under its final name is complete, whenever a process is killed, and what a killed
+one leaves is named `.tmp`, which the next run or save removes. `saver.py` does this beside the training.
+
+Nothing is believed: sizes and hashes are checked before a tensor is touched. No pickle from a file is executed:
+tensors are read with `weights_only`, DCP's metadata through an allow-list.
 """
 
 import hashlib
@@ -13,15 +19,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gcvit.errors import UserError
-from gcvit.flat_dcp import METADATA_FILE, read_fragments, write_fragments
+from gcvit.flat_dcp import FileRecord, HashedFiles, read_fragments, write_fragments
 from gcvit.parallel.engine import Counters, Fragment, Fragments
 from gcvit.parallel.world import World
 
@@ -49,27 +56,44 @@ class Checkpoint:
     state: RunState
     info: Mapping[str, Any]  # "config" as plain values, "data" (its digest), "world_size"
     shapes: Mapping[str, torch.Size]  # of every stored tensor, by name
-    files: Mapping[str, Mapping[str, Any]]  # bytes and sha256 of every file but state.json, by name
+    files: Mapping[str, FileRecord]  # bytes and sha256 of every file but state.json, by name
+    is_checked: bool = False  # whether the hashes were compared
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record["bytes"] for record in self.files.values())
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written; `path` is the damaged file in it."""
+
+    def __init__(self, path: Path, got: str, allowed: str | None = None):
+        cure = "use another checkpoint, or --resume none to start afresh"
+        super().__init__(f"damaged checkpoint: {path}", got=got, allowed=allowed, cure=cure)
+        self.path = path
+        self._arguments = path, got, allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments  # ranks tell each other, by pickle
 
 
 def save(
     folder: Path, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], world: World
 ) -> Path:
-    """Write `folder/step_N` by all ranks together, and return it once it is complete and on disk."""
+    """Write `folder/step_N` by all ranks together, and return it once it is complete and on disk.
+
+    Errors, on all ranks alike: UserError that names the file which cannot be written or does not read back the same.
+    """
     final = folder / f"step_{state.step:08d}"
     part = final.with_name(final.name + ".tmp")
-    if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.tmp"):  # of a save that was killed; the run's lock makes this one alone
-            shutil.rmtree(stale)
-    world.barrier()
     fragments = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
-    write_fragments(part, fragments, world.host_group)
-    written = [*part.glob(f"__{world.rank}_*"), *([part / METADATA_FILE] if world.is_first else [])]
-    files = {path.name: _file_record(path) for path in written}
-    shapes = {name: list(fragment.shape) for name, fragment in fragments.items()}
-    files_of_ranks, shapes_of_ranks = world.gather(files), world.gather(shapes)
-    if world.is_first:
+    world.on_first(lambda: prepare(folder))
+    try:
+        with _naming(part):
+            written = write_fragments(part, fragments, world.host_group)
+        _together(world, lambda: _read_back(part, written))
+        files_of_ranks = world.gather(written)
+        shapes_of_ranks = world.gather({name: list(fragment.shape) for name, fragment in fragments.items()})
         content = {
             "format": FORMAT,
             "state": asdict(state),
@@ -77,56 +101,88 @@ def save(
             "shapes": {name: shape for shapes in shapes_of_ranks for name, shape in shapes.items()},
             "files": {name: record for files in files_of_ranks for name, record in files.items()},
         }
-        _write_durably(part / STATE_FILE, json.dumps(content, indent=1))
-        assert not final.exists(), f"{final} is there: a run goes on from its newest checkpoint"
-        os.rename(part, final)
-        _sync(folder)
-    world.barrier()
+        world.on_first(lambda: _complete(part, final, content))
+    except UserError:
+        if world.is_first:
+            shutil.rmtree(part, ignore_errors=True)  # all have stopped; on a full disk others want the room
+        raise
     return final
 
 
 def prune(folder: Path, *, keep: int, best_step: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one. Called by one rank."""
-    complete = sorted(folder.glob("step_" + "[0-9]" * 8))
-    for path in complete[:-keep]:
-        if int(path.name.removeprefix("step_")) != best_step:
-            # Renamed first: a deletion that is cut off must not leave half a checkpoint under a complete name.
-            doomed = path.with_name(path.name + ".tmp")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+    """Delete all but the newest `keep` checkpoints and the best one. Called by one rank. Errors: UserError."""
+    with _naming(folder):
+        for path in complete_ones(folder)[:-keep]:
+            if step_of(path) != best_step:
+                # Renamed first: a deletion that is cut off must not leave half a checkpoint under a complete name.
+                doomed = path.with_name(path.name + ".tmp")
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of checkpoints, see that it can be written, and delete what killed saves and deletions left.
+
+    Called by one rank, which holds the run's lock. Errors: UserError.
+    """
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "written.tmp").mkdir(exist_ok=True)
+        for stale in folder.glob("*.tmp"):
+            shutil.rmtree(stale)
+
+
+def complete_ones(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder of checkpoints, oldest first."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder of checkpoints, or None."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    return next(reversed(complete_ones(folder)), None)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read `state.json` and check that all files have their sizes. Errors: UserError naming the file."""
     cure = "use another checkpoint, or --resume none to start afresh"
     try:
-        content = json.loads((path / STATE_FILE).read_text())
+        content = json.loads((path / STATE_FILE).read_bytes())
         if content["format"] != FORMAT:
             raise UserError(f"{path} has another format", got=content["format"], allowed=FORMAT, cure=cure)
+        if content.pop("sha256") != _digest(content):
+            raise DamagedError(path / STATE_FILE, got="another SHA-256 than it says of itself")
         state = content.pop("state")
         state = RunState(**state | {"counters": Counters(**state.get("counters", {}))})
         shapes = {name: torch.Size(shape) for name, shape in content.pop("shapes").items()}
         files = content.pop("files")
     except FileNotFoundError:
+        if path.is_dir() and any(path.iterdir()):
+            raise DamagedError(path / STATE_FILE, got="no such file") from None
         raise UserError("no checkpoint here", got=path, allowed=f"a folder with {STATE_FILE}", cure=cure) from None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path / STATE_FILE}", got=repr(error), cure=cure) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(path / STATE_FILE, got=repr(error)) from None
     for name, record in files.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:
             got = "no such file" if size is None else f"{size} bytes"
-            raise UserError(
-                f"damaged checkpoint: {path / name}", got=got, allowed=f"{record['bytes']} bytes", cure=cure
-            )
+            raise DamagedError(path / name, got=got, allowed=f"{record['bytes']} bytes")
     return Checkpoint(path, state, content, shapes, files)
+
+
+def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
+    """The same checkpoint once its content is found to be what was written; the ranks divide the work.
+
+    Errors, on all ranks alike: UserError naming the damaged file.
+    """
+    names = sorted(checkpoint.files)
+    _together(world, lambda: _check_files(checkpoint, names[world.rank :: world.size]))
+    return replace(checkpoint, is_checked=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -165,15 +221,14 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
             allowed=f"shape {_shape(of_model.get(wrong[0]))} ({len(wrong)} of {len(of_model)} tensors differ)",
             cure="resume with the config of that run, or start afresh with another tag",
         )
-    names = sorted(checkpoint.files)
-    damage = world.gather(_find_damage(checkpoint, names[world.rank :: world.size]))
-    _refuse_damage(damage)
+    if not checkpoint.is_checked:
+        check(checkpoint, world)
     read_fragments(checkpoint.path, wanted, world.host_group)
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
     """All tensors of one kind ("model" or "ema"), whole, on the host, by a single process. Errors: as `load`."""
-    _refuse_damage([_find_damage(checkpoint, checkpoint.files)])
+    _check_files(checkpoint, checkpoint.files)
     prefix = f"{kind}."
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     whole = {name: Fragment(torch.empty(shape.numel()), 0, shape) for name, shape in shapes.items()}
@@ -185,35 +240,57 @@ def _shape(shape: torch.Size | None) -> str:
     return "nothing" if shape is None else str(tuple(shape))
 
 
-def _find_damage(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
-    """The first of these files whose content is not what was written, or None."""
+def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Errors: UserError for the first of these files whose content is not what was written."""
     for name in names:
-        if _file_record(checkpoint.path / name) != checkpoint.files[name]:
-            return str(checkpoint.path / name)
-    return None
+        try:
+            record = _file_record(checkpoint.path / name)
+        except OSError as error:
+            raise DamagedError(checkpoint.path / name, got=str(error.strerror)) from None
+        if record != checkpoint.files[name]:
+            raise DamagedError(checkpoint.path / name, got="another SHA-256 than when it was written")
 
 
-def _refuse_damage(found: Iterable[str | None]) -> None:
-    damaged = next((path for path in found if path), None)
-    if damaged:
-        raise UserError(
-            f"damaged checkpoint: {damaged}",
-            got="another SHA-256 than when it was written",
-            cure="use another checkpoint, or --resume none to start afresh",
-        )
-
-
-def _file_record(path: Path) -> dict[str, Any]:
+def _file_record(path: Path) -> FileRecord:
     with open(path, "rb") as file:
+        # From the disk, not from the memory that the system keeps of it.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
+def _read_back(folder: Path, written: Mapping[str, FileRecord]) -> None:
+    with _naming(folder):
+        for name, record in written.items():
+            if _file_record(folder / name) != record:
+                raise UserError(
+                    "the disk does not give back what was written to it",
+                    got=folder / name,
+                    cure="look after the disk, then go on from the checkpoint before with --resume auto",
+                )
+
+
+def _complete(part: Path, final: Path, content: Mapping[str, Any]) -> None:
+    """Write `state.json` as the last file, and give the folder its name."""
+    assert not final.exists(), f"{final} is there: a run goes on from its newest checkpoint"
+    with _naming(part):
+        files = HashedFiles()
+        with files.create_stream(part / STATE_FILE, "wb") as stream:
+            stream.write(_to_json({**content, "sha256": _digest(content)}))
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync(part)
+        _read_back(part, files.records)
+        os.rename(part, final)
+        _sync(final.parent)
+
+
+def _to_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of what stands in `state.json`, but for this digest itself."""
+    return hashlib.sha256(_to_json(content)).hexdigest()
 
 
 def _sync(folder: Path) -> None:
@@ -222,3 +299,28 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn an error of the system into one that names the file, or this folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "cannot write the checkpoint",
+            got=f"{error.filename or path} ({error.strerror})",
+            cure="make room or mend the folder, then go on from the last complete checkpoint with --resume auto",
+        ) from None
+
+
+def _together(world: World, act: Callable[[], None]) -> None:
+    """Act on every rank; the `UserError` of any is raised on all, so that none waits for another."""
+    failure = None
+    try:
+        act()
+    except UserError as error:
+        failure = error
+    failed = next((error for error in world.gather(failure) if error is not None), None)
+    if failed is not None:
+        raise failed

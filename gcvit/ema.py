@@ -12,7 +12,8 @@ from gcvit.parallel.engine import Engine, Fragments
 class Ema:
     """`average = decay * average + (1 - decay) * weights` after every step, in fp32, on this rank's fragments.
 
-    The half-life is given in samples, so that the average means the same at every global batch size.
+    The half-life is given in samples, so that the average means the same at every global batch size. A refused update
+    counts as a step: the average moves on toward weights that stayed, since asking would wait for the device.
     """
 
     def __init__(self, weights: Fragments, *, half_life_samples: float, global_batch_size: int):

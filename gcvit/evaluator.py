@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from gcvit import checkpoint, runfolder
-from gcvit.config import DataConfig
+from gcvit.config import Config, DataConfig
 from gcvit.config_file import parse_config
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
 from gcvit.errors import UserError
+from gcvit.export import WEIGHTS_FILE, choose_kind, load_export
 from gcvit.model import VARIANTS, GCViT, create_model, weights
 from gcvit.parallel.build import build_model
 from gcvit.parallel.world import World
@@ -118,26 +119,34 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def load_run(path: str, kind: str | None, *, num_classes: int) -> tuple[GCViT, DataConfig]:
-    """The model of a run folder (its best checkpoint) or of a checkpoint, and how its data is prepared.
+    """The model of a run folder (its best checkpoint), a checkpoint or an export, and how its data is prepared.
 
-    `kind` is "ema" or "model"; None takes the EMA where there is one. Errors: UserError where there is none.
+    `kind` is "ema" or "model"; None takes the EMA where there is one, and an export has no other. Errors: UserError
+    where there is none.
     """
+    if (Path(path) / WEIGHTS_FILE).exists():
+        if kind is not None:
+            raise UserError("an export holds one kind of weights", got=f"--weights {kind}", cure="leave it out")
+        model, config = load_export(Path(path))
+        _check_classes(config, path, num_classes)
+        return model, config.data
     found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
     config = parse_config(found.info["config"], source=str(found.path))
+    _check_classes(config, found.path, num_classes)
+    tensors = checkpoint.read_tensors(found, choose_kind(found, kind))
+    model = build_model(config.model)
+    model.load_state_dict(tensors)
+    return model, config.data
+
+
+def _check_classes(config: Config, path: str | Path, num_classes: int) -> None:
     if config.model.num_classes != num_classes:
         raise UserError(
             "the data has another number of classes than the model",
             got=f"{num_classes} classes",
-            allowed=f"the {config.model.num_classes} of {found.path}",
+            allowed=f"the {config.model.num_classes} of {path}",
             cure="give the data that it was trained for",
         )
-    has_ema = checkpoint.has_kind(found, "ema")
-    if kind == "ema" and not has_ema:
-        raise UserError("this run has no EMA", got=found.path, cure="evaluate --weights model")
-    tensors = checkpoint.read_tensors(found, kind or ("ema" if has_ema else "model"))
-    model = build_model(config.model)
-    model.load_state_dict(tensors)
-    return model, config.data
 
 
 def load_file(name: str, path: str, *, num_classes: int) -> tuple[GCViT, DataConfig]:

@@ -4,16 +4,22 @@ DCP's own planners know whole tensors and DTensors; a cut of ZeRO through a matr
 fragment is a chunk of a 1-D tensor, and any cut can be read from any other.
 """
 
+import hashlib
+import io
+import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -38,26 +44,53 @@ from gcvit.parallel.engine import Fragment
 
 METADATA_FILE = ".metadata"
 
+FileRecord = dict[str, Any]  # "bytes" and "sha256" of a file
 
-def write_fragments(folder: Path, fragments: Mapping[str, Fragment], group: dist.ProcessGroup) -> None:
-    """Write all ranks' fragments into `folder`, flushed to disk; replicas are divided over their ranks."""
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
-    dcp.save(dict(fragments), storage_writer=writer, planner=_SavePlanner(), process_group=group)
+
+def write_fragments(folder: Path, fragments: Mapping[str, Fragment], group: dist.ProcessGroup) -> dict[str, FileRecord]:
+    """Write all ranks' fragments into `folder`, flushed to disk; replicas are divided over their ranks.
+
+    Returns what this rank handed to the disk, by file name. Errors: OSError with the file's name, on all ranks alike.
+    """
+    # Without copying ahead DCP asks no accelerator anything: the fragments may be written by a thread beside training.
+    writer = dcp.FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
+    writer.fs = files = HashedFiles()
+    try:
+        # The planner holds the fragments: DCP's log of each entry of a state dict would cost more than planning it.
+        dcp.save({}, storage_writer=writer, planner=_SavePlanner(fragments), process_group=group)
+    except CheckpointException as error:
+        for _, (failure, _) in sorted(error.failures.items()):
+            if isinstance(failure, OSError):
+                raise failure from None
+        raise
+    return files.records
+
+
+def own_part(fragment: Fragment) -> Fragment:
+    """The part of a replicated fragment that this replica writes."""
+    per_replica = -(-fragment.data.numel() // fragment.num_replicas)
+    offset = min(fragment.replica * per_replica, fragment.data.numel())
+    return Fragment(fragment.data[offset : offset + per_replica], fragment.start + offset, fragment.shape)
 
 
 def read_fragments(folder: Path, fragments: Mapping[str, Fragment], group: dist.ProcessGroup | None) -> None:
-    """Fill each fragment in place; `group` None is a single process. Errors: UserError for unusable metadata."""
+    """Fill each fragment in place; `group` None is a single process. Errors: UserError for what cannot be read."""
     metadata = _read_metadata(folder / METADATA_FILE, fragments)  # before the ranks talk: DCP hides what is raised
     reader = _Reader(folder, metadata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-        dcp.load(
-            dict(fragments),
-            storage_reader=reader,
-            planner=_LoadPlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        try:
+            dcp.load(
+                {},
+                storage_reader=reader,
+                planner=_LoadPlanner(fragments, metadata),
+                process_group=group,
+                no_dist=group is None,
+            )
+        except CheckpointException as error:
+            _, (failure, _) = min(error.failures.items())
+            got = f"{type(failure).__name__}: {failure}"
+            raise UserError(f"cannot read the tensors of {folder}", got=got, cure="use another checkpoint") from None
 
 
 def _read_metadata(path: Path, fragments: Mapping[str, Fragment]) -> Metadata:
@@ -74,13 +107,59 @@ def _read_metadata(path: Path, fragments: Mapping[str, Fragment]) -> Metadata:
     return metadata
 
 
+class HashedFiles(FileSystem):
+    """Hashes what it writes on its way to the disk, and adds the file's name to any error."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}  # by file name
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb", mode
+        raw = None
+        try:
+            with _HashedFile(path) as raw, io.BufferedWriter(raw, 1 << 20) as stream:
+                yield stream
+        except Exception as error:
+            failure = raw.failure if raw and raw.failure else error  # torch.save tells of its own consequences
+            if not isinstance(failure, OSError):
+                raise
+            raise OSError(failure.errno, failure.strerror, str(path)) from None
+        self.records[Path(path).name] = {"bytes": raw.num_bytes, "sha256": raw.sha256.hexdigest()}
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+
+
+class _HashedFile(io.FileIO):
+    def __init__(self, path: str | os.PathLike[str]):
+        super().__init__(path, "wb")
+        self.sha256, self.num_bytes = hashlib.sha256(), 0
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            num_bytes = super().write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+        assert num_bytes is not None  # it is no pipe
+        self.sha256.update(memoryview(content)[:num_bytes])
+        self.num_bytes += num_bytes
+        return num_bytes
+
+
 class _SavePlanner(SavePlanner):
     """Writes each fragment as a range of a 1-D tensor; replicas are divided, so that all ranks write alike."""
 
+    def __init__(self, fragments: Mapping[str, Fragment]):
+        self._parts = {name: own_part(fragment) for name, fragment in fragments.items()}
+
     def set_up_planner(
-        self, state_dict: dict[str, Fragment], storage_meta: Any = None, is_coordinator: bool = False
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
     ) -> None:
-        self._parts = {name: _own_part(fragment) for name, fragment in state_dict.items()}
+        """Nothing to do: the fragments are known."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan([_write_item(name, part) for name, part in self._parts.items() if part.data.numel()])
@@ -98,11 +177,13 @@ class _SavePlanner(SavePlanner):
 class _LoadPlanner(LoadPlanner):
     """Reads the ranges that this rank holds, from whatever ranges were written."""
 
+    def __init__(self, fragments: Mapping[str, Fragment], metadata: Metadata):
+        self._parts, self._metadata = fragments, metadata
+
     def set_up_planner(
-        self, state_dict: dict[str, Fragment], metadata: Metadata | None = None, is_coordinator: bool = False
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        assert metadata is not None
-        self._parts, self._metadata = state_dict, metadata
+        """Nothing to do: the fragments and the metadata are known."""
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
@@ -127,13 +208,6 @@ class _LoadPlanner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing to do: the range was filled in place."""
-
-
-def _own_part(fragment: Fragment) -> Fragment:
-    """The part of a replicated fragment that this replica writes."""
-    per_replica = -(-fragment.data.numel() // fragment.num_replicas)
-    offset = min(fragment.replica * per_replica, fragment.data.numel())
-    return Fragment(fragment.data[offset : offset + per_replica], fragment.start + offset, fragment.shape)
 
 
 def _chunk(part: Fragment) -> ChunkStorageMetadata:

@@ -4,6 +4,7 @@ Sums stay on the device between logging steps; only there are they read, once, a
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ class Metrics:
         self._total_steps = total_steps
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         self._refused = torch.zeros((), device=world.device)
+        # In fp16 a loss scale that grows too high is refused every so often: nothing to shout about.
+        self._refused_word = "refused" if config.precision == "fp16" else "REFUSED"
         self._num_steps, self._since = 0, time.perf_counter()
         self._rows: Path | None = None
         self._events: SummaryWriter | None = None
@@ -48,28 +51,30 @@ class Metrics:
 
     def add(self, loss_sum: Tensor, result: StepResult) -> None:
         """Take in one step: the sum of this rank's losses and what the update did. Waits for nothing."""
-        self._loss_sum += loss_sum
+        self._loss_sum += torch.where(result.applied > 0, loss_sum, 0.0)  # one NaN would hide all others
         self._refused += 1 - result.applied
         self._num_steps += 1
         if self._bar is not None:
             self._bar.update()
 
     def log_step(self, step: int, lr: float, result: StepResult) -> None:
-        """Log the mean over the steps since the last call; `step` counts finished steps."""
-        loss = self._world.sum(self._loss_sum).item() / (self._num_steps * self._batch_size)
+        """Log the mean over the steps since the last call that were not refused; `step` counts finished steps."""
+        num_refused = int(self._refused.item())
+        num_samples = (self._num_steps - num_refused) * self._batch_size
+        loss = self._world.sum(self._loss_sum).item() / num_samples if num_samples else math.nan
         seconds = time.perf_counter() - self._since
         row = {
             "loss": loss,
             "lr": lr,
             "grad_norm": result.grad_norm.item(),
-            "refused_steps": int(self._refused.item()),
+            "refused_steps": num_refused,
             "images_per_second": self._num_steps * self._batch_size / seconds,
         }
         self._write(step, "train", row)
         self._say(
             f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {lr:.3g}  norm {row['grad_norm']:.3g}"
             f"  {row['images_per_second']:.0f} img/s"
-            + (f"  REFUSED {row['refused_steps']} steps: gradient not finite" if row["refused_steps"] else "")
+            + (f"  {self._refused_word} {num_refused} steps: gradient not finite" if num_refused else "")
         )
         self._loss_sum.zero_()
         self._refused.zero_()
@@ -82,6 +87,29 @@ class Metrics:
             f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}"
             + (f"  without {row['num_skipped']} DAMAGED samples" if row.get("num_skipped") else "")
         )
+
+    def log_checkpoint(self, step: int, row: dict[str, float | int]) -> None:
+        """Log a checkpoint that is complete: "stall_seconds" of the training, "write_seconds" beside it, "bytes"."""
+        self._write(step, "checkpoint", row)
+        self._say(
+            f"step {step}/{self._total_steps}  saved {row['bytes'] / 1e9:.3g} GB in {row['write_seconds']:.1f} s"
+            f"  training stopped for {row['stall_seconds']:.2f} s"
+        )
+
+    def log_bad_step(self, step: int, rank: int | None, what: str, samples: Sequence[str], num_samples: int) -> str:
+        """Log why a step was refused, and return the line: the "loss" or the "gradient" of samples of a rank.
+
+        `samples` names the first of `num_samples`; where there is none, no sample's own share was at fault.
+        """
+        row = {"rank": rank, "what": what, "samples": list(samples), "num_samples": num_samples}
+        self._append({"step": step, "kind": "bad_step", **row})
+        if samples:
+            more = f" and {num_samples - len(samples)} more" if num_samples > len(samples) else ""
+            text = f"{what} of {num_samples} samples on rank {rank}: {', '.join(samples)}{more}"
+        else:
+            text = "gradient of no sample in particular: of the stem's weights, or of a sum over the batch"
+        self._say(f"step {step}/{self._total_steps}  REFUSED, not finite: {text}")
+        return f"step {step}, {text}"
 
     def log_damage(self, step: int, new: Sequence[Damage], num_damaged: int) -> None:
         """Log samples that were found damaged and replaced by others; `num_damaged` counts all so far."""

@@ -1,14 +1,84 @@
 """AdamW in two groups, with and without weight decay; clipping and stepping without a word to the host."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gcvit.config import OptimConfig
-from gcvit.parallel.engine import StepResult
+from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, StepResult
+from gcvit.parallel.loss_scale import LossScale
 
 BIAS_TABLE = "bias_table"
+
+
+class Updater:
+    """The updates of an engine: AdamW over what this rank holds, clipping, the loss scale of fp16, and the counters.
+
+    `held` are this rank's fp32 tensors by parameter name, whole or in part, on the device or on the host; `shapes`
+    those of the wholes. `group` are the ranks that hold the other parts, None where all are held whole. Gradients
+    are looked for in `held[name].grad`, times the loss scale where there is one.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        optim: OptimConfig,
+        device: torch.device,
+        *,
+        fp16: bool,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self._held = held
+        self._optimizer = build_adamw(((name, tuple(shapes[name]), tensor) for name, tensor in held.items()), optim)
+        create_moments(self._optimizer)
+        self._clip_norm = optim.clip_norm
+        self._device = device
+        self._group = group
+        self._loss_scale = LossScale(device) if fp16 else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as backward wants it."""
+        return loss if self._loss_scale is None else loss * self._loss_scale.value
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update or refuse, and forget the gradients."""
+        grads = [tensor.grad for tensor in self._held.values() if tensor.grad is not None]
+        norm = global_norm(grads)
+        if self._group is not None:
+            norm = self._over_ranks(norm)
+        scale = None if self._loss_scale is None else self._loss_scale.value.to(norm.device)
+        result = clip_and_step(self._optimizer, grads, norm, self._clip_norm, lr, scale)
+        self._optimizer.zero_grad()
+        result = StepResult(result.grad_norm.to(self._device), result.applied.to(self._device))
+        if self._loss_scale is not None:
+            self._loss_scale.update(result.applied)
+        return result
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by kind and parameter name."""
+        state = self._optimizer.state
+        moments = {kind: {n: state[tensor][kind] for n, tensor in self._held.items()} for kind in (EXP_AVG, EXP_AVG_SQ)}
+        return {MODEL: dict(self._held), **moments}
+
+    def counters(self) -> Counters:
+        updates = int(next(iter(self._optimizer.state.values()))["step"].item())
+        return Counters(updates) if self._loss_scale is None else Counters(updates, *self._loss_scale.get())
+
+    def set_counters(self, counters: Counters) -> None:
+        for state in self._optimizer.state.values():
+            state["step"].fill_(counters.updates)
+        if self._loss_scale is not None:
+            self._loss_scale.set(counters.loss_scale, counters.loss_scale_updates)
+
+    def _over_ranks(self, norm: Tensor) -> Tensor:
+        """The norm over the group's ranks, added up in their order: replicas in other groups get the same bits."""
+        assert self._group is not None
+        norms = torch.empty(self._group.size(), dtype=norm.dtype, device=self._device)
+        dist.all_gather_into_tensor(norms, norm.view(1).to(self._device), group=self._group)
+        return torch.linalg.vector_norm(norms).to(norm.device)
 
 
 def decays(name: str, shape: Iterable[int], *, decay_bias_tables: bool) -> bool:
@@ -69,16 +139,28 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
 
 
 def clip_and_step(
-    optimizer: torch.optim.AdamW, grads: list[Tensor], norm: Tensor, clip_norm: float | None, lr: float
+    optimizer: torch.optim.AdamW,
+    grads: list[Tensor],
+    norm: Tensor,
+    clip_norm: float | None,
+    lr: float,
+    loss_scale: Tensor | None = None,
 ) -> StepResult:
     """Clip `grads` in place to `clip_norm` by their global `norm`, then update, without waiting for the device.
 
-    A non-finite norm reaches the fused AdamW as `found_inf`, the flag of gradient scaling: the kernel then leaves
-    parameters, moments and step counters untouched.
+    Gradients and norm are `loss_scale` times too large, where it is given. A non-finite norm reaches the fused AdamW
+    as `found_inf`, the flag of gradient scaling: the kernel then leaves parameters, moments and step counters
+    untouched.
     """
     found_inf = (~torch.isfinite(norm)).float()
+    factor = None
+    if loss_scale is not None:
+        norm, factor = norm / loss_scale, 1.0 / loss_scale
     if clip_norm is not None:
-        torch._foreach_mul_(grads, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+        clip = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
+        factor = clip if factor is None else clip * factor
+    if factor is not None:
+        torch._foreach_mul_(grads, factor)
     set_lr(optimizer, lr)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.step()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gcvit import checkpoint, runfolder
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import Checkpoint, RunState
 from gcvit.config import Config
 from gcvit.damage import DamageBudget
 from gcvit.data.assignment import holds_whole_lanes
@@ -23,6 +23,7 @@ from gcvit.model.variants import fetch_weights
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
 from gcvit.parallel.world import World
+from gcvit.saver import Saver
 from gcvit.schedule import Schedule, build_schedule, to_samples, to_steps
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
@@ -51,6 +52,7 @@ class Run:
     engine: Engine
     ema: Ema | None
     state: RunState
+    saver: Saver
     metrics: Metrics
     damage: DamageBudget
 
@@ -99,10 +101,10 @@ def start(
     micro_steps = num_micro_steps(config.global_batch_size, world.size, trainer.micro_batch_size, paired)
     with ExitStack() as stack:
         world.on_first(lambda: stack.enter_context(runfolder.locked(config.run_dir)))
-        found = world.on_first(lambda: runfolder.choose_checkpoint(config.run_dir, resume))
+        found, damaged = runfolder.open_sound(config.run_dir, resume, world)
         engine = build_engine(config, world, num_micro_steps=micro_steps)
         if init_from and found:
-            notices = [*notices, f"--init-from is not needed: the run goes on from {found}"]
+            notices = [*notices, f"--init-from is not needed: the run goes on from {found.path}"]
         elif init_from:
             notices = [*notices, f"initial weights: {load_weights(engine, init_from)}"]
         ema = None
@@ -116,7 +118,7 @@ def start(
         state = RunState()
         if found:
             state, changes = restore(found, engine, ema, config, train)
-            notices = [*notices, *changes]
+            notices = [*notices, *changes, *world.on_first(lambda: runfolder.set_aside(damaged))]
         if state.step > schedule.total_steps:
             raise UserError(
                 "the checkpoint is past the schedule's end",
@@ -160,7 +162,11 @@ def start(
                 f"which want {wanted:.2g}: shards will come again and again; raise it, or start with fewer data.lanes"
             )
         damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
-        yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, metrics, damage)
+        folder = runfolder.checkpoints_of(config.run_dir)
+        saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints)
+        metrics.say(saver.begin(state, all_fragments(engine, ema)))
+        stack.push(saver)
+        yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, saver, metrics, damage)
 
 
 def settle_damage(run: Run) -> None:
@@ -196,30 +202,29 @@ def evaluate_all(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint by all ranks together, then delete old ones."""
+    """Begin to write a checkpoint, by all ranks together. Errors: as `Saver.save`."""
     run.state.counters = run.engine.counters()
     run.state.ema_updates = run.ema.updates if run.ema else 0
-    folder = runfolder.checkpoints_of(run.config.run_dir)
     info = {
         "config": run.config.model_dump(mode="json"),
         "data": run.train.digest,
         "world_size": run.world.size,
+        "classes": list(run.train.classes),
     }
-    checkpoint.save(folder, run.state, all_fragments(run.engine, run.ema), info, run.world)
-    if run.world.is_first:
-        checkpoint.prune(folder, keep=run.config.trainer.keep_checkpoints, best_step=run.state.best_step)
+    run.saver.save(run.state, all_fragments(run.engine, run.ema), info)
 
 
-def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: Source) -> tuple[RunState, list[str]]:
+def restore(
+    found: Checkpoint, engine: Engine, ema: Ema | None, config: Config, train: Source
+) -> tuple[RunState, list[str]]:
     """Go on from a checkpoint of any engine and world size; returns the state, and how the config has changed.
 
     Errors: UserError where it is another run's, or would not be the same run any more.
     """
-    found = engine.world.on_first(lambda: checkpoint.open_checkpoint(path))
     if found.info["data"] != train.digest:
         raise UserError(
             "the checkpoint was trained on other data",
-            got=path,
+            got=found.path,
             cure="give that data, or start another run with --init-from",
         )
     if found.info["config"]["seed"] != config.seed:
@@ -242,20 +247,20 @@ def restore(path: Path, engine: Engine, ema: Ema | None, config: Config, train: 
             got=config.global_batch_size,
             allowed=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
         )
-    if path.parent.resolve() != runfolder.checkpoints_of(config.run_dir).resolve():
+    if found.path.parent.resolve() != runfolder.checkpoints_of(config.run_dir).resolve():
         state.best_top1, state.best_step = -1.0, -1  # the best lies in the other run's folder
     elif config.global_batch_size != found.info["config"]["global_batch_size"]:
         raise UserError(
             "another global batch would number the steps of this folder anew",
             got=config.global_batch_size,
             allowed=found.info["config"]["global_batch_size"],
-            cure=f"go on in another run: --tag NAME --resume {path}",
+            cure=f"go on in another run: --tag NAME --resume {found.path}",
         )
     elif ema is None and checkpoint.has_kind(found, "ema"):
         raise UserError(
             "the run has an EMA, which would be lost",
             got="ema=null",
-            cure=f"keep ema (--model-ema), or go on in another run: --tag NAME --resume {path}",
+            cure=f"keep ema (--model-ema), or go on in another run: --tag NAME --resume {found.path}",
         )
     state.step = state.samples // config.global_batch_size
     kinds = all_fragments(engine, ema)

@@ -5,14 +5,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gcvit import checkpoint
+from gcvit.checkpoint import Checkpoint, DamagedError
 from gcvit.config import Config
 from gcvit.config_file import dump_config
 from gcvit.errors import UserError
+from gcvit.parallel.world import World
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -57,6 +59,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     """What `--resume auto|none|PATH` means: the checkpoint to go on from, or None for a fresh start.
 
+    Whether it is sound is asked by `open_sound`.
+
     Errors: UserError for a fresh start over an old run, or a path that holds no checkpoint.
     """
     newest = checkpoint.latest(checkpoints_of(run_dir))
@@ -79,6 +83,46 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
             cure="choose another --tag for the new branch, or move those away",
         )
     return chosen
+
+
+def open_sound(run_dir: Path, resume: str, world: World) -> tuple[Checkpoint | None, list[DamagedError]]:
+    """The checkpoint to go on from, checked to the last byte, and the newer ones that are damaged; all ranks together.
+
+    Only with "auto" are damaged ones passed over. Errors, on all ranks alike: as `choose_checkpoint`, and UserError
+    naming the damaged file of the newest where none is sound.
+    """
+    chosen = world.on_first(lambda: choose_checkpoint(run_dir, resume))
+    if chosen is None:
+        return None, []
+    paths = [chosen] if resume != "auto" else world.on_first(lambda: checkpoint.complete_ones(chosen.parent)[::-1])
+    damaged: list[DamagedError] = []
+    for path in paths:
+        try:
+            found = world.on_first(lambda path=path: checkpoint.open_checkpoint(path))  # type: ignore[misc]
+            return checkpoint.check(found, world), damaged
+        except DamagedError as error:
+            damaged.append(error)
+    raise damaged[0]
+
+
+def set_aside(damaged: Iterable[DamagedError]) -> list[str]:
+    """Rename damaged checkpoints to `step_N.damaged`, so that the run can save these steps again; by one rank.
+
+    Returns what the user must hear. Errors: UserError.
+    """
+    notices = []
+    for error in damaged:
+        folder = error.path.parent
+        places = (folder.with_name(f"{folder.name}.damaged{suffix}") for suffix in ("", *map(str, range(2, 1000))))
+        place = next(path for path in places if not path.exists())
+        try:
+            folder.rename(place)
+        except OSError as failure:
+            got = f"{folder} ({failure.strerror})"
+            raise UserError("cannot rename a damaged checkpoint", got=got, cure="move it away") from None
+        notices.append(f"WARNING: {error}")
+        notices.append(f"WARNING: the one before is taken instead; the damaged one is kept as {place}")
+    return notices
 
 
 def find_checkpoint(path: Path) -> Path:

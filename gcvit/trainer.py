@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -11,39 +12,62 @@ from gcvit.config import Config
 from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.loss import soft_target_loss
+from gcvit.nonfinite import BadSteps, poison_nonfinite
+from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World
 from gcvit.run import Run, evaluate_all, save, settle_damage
 from gcvit.schedule import is_time
 
 
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step did, on the device."""
+
+    lr: float
+    losses: list[Tensor]  # [b] of each micro-step, of this rank's samples
+    loss_sum: Tensor  # []
+    result: StepResult
+
+
 def train(run: Run) -> None:
     """Train to the schedule's end. Every rank calls it."""
-    config, world, engine, state = run.config, run.world, run.engine, run.state
-    last = run.schedule.total_steps
-    augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
-    for step, batches in enumerate(islice(run.stream, last - state.step), start=state.step):
-        engine.module.train()
-        loss_sum = torch.zeros((), device=world.device)
-        for micro_step, (images, targets) in enumerate(on_device(batches, augment, step, config, world)):
-            seed_drop_path(config.seed, step, micro_step, world.rank)
-            loss = soft_target_loss(engine(images), targets).sum()
-            engine.backward(loss)
-            loss_sum += loss.detach()
-        lr = run.schedule.lr(step)
-        result = engine.step(lr)
+    state, last = run.state, run.schedule.total_steps
+    bad_steps = BadSteps(run)
+    for batches in islice(run.stream, last - state.step):
+        step = take_step(run, batches)
         if run.ema:
             run.ema.update()
-        run.metrics.add(loss_sum, result)
+        run.metrics.add(step.loss_sum, step.result)
         run.damage.add(batches)
+        bad_steps.add(batches, step.losses, step.result)
 
-        state.step, state.samples = step + 1, state.samples + config.global_batch_size
+        state.step, state.samples = state.step + 1, state.samples + run.config.global_batch_size
         if is_time(state.step, run.every.log, last):
-            run.metrics.log_step(state.step, lr, result)
+            run.metrics.log_step(state.step, step.lr, step.result)
             settle_damage(run)
+            bad_steps.settle()
+            run.saver.poll()
         with run.metrics.off_the_clock():
             is_best = is_time(state.step, run.every.evaluate, last) and evaluate_all(run)
             if is_best or is_time(state.step, run.every.save, last):
+                bad_steps.settle()  # a hopeless run is not saved without a word
                 save(run)
+
+
+def take_step(run: Run, batches: tuple[Batch, ...]) -> Step:
+    """The update that follows `state.step` finished ones."""
+    config, world, engine, step = run.config, run.world, run.engine, run.state.step
+    augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
+    engine.module.train()
+    all_losses, loss_sum = [], torch.zeros((), device=world.device)
+    for micro_step, (images, targets) in enumerate(on_device(batches, augment, step, config, world)):
+        seed_drop_path(config.seed, step, micro_step, world.rank)
+        losses = soft_target_loss(engine(images), targets)
+        engine.backward(poison_nonfinite(losses).sum())
+        all_losses.append(losses.detach())
+        loss_sum += losses.detach().sum()
+    lr = run.schedule.lr(step)
+    return Step(lr, all_losses, loss_sum, engine.step(lr))
 
 
 def on_device(

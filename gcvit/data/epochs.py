@@ -47,21 +47,9 @@ class Epochs:
         return picks
 
     def _plan(self, epoch: int) -> EpochOrder:
-        order = self._order(epoch)
+        order = order_of(self._source, self._config, epoch)
         order.plan(self._lanes(epoch))
         return order
-
-    def _order(self, epoch: int) -> EpochOrder:
-        data = self._config.data
-        return EpochOrder(
-            self._source.first,
-            self._source.length,
-            seed=self._config.seed,
-            epoch=epoch,
-            lanes=data.lanes,
-            run_bytes=data.run_bytes,
-            open_runs=data.open_runs,
-        )
 
     def _lanes(self, epoch: int) -> Indices:
         slots = (np.arange(self._config.data.lanes) + epoch * self._source.num_samples) % self._period
@@ -71,6 +59,32 @@ class Epochs:
         """Shards in the order in which they are needed, epoch after epoch; runs in the prefetcher's thread."""
         for epoch in itertools.count(self._start_epoch):
             start_entry = self._start_entry if epoch == self._start_epoch else 0
-            for shard in self._order(epoch).shards(self._lanes(epoch), start_entry):
+            for shard in order_of(self._source, self._config, epoch).shards(self._lanes(epoch), start_entry):
                 self._use[epoch, shard] = len(self._use) + 1
                 yield shard
+
+
+def order_of(source: Source, config: Config, epoch: int) -> EpochOrder:
+    data = config.data
+    return EpochOrder(
+        source.first,
+        source.length,
+        seed=config.seed,
+        epoch=epoch,
+        lanes=data.lanes,
+        run_bytes=data.run_bytes,
+        open_runs=data.open_runs,
+    )
+
+
+def find_samples(source: Source, config: Config, numbers: Indices) -> Indices:
+    """The samples that a run takes as its `numbers` [n]: step * global_batch_size + position, counted from 0.
+
+    Their lanes are planned anew, in seconds for a large set: for the rare look back.
+    """
+    epochs, places = np.divmod(numbers, source.num_samples)
+    samples = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        samples[here] = order_of(source, config, int(epoch)).take(places[here]).samples
+    return samples

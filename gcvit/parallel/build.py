@@ -1,16 +1,22 @@
-"""The one place where parallelism is applied, from outside, in this order: recompute, (compile,) shard, fill."""
+"""The one place where parallelism is applied, from outside, in this order: recompute, compile, shard, fill."""
 
 from typing import Any
 
 import torch
 
 from gcvit.config import Config, FsdpConfig, ModelConfig, ZeroConfig
+from gcvit.data.assignment import micro_batch_capacity
+from gcvit.errors import UserError
 from gcvit.model import GCViT, create_model
+from gcvit.parallel.budget import Compute, recompute_within
+from gcvit.parallel.compiled import compile_parts
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.parallel.engine import MODEL, Engine, fill
 from gcvit.parallel.fsdp import FsdpEngine
 from gcvit.parallel.recompute import recompute_parts
 from gcvit.parallel.world import World
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(model: ModelConfig) -> GCViT:
@@ -24,27 +30,50 @@ def build_model(model: ModelConfig) -> GCViT:
     )
 
 
-def build_engine(config: Config, world: World, *, num_micro_steps: int) -> Engine:
-    """The engine that the config names, with the seed's initial weights: the same for every engine and world."""
+def build_engine(config: Config, world: World, *, num_micro_steps: int, notices: list[str] | None = None) -> Engine:
+    """The engine that the config names, with the seed's initial weights: the same for every engine and world.
 
+    What was chosen for the user is added to `notices`. Errors: UserError for options that cannot be had here.
+    """
+    if config.compile and config.zero is not None and config.zero.stage == 3:
+        raise UserError(
+            "zero.stage=3 gathers the weights of each layer inside of what would be compiled",
+            got="compile=true, zero.stage=3",
+            cure="set compile=false, or take engine=fsdp, which shards as much",
+        )
     # On meta a model is only shapes: an engine that shards never holds the whole.
     with torch.device("meta"):
         module = build_model(config.model)
-    recompute_parts(module, config.activation_checkpointing)
-    common: dict[str, Any] = {
-        "global_batch_size": config.global_batch_size,
-        "num_micro_steps": num_micro_steps,
-        "bf16": config.precision == "bf16",
-    }
+    dtype = _DTYPES[config.precision]
+    if config.activation_budget_bytes is None:
+        recompute_parts(module, config.activation_checkpointing)
+    else:
+        notice = _recompute_within_budget(module, config, dtype, world)
+        if notices is not None:
+            notices.append(notice)
+    if config.compile:
+        compile_parts(module)
+    common: dict[str, Any] = {"global_batch_size": config.global_batch_size, "num_micro_steps": num_micro_steps}
     engine: Engine
     if config.engine == "ddp":
-        engine = DdpEngine(module, config.optim, world, img_size=config.model.img_size, **common)
+        engine = DdpEngine(module, config.optim, world, img_size=config.model.img_size, dtype=dtype, **common)
     elif config.engine == "fsdp":
-        engine = FsdpEngine(module, config.optim, config.fsdp or FsdpConfig(), world, **common)
+        engine = FsdpEngine(module, config.optim, config.fsdp or FsdpConfig(), world, dtype=dtype, **common)
     else:
         from gcvit.parallel.zero import ZeroEngine  # loading DeepSpeed takes seconds, and only zero needs it
 
-        engine = ZeroEngine(module, config.optim, config.zero or ZeroConfig(), world, **common)
+        bf16 = config.precision == "bf16"
+        engine = ZeroEngine(module, config.optim, config.zero or ZeroConfig(), world, bf16=bf16, **common)
     fill(engine.fragments()[MODEL], lambda name: module.initial_value(name, config.seed))
     engine.refresh()
     return engine
+
+
+def _recompute_within_budget(module: GCViT, config: Config, dtype: torch.dtype, world: World) -> str:
+    paired = config.augment.mix is not None
+    num_images = micro_batch_capacity(
+        config.global_batch_size, world.size, config.trainer.micro_batch_size, paired=paired
+    )
+    compute = Compute(world.device, dtype, autocast=config.engine == "ddp")
+    assert config.activation_budget_bytes is not None
+    return recompute_within(config.activation_budget_bytes, module, compute, num_images, world)

@@ -6,13 +6,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcvit.config import OptimConfig
 from gcvit.model import GCViT
-from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
+from gcvit.optim import Updater
+from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
 
 
 class DdpEngine:
-    """See `engine.py`. `module` is on the meta device; bf16 is autocast over fp32 weights."""
+    """See `engine.py`. `module` is on the meta device; a `dtype` below fp32 is autocast over fp32 weights."""
 
     def __init__(
         self,
@@ -23,22 +23,25 @@ class DdpEngine:
         img_size: int,
         global_batch_size: int,
         num_micro_steps: int,
-        bf16: bool,
+        dtype: torch.dtype,
     ):
         module.to_empty(device=world.device)
         module.init_buffers()
         for p in module.parameters():
             nn.init.zeros_(p)  # until the fragments are filled: the dry passes below must not meet a NaN
+            if p.ndim == 4 and p.shape[1] == 1:
+                # A depthwise gradient comes in the strides of channels-last: the same bytes in the same order, but
+                # DDP compares the strides with the parameter's, and warns.
+                p.data = p.data.squeeze(1).unsqueeze(3).movedim(3, 1)
         self.module = module
         self.world = world
         self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
-        self._parameters = dict(module.named_parameters())
-        self._optimizer = build_adamw(((n, tuple(p.shape), p) for n, p in self._parameters.items()), optim)
-        create_moments(self._optimizer)
-        self._clip_norm = optim.clip_norm
-        self._loss_scale = world.size / global_batch_size  # DDP averages over ranks
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        held, fp16 = dict(module.named_parameters()), dtype == torch.float16
+        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16)
+        self._loss_factor = world.size / global_batch_size  # DDP averages over ranks
         self._num_micro_steps = num_micro_steps
-        self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+        self._autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
         self._settle_buckets(img_size)
         self._begin_micro_step(0)
 
@@ -48,38 +51,33 @@ class DdpEngine:
             return model(images).float()
 
     def backward(self, loss_sum: Tensor) -> None:
-        (loss_sum * self._loss_scale).backward()
+        self._updater.scaled(loss_sum * self._loss_factor).backward()
         self._begin_micro_step(self._micro_step + 1)
 
     def step(self, lr: float) -> StepResult:
         assert self._micro_step == self._num_micro_steps, f"step after {self._micro_step} micro-steps"
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        result = clip_and_step(self._optimizer, grads, global_norm(grads), self._clip_norm, lr)
-        self._optimizer.zero_grad()
+        result = self._updater.step(lr)
         self._begin_micro_step(0)
         return result
 
     def fragments(self) -> dict[str, Fragments]:
+        rank, size = self.world.rank, self.world.size
         return {
-            MODEL: {name: self._whole(p.detach(), p.shape) for name, p in self._parameters.items()},
-            **{
-                kind: {n: self._whole(self._optimizer.state[p][kind], p.shape) for n, p in self._parameters.items()}
-                for kind in (EXP_AVG, EXP_AVG_SQ)
-            },
+            kind: {
+                name: Fragment(tensor.detach().view(-1), 0, self._shapes[name], replica=rank, num_replicas=size)
+                for name, tensor in tensors.items()
+            }
+            for kind, tensors in self._updater.tensors().items()
         }
 
     def refresh(self) -> None:
         """Nothing to do: the fragments are the model's own weights."""
 
     def counters(self) -> Counters:
-        return Counters(updates=int(next(iter(self._optimizer.state.values()))["step"].item()))
+        return self._updater.counters()
 
     def set_counters(self, counters: Counters) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(counters.updates)
-
-    def _whole(self, tensor: Tensor, shape: torch.Size) -> Fragment:
-        return Fragment(tensor.view(-1), 0, shape, replica=self.world.rank, num_replicas=self.world.size)
+        self._updater.set_counters(counters)
 
     def _begin_micro_step(self, micro_step: int) -> None:
         self._micro_step = micro_step
@@ -96,6 +94,6 @@ class DdpEngine:
         image = torch.zeros(1, 3, img_size, img_size, device=self.world.device)
         self.module.train()
         for _ in range(2):
-            with self._autocast:
+            with self._autocast, torch.compiler.set_stance("force_eager"):  # one image is no batch to compile for
                 self._ddp(image).float().sum().backward()
             self.module.zero_grad()

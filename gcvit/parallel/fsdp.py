@@ -5,17 +5,25 @@ flattened tensor. The optimizer works on these local tensors directly: AdamW is 
 the overhead of dispatching each operation through DTensor.
 """
 
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from gcvit.config import FsdpConfig, OptimConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
-from gcvit.optim import build_adamw, clip_and_step, create_moments, global_norm
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
+from gcvit.optim import Updater
+from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.world import World
 
 
@@ -31,31 +39,56 @@ class FsdpEngine:
         *,
         global_batch_size: int,
         num_micro_steps: int,
-        bf16: bool,
+        dtype: torch.dtype,
     ):
-        last = world.size - 1
-        if not any(last * -(-p.shape[0] // world.size) < p.shape[0] for p in module.parameters()):
+        shard_size = fsdp.shard_size or world.size
+        if world.size % shard_size:
+            raise UserError(
+                "fsdp.shard_size does not divide the processes into equal copies of the model",
+                got=shard_size,
+                allowed=f"a divisor of {world.size} processes",
+            )
+        last = shard_size - 1
+        if not any(last * -(-p.shape[0] // shard_size) < p.shape[0] for p in module.parameters()):
             raise UserError(
                 "engine=fsdp cuts parameters by rows, and there are too few for all processes",
-                got=f"{world.size} processes",
-                cure="start fewer, or take engine=ddp: the model is small",
+                got=f"{shard_size} processes to share a copy",
+                cure="start fewer, set a smaller fsdp.shard_size, or take engine=ddp: the model is small",
             )
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        self._num_replicas, self._shard_size = world.size // shard_size, shard_size
+        self._replica, self._shard_rank = divmod(world.rank, shard_size)
+        # Ranks of a node are neighbours: the gathering of parameters stays within it where shard_size lets it.
+        shape = (self._num_replicas, shard_size) if self._num_replicas > 1 else (shard_size,)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        common: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if dtype == torch.float32 else dtype,
+                reduce_dtype=torch.bfloat16 if fsdp.reduce_dtype == "bf16" else torch.float32,
+            ),
+            "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            if fsdp.cpu_offload
+            else OffloadPolicy(),
+        }
         for unit in _units(module, fsdp.unit_parameters):
-            fully_shard(unit, mp_policy=policy, reshard_after_forward=fsdp.reshard_after_forward)
-        fully_shard(module, mp_policy=policy)
-        module.to_empty(device=world.device)
+            fully_shard(unit, reshard_after_forward=fsdp.reshard_after_forward, **common)
+        fully_shard(module, **common)
+        module.to_empty(device="cpu" if fsdp.cpu_offload else world.device)
         module.init_buffers()
         self.module = module
         self.world = world
         self._parameters = dict(module.named_parameters())
-        self._shards = {name: _local(p) for name, p in self._parameters.items()}
         # A rank past the last row holds nothing of a small parameter.
-        self._held = {name: shard for name, shard in self._shards.items() if shard.numel()}
-        self._optimizer = build_adamw(((n, tuple(self._parameters[n].shape), s) for n, s in self._held.items()), optim)
-        create_moments(self._optimizer)
-        self._clip_norm = optim.clip_norm
-        self._loss_scale = world.size / global_batch_size  # FSDP2 averages over ranks
+        self._held = {name: shard for name, p in self._parameters.items() if (shard := _local(p)).numel()}
+        self._updater = Updater(
+            self._held,
+            {name: p.shape for name, p in self._parameters.items()},
+            optim,
+            world.device,
+            fp16=dtype == torch.float16,
+            group=mesh.get_group("shard") if shard_size > 1 else None,
+        )
+        self._loss_factor = world.size / global_batch_size  # FSDP2 averages over all ranks
         self._num_micro_steps = num_micro_steps
         self._begin_micro_step(0)
 
@@ -63,32 +96,22 @@ class FsdpEngine:
         return self.module(images).float()
 
     def backward(self, loss_sum: Tensor) -> None:
-        (loss_sum * self._loss_scale).backward()
+        self._updater.scaled(loss_sum * self._loss_factor).backward()
         self._begin_micro_step(self._micro_step + 1)
 
     def step(self, lr: float) -> StepResult:
         assert self._micro_step == self._num_micro_steps, f"step after {self._micro_step} micro-steps"
         for name, shard in self._held.items():
             shard.grad = _local(self._parameters[name].grad)
-        grads = [shard.grad for shard in self._held.values() if shard.grad is not None]
-        norm = global_norm(grads)
-        if self.world.size > 1:
-            squared = norm.square()
-            dist.all_reduce(squared)
-            norm = squared.sqrt()
-        result = clip_and_step(self._optimizer, grads, norm, self._clip_norm, lr)
-        self._optimizer.zero_grad()
         self.module.zero_grad()
+        result = self._updater.step(lr)
         self._begin_micro_step(0)
         return result
 
     def fragments(self) -> dict[str, Fragments]:
         return {
-            MODEL: {name: self._fragment(name, shard) for name, shard in self._held.items()},
-            **{
-                kind: {n: self._fragment(n, self._optimizer.state[s][kind]) for n, s in self._held.items()}
-                for kind in (EXP_AVG, EXP_AVG_SQ)
-            },
+            kind: {name: self._fragment(name, tensor) for name, tensor in tensors.items()}
+            for kind, tensors in self._updater.tensors().items()
         }
 
     def refresh(self) -> None:
@@ -98,16 +121,16 @@ class FsdpEngine:
                 part.reshard()
 
     def counters(self) -> Counters:
-        return Counters(updates=int(next(iter(self._optimizer.state.values()))["step"].item()))
+        return self._updater.counters()
 
     def set_counters(self, counters: Counters) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(counters.updates)
+        self._updater.set_counters(counters)
 
     def _fragment(self, name: str, shard: Tensor) -> Fragment:
         shape = self._parameters[name].shape
-        rows_per_rank = -(-shape[0] // self.world.size)
-        return Fragment(shard, self.world.rank * rows_per_rank * (shape.numel() // shape[0]), shape)
+        rows_per_rank = -(-shape[0] // self._shard_size)
+        start = self._shard_rank * rows_per_rank * (shape.numel() // shape[0])
+        return Fragment(shard, start, shape, replica=self._replica, num_replicas=self._num_replicas)
 
     def _begin_micro_step(self, micro_step: int) -> None:
         self._micro_step = micro_step

@@ -1,30 +1,105 @@
 """Activation checkpointing: forget what a part of the model computed, and compute it again in backward."""
 
 import functools
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gcvit.model import GCViT
+from gcvit.model.layers import Block
+
+# What `F.linear` becomes. Attention's products are computed again: they are quick, and the scores of a 14 x 14 window
+# are larger than all that its block keeps of linear layers. Convolutions make the model's largest maps.
+_LINEAR = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 
 
 def recompute_parts(model: GCViT, mode: str) -> None:
-    """Checkpoint the model's cut points in place: with mode "full" all of them, with "none" nothing.
+    """Checkpoint parts of the model in place: by "none" nothing, by "blocks" the blocks, by "full" all cut points.
 
-    The cut points are the stem, query generators, blocks and downsamplers: between them nothing is stored but the
-    maps that they hand on. The forward of each part is wrapped, not the module, so that names stay as they are; the
-    state of the random generator is kept, so that drop path falls alike both times.
+    "selective" takes all too, but keeps what their linear layers give. For mode "budget" see `budget.py`.
     """
     if mode == "none":
         return
-    assert mode == "full", mode
-    for name in model.cut_points():
+    assert mode in ("blocks", "full", "selective"), mode
+    names = model.cut_points()
+    if mode == "blocks":
+        names = [name for name in names if isinstance(model.get_submodule(name), Block)]
+    recompute(model, names, keep_linear=mode == "selective")
+
+
+def recompute(model: GCViT, names: Sequence[str], *, keep_linear: bool = False) -> None:
+    """Checkpoint these cut points: of each nothing is stored but its inputs, and where `keep_linear` those products.
+
+    The forward of each part is wrapped, not the module, so that names stay as they are; the state of the random
+    generator is kept, so that drop path falls alike both times.
+    """
+    for name in names:
         part = model.get_submodule(name)
-        part.forward = functools.partial(_forward, part.forward, part)
+        part.forward = functools.partial(_forward, part.forward, part, keep_linear)
 
 
-def _forward(forward: Callable[..., Tensor], part: nn.Module, *inputs: Tensor) -> Tensor:
+def _forward(forward: Callable[..., Tensor], part: nn.Module, keep_linear: bool, *inputs: Tensor) -> Tensor:
     if not part.training:
         return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False)
+    if not keep_linear:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+    context = _mark_products if torch.compiler.is_compiling() else _keep_products
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context)
+
+
+def _keep_products() -> tuple["_Keep", "_Reuse"]:
+    """Contexts of forward and of computing it again.
+
+    PyTorch's own count every operation and want the same ones both times; under ZeRO-3 they are not, for gathering
+    is done inside and depends on what is there already.
+    """
+    products: deque[Tensor] = deque()
+    return _Keep(products), _Reuse(products)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps what linear layers give."""
+
+    def __init__(self, products: deque[Tensor]):
+        super().__init__()
+        self._products = products
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op in _LINEAR:
+            self._products.append(out.detach())  # `out` itself would hold the graph that holds it
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """Hands out what was kept, in the same order, instead of computing it."""
+
+    def __init__(self, products: deque[Tensor]):
+        super().__init__()
+        self._products = products
+        self._last: Tensor | None = None
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in _LINEAR:
+            self._last = self._products.popleft()
+            return self._last
+        if op is torch.ops.aten.add_.Tensor and self._last is not None and _share_memory(args[0], self._last):
+            return args[0]  # ZeRO-3 adds a linear layer's bias in place: it was added to what was kept
+        return op(*args, **(kwargs or {}))
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _LINEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# The compiler wants PyTorch's contexts, which mark its graph.
+_mark_products = functools.partial(create_selective_checkpoint_contexts, _choose)

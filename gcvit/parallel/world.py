@@ -63,12 +63,20 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
+def join_world(deterministic: bool = False) -> Iterator[World]:
     """Start the process group named by the environment, and leave it in the end.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them this process is
-    a world of one (which still has a process group: FSDP2 and DeepSpeed want one).
+    a world of one (which still has a process group: FSDP2 and DeepSpeed want one). With `deterministic` it takes
+    kernels that give the same bits in every run, and fails at an operation that has none.
     """
+    if deterministic:
+        # Read when the first product is launched: with a workspace of its own, cuBLAS does not choose by what is free.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        # It would also fill all new memory with NaN, which costs time: nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")

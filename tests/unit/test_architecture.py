@@ -28,20 +28,27 @@ FLOORS = [
         *("gcvit.data.assignment", "gcvit.data.batch", "gcvit.data.transforms", "gcvit.data.decode"),
         *("gcvit.data.remote", "gcvit.data.shard_cache", "gcvit.data.epochs"),
         "gcvit.data.forkserver",
-        *("gcvit.parallel", "gcvit.parallel.world", "gcvit.parallel.engine"),
+        *("gcvit.parallel", "gcvit.parallel.world", "gcvit.parallel.engine", "gcvit.parallel.loss_scale"),
     ),
     ("gcvit.optim", "gcvit.loss", "gcvit.ema"),
     (
         "gcvit.data.stream",
-        *("gcvit.parallel.ddp", "gcvit.parallel.fsdp", "gcvit.parallel.zero", "gcvit.parallel.recompute"),
+        *(
+            "gcvit.parallel.ddp",
+            "gcvit.parallel.fsdp",
+            "gcvit.parallel.zero",
+            "gcvit.parallel.recompute",
+            "gcvit.parallel.budget",
+            "gcvit.parallel.compiled",
+        ),
     ),
     ("gcvit.parallel.build",),
     (
         *("gcvit.evaluator", "gcvit.checkpoint", "gcvit.export", "gcvit.metrics", "gcvit.report"),
-        *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage"),
+        *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage", "gcvit.replicas", "gcvit.saver"),
     ),
-    ("gcvit.run", "gcvit.plan"),
-    ("gcvit.trainer",),
+    ("gcvit.run", "gcvit.plan", "gcvit.nonfinite"),
+    ("gcvit.trainer", "gcvit.replay"),
     ("train", "evaluate", "gcvit.__main__"),
 ]
 # What of ours a part may import at most, beyond the floors.

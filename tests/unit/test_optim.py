@@ -93,6 +93,19 @@ def test_clip_and_step_equal_pytorchs(seed, scale, clip):
         torch.testing.assert_close(mine, other.detach(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("clip", [None, 0.5, 5.0])
+def test_a_loss_scale_leaves_no_trace(clip):
+    """A power of two, undone in the multiplication of clipping: the gradients too come out to the bit."""
+    left = []
+    for scale in (None, torch.tensor(2.0**13)):
+        optimizer, tensors = build(5, OptimConfig(lr=1e-3), scale=1.0 if scale is None else 2.0**13)
+        grads = [t.grad for t in tensors]
+        result = clip_and_step(optimizer, grads, global_norm(grads), clip, 1e-2, scale)
+        left.append([result.grad_norm, result.applied, *grads, *tensors])
+    for plain, scaled in zip(*left, strict=True):
+        assert torch.equal(plain, scaled)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("at", [(0, 0), (4, 8)])

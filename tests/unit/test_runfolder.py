@@ -75,7 +75,7 @@ def write_checkpoint(run_dir: Path, step: int, best_step: int = -1, suffix: str 
     path.mkdir(parents=True)
     state = {"step": step, "best_step": best_step}
     content = {"format": checkpoint.FORMAT, "state": state, "shapes": {}, "files": {}}
-    (path / checkpoint.STATE_FILE).write_text(json.dumps(content))
+    (path / checkpoint.STATE_FILE).write_bytes(checkpoint._to_json({**content, "sha256": checkpoint._digest(content)}))
     return path
 
 

@@ -23,6 +23,7 @@ TRAIN_FLAGS = [
     (("--resume",), "runs/a/checkpoints/step_00000010", "resume", "runs/a/checkpoints/step_00000010"),
     (("--resume",), "none", "resume", "none"),
     (("--init-from", "--init_from"), "gc_vit_tiny", "init_from", "gc_vit_tiny"),
+    (("--replay",), "7", "replay", 7),
     (("--local_rank", "--local-rank"), "3", "local_rank", "3"),
 ]
 EVALUATE_FLAGS = [
@@ -60,6 +61,7 @@ def configure(monkeypatch) -> Callable[..., Config]:
         monkeypatch.setattr(sys, "argv", [train.__file__, "--config", CONFIG, *words])
         monkeypatch.setitem(sys.modules, "gcvit.run", SimpleNamespace(open_sources=open_sources, start=None))
         monkeypatch.setitem(sys.modules, "gcvit.trainer", SimpleNamespace(train=None))
+        monkeypatch.setitem(sys.modules, "gcvit.replay", SimpleNamespace(replay=None))
         with pytest.raises(Stop) as stopped:
             train.main()
         return stopped.value.args[0]
@@ -100,6 +102,7 @@ def test_what_is_left_out_is_absent(parse):
         "model_ema": False,
         "resume": "auto",
         "init_from": None,
+        "replay": None,
         "local_rank": None,
         "overrides": [],
     }

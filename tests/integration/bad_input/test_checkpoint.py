@@ -4,15 +4,17 @@ import io
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import evaluate
 import train
+from gcvit.checkpoint import open_checkpoint, read_tensors
 from gcvit.model import create_model, weights
 from tests.integration.bad_input.refusals import CONFIG, SHORT, both, expect_line, hashes, refusal
-from tests.integration.launching import ROOT, environment, python, torchrun
+from tests.integration.launching import ROOT, environment, python, run, torchrun
 
 # ---- the model -----------------------------------------------------------------------------------
 
@@ -107,6 +109,112 @@ def test_a_checkpoint_of_another_model_is_told_by_all_ranks(images, finished, tm
     assert len(errors) == 1, done.stderr[-3000:]
     assert "checkpoint of another model" in errors[0]
     assert hashes(finished) == before
+
+
+# ---- the disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_twice(images, tmp_path_factory) -> Path:
+    """A run with a checkpoint after each of its two steps."""
+    runs = tmp_path_factory.mktemp("runs")
+    words = ["--config", CONFIG, "--data_dir", images, "--tag", "old", f"output_dir={runs}"]
+    done = python("train.py", *words, *SHORT, "trainer.save_every=1 step")
+    assert done.returncode == 0, done.stderr
+    return runs / "old"
+
+
+def go_on(run_dir: Path, images: Path) -> list[object]:
+    words = ["--config", CONFIG, "--data_dir", images, "--tag", run_dir.name, f"output_dir={run_dir.parent}"]
+    return [*words, *SHORT, "trainer.save_every=1 step"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [
+    ("__0_0.distcp", flip),
+    ("__0_0.distcp", Path.unlink),
+    (".metadata", flip),
+    (".metadata", Path.unlink),
+    ("state.json", flip),
+    ("state.json", Path.unlink),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
+def test_auto_alone_passes_over_a_damaged_checkpoint(file, damage, saved_twice, images, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "old"
+    shutil.copytree(saved_twice, run_dir)
+    newest = run_dir / "checkpoints/step_00000002"
+    damage(newest / file)
+    before = hashes(run_dir)
+    if (newest / "state.json").exists():
+        words = go_on(tmp_path / "new", images)
+        message = refusal(train.main, monkeypatch, *words, "--resume", newest)
+        assert f"damaged checkpoint: {newest / file}" in message
+        assert hashes(run_dir) == before
+
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, go_on(run_dir, images))])
+    train.main()
+    said = capsys.readouterr().err
+    assert f"WARNING: damaged checkpoint: {newest / file}" in said
+    assert "from step 1\n" in said
+    aside = newest.with_name("step_00000002.damaged")
+    assert str(aside) in said
+    damaged = {name.replace(str(newest), str(aside)): digest for name, digest in before.items() if str(newest) in name}
+    assert hashes(aside) == damaged, "what is damaged is the user's to look at"
+    again, first = open_checkpoint(newest), open_checkpoint(saved_twice / "checkpoints/step_00000002")
+    assert again.state == first.state
+    for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
+        tensors = read_tensors(first, kind)
+        for name, tensor in read_tensors(again, kind).items():
+            assert torch.equal(tensor, tensors[name]), name
+
+
+def test_nothing_is_touched_where_no_checkpoint_is_sound(saved_twice, images, tmp_path, monkeypatch):
+    run_dir = tmp_path / "old"
+    shutil.copytree(saved_twice, run_dir)
+    for step in (1, 2):
+        flip(run_dir / f"checkpoints/step_0000000{step}/.metadata")
+    before = hashes(run_dir)
+    message = refusal(train.main, monkeypatch, *go_on(run_dir, images))
+    assert f"damaged checkpoint: {run_dir / 'checkpoints/step_00000002/.metadata'}" in message
+    assert hashes(run_dir) == before
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_full_disk(num_processes, finished, images, tmp_path):
+    """No file may grow beyond 2 MB: the save fails beside the training, and all ranks stop."""
+    run_dir = tmp_path / "old"
+    shutil.copytree(finished, run_dir)
+    before = hashes(run_dir / "checkpoints")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    line += ["train.py", *map(str, go_on(run_dir, images)), "schedule.cosine=4 steps"]
+    done = run("bash", "-c", 'ulimit -f 2000; exec "$@"', "bash", *line)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, done.stderr[-3000:]
+    assert "cannot write the checkpoint" in errors[0]
+    assert str(run_dir / "checkpoints/step_00000003.tmp/__") in errors[0]
+    assert "File too large" in errors[0]
+    assert "--resume auto" in errors[0]
+    assert "exitcode  : 2" in done.stderr or "exitcode: 2" in done.stderr, "a restart cannot help"
+    assert hashes(run_dir / "checkpoints") == before
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_folder_that_cannot_be_written(images, tmp_path, monkeypatch):
+    """Told at the start, not after the first hours."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/checkpoints").write_text("")
+    message = refusal(train.main, monkeypatch, *go_on(tmp_path / "new", images))
+    assert f"cannot write the checkpoint: got {tmp_path / 'new/checkpoints'}" in message
+    assert not (tmp_path / "new/metrics.jsonl").exists(), "training began"
 
 
 # ---- the run's folder ----------------------------------------------------------------------------

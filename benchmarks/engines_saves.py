@@ -1,0 +1,163 @@
+"""What does a checkpoint cost the training? `python -m benchmarks.engines_saves [--quick] [--check] [--json FILE]`
+
+GC ViT-T (28 M parameters, with EMA: 0.45 GB of tensors) at 224 pixels, few images a step so that steps are short, on
+two processes, by ddp and by fsdp. Cycles of a few steps take turns: in one the first
+step ends with a real save, whose write goes on beside the next steps; in the other none does. Each starts when nothing
+is being written.
+
+    saving step   its median less that of the first step of the other cycles, in steps; bar: at most 1. The first
+                  save, which takes the memory for snapshots, is left out.
+    whole cost    the same of whole cycles: it counts also what the writer takes from the steps beside it
+
+On a machine with as many cores as processes the writer works in the training's time; with more, beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+BARS = {"saving_step": 1.0}  # steps of extra time, at most
+ENGINES = ("ddp", "fsdp")  # replicas, which are compared and divided; shards
+NUM_PROCESSES = 2
+IMAGES_PER_RANK = 2
+STEPS_PER_CYCLE = 3
+
+
+def make_images(root: Path) -> None:
+    """A data set that a run can be started on; its images are not what is measured."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(4):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+
+
+def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] | None:
+    """The results of one engine, from rank 0 of its processes, each of which calls it."""
+    from gcvit.config_file import load_config
+    from gcvit.loss import soft_target_loss
+    from gcvit.parallel.world import join_world
+    from gcvit.run import open_sources, save, start
+
+    torch.set_num_threads(1)
+    words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", "ema={half_life: 9 steps}"]
+    words += ["model.num_classes=4", "data.num_workers=0", "precision=fp32", "schedule.warmup=0 steps"]
+    words += [f"global_batch_size={NUM_PROCESSES * IMAGES_PER_RANK}", "augment.mix=null", "trainer.keep_checkpoints=1"]
+    config, _ = load_config(ROOT / "configs/gc_vit_tiny.yaml", [f"engine={name}", *words])
+    images = torch.randn(IMAGES_PER_RANK, 3, 224, 224)
+    targets = torch.full((IMAGES_PER_RANK, 4), 0.25)
+    first: dict[bool, list[float]] = {True: [], False: []}
+    whole: dict[bool, list[float]] = {True: [], False: []}
+    with join_world() as world, start(config, world, open_sources(config)) as run:
+        num_parameters = sum(p.numel() for p in run.engine.module.parameters())
+
+        def step(with_save: bool) -> None:
+            run.engine.module.train()
+            run.engine.backward(soft_target_loss(run.engine(images), targets).sum())
+            run.engine.step(1e-5)
+            if run.ema:
+                run.ema.update()
+            run.state.step += 1
+            if with_save:
+                save(run)
+
+        def cycle(with_save: bool) -> tuple[float, float]:
+            run.saver.wait()
+            world.barrier()
+            begin = time.perf_counter()
+            step(with_save)
+            middle = time.perf_counter()
+            for _ in range(STEPS_PER_CYCLE - 1):
+                step(False)
+            world.barrier()
+            return middle - begin, time.perf_counter() - begin
+
+        cycle(False)
+        cycle(True)
+        for _ in range(num_cycles):
+            for with_save in (True, False):
+                seconds = cycle(with_save)
+                first[with_save].append(seconds[0])
+                whole[with_save].append(seconds[1])
+        run.saver.wait()
+    if not world.is_first:
+        return None
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    saves = [row for row in rows if row["kind"] == "checkpoint"][1:]
+    plain = statistics.median(first[False])
+    extra = {
+        "saving_step": (statistics.median(first[True]) - plain) / plain,
+        "whole_cost": (statistics.median(whole[True]) - statistics.median(whole[False])) / plain,
+    }
+    medians = {key: statistics.median(row[key] for row in saves) for key in ("stall_seconds", "write_seconds", "bytes")}
+    return {"parameters": num_parameters, "saves": len(saves), "step_seconds": plain, **medians, **extra}
+
+
+def measure_saves(quick: bool) -> dict[str, Any]:
+    """The results of each engine: "saving_step" and "whole_cost" in steps, and the medians behind them."""
+    results = {}
+    for name in ENGINES:
+        with tempfile.TemporaryDirectory() as folder:
+            make_images(Path(folder) / "images")
+            out = Path(folder) / "result.json"
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
+            cycles = ["--cycles", "2" if quick else "15"]
+            worker = ["-m", "benchmarks.engines_saves", "--worker", name, *cycles, "--json", str(out)]
+            done = subprocess.run([sys.executable, *launcher, *worker], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            results[name] = json.loads(out.read_text())
+    return results
+
+
+def find_misses(results: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {bar} {result[bar]:.2f} > {most}"
+        for name, result in results.items()
+        for bar, most in BARS.items()
+        if result[bar] > most
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few cycles: a smoke test, no measurement")
+    parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--cycles", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        result = measure_engine(arguments.worker, arguments.cycles, arguments.json.parent)
+        if result:
+            arguments.json.write_text(json.dumps(result))
+        return
+    results = measure_saves(arguments.quick)
+    print(f"{'engine':8}{'step':>9}{'stall':>9}{'write':>9}{'saving step':>14}{'whole cost':>13}")
+    for name, x in results.items():
+        print(
+            f"{name:8}{x['step_seconds']:7.2f} s{x['stall_seconds']:7.2f} s{x['write_seconds']:7.2f} s"
+            f"{x['saving_step']:+8.2f} steps{x['whole_cost']:+7.2f} steps"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    misses = find_misses(results)
+    print("All bars are met." if not misses else "Missed: " + "; ".join(misses))
+    sys.exit(1 if misses and arguments.check else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Export a run's weights for everybody: one safetensors file and a config.json, in the layout of timm's hub.
+
+    python -m gcvit.export runs/demo-fsdp
+    python -m gcvit.export runs/gc_vit_tiny --out /models/gc_vit_tiny --weights model
+
+What is written, `timm.create_model("local-dir:DIR", pretrained=True)` loads with its classes, image size and how images
+are prepared. Variants that timm has need nothing else (timm 1.0.31 or newer: older ones mix up the images of a batch);
+for the others, and with --layout own, `import gcvit.model` comes first. `evaluate.py DIR` reads it too.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+
+from gcvit import checkpoint, runfolder
+from gcvit.checkpoint import Checkpoint
+from gcvit.config import Config, ModelConfig
+from gcvit.config_file import parse_config
+from gcvit.errors import UserError, run_main
+from gcvit.model import VARIANTS, GCViT, weights
+from gcvit.parallel.build import build_model
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names that timm and the hub look for
+
+
+def export(run: Path, out: Path | None = None, kind: str | None = None, layout: str | None = None) -> str:
+    """Write the weights of a run folder (its best checkpoint) or of a checkpoint to `out`; says what and how to load.
+
+    `out` is by default RUN/export, or beside a checkpoint. `kind` is "ema" or "model", by default the EMA where there
+    is one; `layout` "timm" or "own", by default timm's where timm has the architecture. Complete or not there at all.
+    Errors: UserError for what cannot be, before anything is written, and for a disk that does not take it.
+    """
+    found = checkpoint.open_checkpoint(runfolder.find_checkpoint(run))
+    config = parse_config(found.info["config"], source=str(found.path))
+    kind = choose_kind(found, kind)
+    timm_name = name_in_timm(config.model)
+    if layout == "timm" and timm_name is None:
+        raise UserError(
+            "timm has no such architecture",
+            got=config.model.name + (" with model.overrides" if config.model.overrides else ""),
+            allowed=", ".join(name for name in VARIANTS if _has_timm(name)),
+            cure="--layout own, which timm loads after `import gcvit.model`",
+        )
+    name = config.model.name if layout == "own" or timm_name is None else timm_name
+    if out is None:
+        out = run / "export" if found.path != run else run.with_name(f"{run.name}-export")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("something is there already", got=out, cure="give another --out, or move it away")
+    tensors = checkpoint.read_tensors(found, kind)
+    if name == timm_name:
+        tensors = weights.to_timm_state(tensors)
+    card = describe(config, name, found.info.get("classes"))
+    origin = {"weights": kind, "step": str(found.state.step), "samples": str(found.state.samples)}
+    _write(out, tensors, card, {"format": "pt", **origin, "config": json.dumps(_without_places(config))})
+    first = "" if name == timm_name else "import gcvit.model; "
+    return (
+        f"{out}: {name}, {kind} of {found.path}\n"
+        f'{first}timm.create_model("local-dir:{out}", pretrained=True) loads it, as does evaluate.py {out}'
+    )
+
+
+def choose_kind(found: Checkpoint, kind: str | None) -> str:
+    """Which weights of a checkpoint are meant: None is the EMA where there is one. Errors: UserError for no EMA."""
+    has_ema = checkpoint.has_kind(found, "ema")
+    if kind == "ema" and not has_ema:
+        raise UserError("this run has no EMA", got=found.path, cure="take --weights model")
+    return kind or ("ema" if has_ema else "model")
+
+
+def name_in_timm(model: ModelConfig) -> str | None:
+    """timm's own name of the architecture; its functions cannot be given another width or depth."""
+    return _to_timm(model.name) if model.overrides is None and _has_timm(model.name) else None
+
+
+def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, Any]:
+    """The content of config.json for the architecture `name`, as timm's hub has it; `classes` in label order."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    side, data = config.model.img_size, config.data
+    is_own = name == config.model.name
+    arguments = {"img_size": side}
+    if is_own and config.model.overrides:
+        arguments |= config.model.overrides.model_dump(mode="json", exclude_none=True)
+    return {
+        "architecture": name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        **({"label_names": classes} if classes else {}),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": model.num_classes,
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "pool_size": [side // 32, side // 32],
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "interpolation": "bicubic",
+            "crop_pct": data.crop_pct,
+            "crop_mode": "squash" if data.eval_resize == "squash" else "center",
+            "first_conv": "stem.conv" if is_own else weights.to_timm("stem.conv.").rstrip("."),
+            "classifier": weights.HEAD.rstrip("."),
+        },
+    }
+
+
+def load_export(folder: Path) -> tuple[GCViT, Config]:
+    """The model of a folder that `export` wrote, and the config that it was trained with.
+
+    Errors: UserError for a file that is not of ours, or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError("cannot read the weights", got=f"{path} ({error})") from None
+    if "config" not in metadata:
+        raise UserError(
+            "the file does not say how its model was built",
+            got=path,
+            allowed="what python -m gcvit.export wrote",
+            cure="give its variant: --model NAME --checkpoint FILE",
+        )
+    try:
+        plain = json.loads(metadata["config"])
+    except ValueError as error:
+        raise UserError("the file's config is damaged", got=f"{path} ({error})") from None
+    config = parse_config(plain, source=str(path))
+    model = build_model(config.model)
+    weights.load(model, path)
+    return model, config
+
+
+def _without_places(config: Config) -> dict[str, Any]:
+    """The config as plain values, without folders of the machine it ran on."""
+    data = config.data.model_copy(update={"dir": None, "cache_dir": None})
+    return config.model_copy(update={"data": data, "output_dir": "runs"}).model_dump(mode="json")
+
+
+def _to_timm(name: str) -> str:
+    return name.replace("gc_vit_", "gcvit_")
+
+
+def _has_timm(name: str) -> bool:
+    return bool(timm.is_model(_to_timm(name)))
+
+
+def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    part = out.with_name(f"{out.name}.tmp")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+        part.mkdir(parents=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, part / WEIGHTS_FILE, metadata)
+        (part / CONFIG_FILE).write_text(json.dumps(card, indent=2) + "\n")
+        for path in (part / WEIGHTS_FILE, part / CONFIG_FILE, part):
+            _sync(path)
+        part.rename(out)  # also onto an empty folder
+        _sync(out.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError("cannot write the export", got=f"{out} ({error})", cure="give another --out") from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="gcvit.export", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="runs/TAG (its best) or a checkpoint in it")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to make (RUN/export)")
+    parser.add_argument("--weights", choices=["ema", "model"], help="default: ema where there is one")
+    parser.add_argument("--layout", choices=["timm", "own"], help="of names; default: timm's where timm has the model")
+    arguments = parser.parse_args()
+    print(export(arguments.run, arguments.out, arguments.weights, arguments.layout), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

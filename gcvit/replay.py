@@ -1,0 +1,166 @@
+"""`train.py --replay STEP`: do one step of a run again, and say whose loss and which module went wrong.
+
+The run's folder is only read: its newest checkpoint before the step is the start of a scratch run, which takes the
+steps up to it as the training took them, and looks at every module's output, and gradient, in the step itself.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gcvit import checkpoint
+from gcvit.config import Config
+from gcvit.data.batch import Batch
+from gcvit.data.source import Source
+from gcvit.errors import UserError
+from gcvit.nonfinite import name_samples
+from gcvit.parallel.engine import MODEL
+from gcvit.parallel.world import World
+from gcvit.run import Run, start
+from gcvit.runfolder import checkpoints_of
+from gcvit.trainer import Step, take_step
+
+_NUM_LISTED = 5  # weights that are not finite
+
+
+def replay(
+    config: Config,
+    world: World,
+    sources: tuple[Source, Source],
+    step: int,
+    resume: str = "auto",
+    init_from: str | None = None,
+) -> None:
+    """Print what step number `step` (counted as in the log, from 1) of the run that `config` names computes.
+
+    Every rank calls it. `resume` "auto" is the run's newest checkpoint before the step. Errors: UserError where there
+    is none, and as `start`.
+    """
+    chosen = world.on_first(lambda: find_before(config.run_dir, step)) if resume == "auto" else resume
+    notices = ["replay: torch.compile is off, so that every module can be looked at"] if config.compile else []
+    with ExitStack() as stack:
+        folder = world.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
+        scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None})
+        run = stack.enter_context(start(scratch, world, sources, chosen, init_from, notices))
+        if not run.state.step < step <= run.schedule.total_steps:
+            raise UserError(
+                "there is no such step to replay",
+                got=f"--replay {step}",
+                allowed=f"{run.state.step + 1} to {run.schedule.total_steps}",
+            )
+        for batches in islice(run.stream, step - 1 - run.state.step):
+            take_step(run, batches)
+            run.state.step, run.state.samples = run.state.step + 1, run.state.samples + config.global_batch_size
+        bad_weights = _find_bad_weights(run)
+        batches = next(run.stream)
+        with _watched(run.engine.module) as watch:
+            taken = take_step(run, batches)
+        lines = _describe_step(run, taken) + _describe_samples(run, batches, taken) + bad_weights
+        for rank, found in enumerate(world.gather(watch.describe())):
+            lines += [f"rank {rank}: {line}" for line in found]
+        if world.is_first:
+            print("\n".join(lines), flush=True)
+
+
+def find_before(run_dir: Path, step: int) -> str:
+    """The newest checkpoint of a run from before its step number `step`. Errors: UserError where there is none."""
+    there = [checkpoint.step_of(path) for path in checkpoint.complete_ones(checkpoints_of(run_dir))]
+    before = [number for number in there if number < step]
+    if not before:
+        raise UserError(
+            "no checkpoint to replay from",
+            got=f"--replay {step}, and checkpoints of steps {there} in {checkpoints_of(run_dir)}",
+            allowed=f"a step after {there[0]}" if there else None,
+            cure="--resume none replays from the beginning, with the --init-from of that time",
+        )
+    return str(checkpoints_of(run_dir) / f"step_{before[-1]:08d}")
+
+
+class _Watch:
+    """The first output that is not finite in the order of execution; where there is none, the first gradient."""
+
+    def __init__(self) -> None:
+        self._num_forwards = 0
+        self._bad_output: list[str] = []
+        self._bad_gradient: list[str] = []
+
+    @torch.no_grad()
+    def see_output(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        where = f"{name or 'the model'} ({type(module).__name__}), micro-step {self._num_forwards}"
+        if not self._bad_output and not torch.isfinite(output).all():
+            self._bad_output = [f"first output that is not finite: {where}: {_describe(output)}"]
+            self._bad_output += [f"  its input: {_describe(tensor)}" for tensor in inputs]
+            if not all(torch.isfinite(tensor).all() for tensor in inputs):
+                parent = name.rpartition(".")[0] or "the model"
+                self._bad_output += [f"  so it came about before, in what {parent} does itself"]
+        if output.requires_grad:
+            output.register_hook(partial(self._see_gradient, where))
+        self._num_forwards += not name
+
+    def _see_gradient(self, where: str, gradient: Tensor) -> None:
+        if not self._bad_gradient and not torch.isfinite(gradient).all():
+            text = f"first gradient that is not finite: of the output of {where}: {_describe(gradient)}"
+            self._bad_gradient = [text, "  so it came about in the backward pass of what follows that module"]
+
+    def describe(self) -> list[str]:
+        return self._bad_output or [
+            "the outputs of all modules are finite",
+            *(self._bad_gradient or ["the gradients of all outputs are finite"]),
+        ]
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[_Watch]:
+    watch = _Watch()
+    hooks = [part.register_forward_hook(partial(watch.see_output, name)) for name, part in module.named_modules()]
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+def _describe(tensor: Tensor) -> str:
+    finite = tensor[torch.isfinite(tensor)].float()
+    shape = " x ".join(map(str, tensor.shape))
+    values = "none finite"
+    if len(finite):
+        values = f"{finite.min():.3g} to {finite.max():.3g}, {tensor.numel() - len(finite)} not finite"
+    return f"{shape} of {str(tensor.dtype).removeprefix('torch.')}, {values}"
+
+
+def _describe_step(run: Run, taken: Step) -> list[str]:
+    loss = run.world.sum(taken.loss_sum.clone()).item() / run.config.global_batch_size
+    refused = "" if taken.result.applied.item() else ", update REFUSED"
+    number = run.state.step + 1
+    return [f"step {number}: loss {loss:.6g}, gradient norm {taken.result.grad_norm.item():.6g}{refused}"]
+
+
+def _describe_samples(run: Run, batches: Sequence[Batch], taken: Step) -> list[str]:
+    """A line for each sample of the global batch, in the order of their positions."""
+    run.damage.add(batches)
+    run.damage.settle(run.world)
+    is_mixed = run.config.augment.mix is not None
+    here = []
+    for batch, losses in zip(batches, taken.losses, strict=True):
+        labels = [run.train.classes[label] for label in batch.labels.tolist()]
+        # Mixed samples are neighbours.
+        labels = [f"{label} + {labels[row ^ 1]}" if is_mixed else label for row, label in enumerate(labels)]
+        here += list(zip(batch.positions.tolist(), labels, losses.tolist(), strict=False))
+    rows = sorted((p, rank, label, loss) for rank, of in enumerate(run.world.gather(here)) for p, label, loss in of)
+    names = name_samples(run, [run.state.samples + position for position, *_ in rows])
+    return ["rank  loss        sample (label)"] + [
+        f"{rank:>4}  {loss:<10.6g}  {name} ({label})" for name, (_, rank, label, loss) in zip(names, rows, strict=True)
+    ]
+
+
+def _find_bad_weights(run: Run) -> list[str]:
+    parts = run.engine.fragments()[MODEL]
+    here = [name for name, part in parts.items() if not torch.isfinite(part.data).all()]
+    names = sorted(set().union(*run.world.gather(here)))
+    more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
+    return [f"weights that are not finite before this step: {', '.join(names[:_NUM_LISTED])}{more}"] if names else []

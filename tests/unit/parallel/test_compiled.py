@@ -1,0 +1,64 @@
+"""torch.compile per part. The model's cut points are cut down to two blocks that share one graph."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from gcvit.errors import UserError
+from gcvit.loss import soft_target_loss
+from gcvit.model import GCViT
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.engine import MODEL
+from gcvit.trainer import seed_drop_path
+from tests.unit.parallel.test_engines import configure, draw_batch
+from tests.unit.parallel.test_engines import world as world  # the fixture
+
+TWO_ALIKE = ["stages.0.blocks.0", "stages.0.blocks.2"]
+DEEPER = "model.overrides.depths=[4, 2, 2, 2]"
+
+
+def run_steps(name: str, world, *overrides: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of two steps of two micro-steps, and the weights after them."""
+    engine = build_engine(configure(name, DEEPER, *overrides), world, num_micro_steps=2)
+    engine.module.train()
+    losses = []
+    for step in range(2):
+        for micro_step in range(2):
+            images, targets = draw_batch(seed=10 * step + micro_step)
+            seed_drop_path(0, step, micro_step, world.rank)
+            loss = soft_target_loss(engine(images), targets).sum()
+            engine.backward(loss)
+            losses.append(loss.item())
+        engine.step(1e-3)
+    return losses, {n: part.data.clone() for n, part in engine.fragments()[MODEL].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("ddp", []),
+        ("fsdp", ["fsdp.unit_parameters=1000"]),
+        ("zero2", []),
+        ("fsdp", ["model.drop_path=0.3", "activation_checkpointing=full"]),
+    ],
+    ids=["ddp", "fsdp", "zero2", "fsdp, drop path, recomputed"],
+)
+def test_compiled_parts_compute_the_same(name, overrides, world, monkeypatch):
+    monkeypatch.setattr(GCViT, "cut_points", lambda self: TWO_ALIKE)
+    expected_losses, expected = run_steps(name, world, *overrides)
+    torch._dynamo.reset()
+    counters.clear()
+    losses, weights = run_steps(name, world, *overrides, "compile=true")
+    assert counters["stats"]["unique_graphs"] == (2 if "model.drop_path=0.3" in overrides else 1)
+    assert not counters["graph_break"]
+    assert not counters["unimplemented"]
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
+    for n, weight in weights.items():
+        # Adam makes a whole step of lr out of a gradient that is nothing but rounding.
+        torch.testing.assert_close(weight, expected[n], rtol=1e-3, atol=2e-4, msg=n)
+
+
+def test_stage_3_is_refused(world):
+    with pytest.raises(UserError, match=r"zero\.stage=3"):
+        build_engine(configure("zero3", "compile=true"), world, num_micro_steps=1)

@@ -1,0 +1,105 @@
+"""A disk that is full, fails or lies while a checkpoint is written: told with the file's name, and nothing half is left."""
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gcvit.checkpoint import RunState, save
+from gcvit.errors import UserError
+from gcvit.parallel.world import World, join_world
+from tests.unit.test_checkpoint import INFO, STATE, draw_tensors, whole
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with join_world() as joined:
+        yield joined
+
+
+@pytest.fixture
+def saved(world, tmp_path) -> Path:
+    return save(tmp_path / "checkpoints", STATE, whole(draw_tensors(0)), INFO, world)
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """As if the disk were full: no file grows beyond."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def at_fsync(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[Path], None]) -> None:
+    """Let something happen to the file or folder of this name when it is flushed to the disk."""
+    right = os.fsync
+
+    def fsync(handle: int) -> None:
+        right(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.name.startswith(name):
+            act(path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def refused_save(folder: Path, world: World) -> str:
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError) as caught:
+        save(folder, RunState(step=20), whole(draw_tensors(2)), INFO, world)
+    assert sorted(folder.iterdir()) == before, "a full disk is not to be kept full"
+    return str(caught.value)
+
+
+FILES = ("__0_0.distcp", ".metadata", "state.json")
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3000])
+def test_a_full_disk(world, saved, limit):
+    with file_size_limit(limit):
+        message = refused_save(saved.parent, world)
+    place = saved.with_name("step_00000020.tmp") / "__0_0.distcp"
+    assert message.startswith(f"cannot write the checkpoint: got {place} (File too large); cure: ")
+
+
+@pytest.mark.parametrize("file", [*FILES, "step_00000020.tmp"])
+def test_a_disk_that_fails(world, saved, monkeypatch, file):
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_fsync(monkeypatch, file, fail)
+    message = refused_save(saved.parent, world)
+    assert message.startswith("cannot write the checkpoint: got ")
+    assert "step_00000020.tmp" in message
+    assert file in message
+    assert "Input/output error" in message
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_disk_that_keeps_something_else(world, saved, monkeypatch, file):
+    """Told before the checkpoint gets its name."""
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    at_fsync(monkeypatch, file, flip)
+    message = refused_save(saved.parent, world)
+    assert message.startswith("the disk does not give back what was written to it: got ")
+    assert file in message
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_vanishes_while_it_is_written(world, saved, monkeypatch, file):
+    at_fsync(monkeypatch, file, Path.unlink)
+    message = refused_save(saved.parent, world)
+    assert file in message
+    assert "No such file" in message

@@ -1,0 +1,159 @@
+"""What is watched of a step and what is said of it, in a world of one. Engines and ranks: tests/integration."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gcvit import checkpoint, nonfinite, trainer
+from gcvit.config_file import load_config
+from gcvit.data.batch import Damage
+from gcvit.errors import UserError
+from gcvit.loss import soft_target_loss
+from gcvit.nonfinite import poison_nonfinite
+from gcvit.parallel.engine import StepResult
+from gcvit.parallel.world import World, join_world
+from gcvit.run import Run, open_sources, start
+from tests.integration.launching import ROOT
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    torch.set_num_threads(1)
+    with join_world() as joined:
+        yield joined
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(4):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def begin(images: Path, out: Path, world: World, *overrides: str):
+    small = ["model.overrides.width=8", "trainer.eval_batch_size=4", f"data.dir={images}", f"output_dir={out}"]
+    common = ["global_batch_size=4", "schedule.cosine=8 steps", "trainer.eval_every=90 steps", "ema=null", *small]
+    config, _ = load_config(
+        ROOT / "tests/integration/golden.yaml", [*common, "trainer.save_every=90 steps", *overrides]
+    )
+    return start(config, world, open_sources(config), "auto")
+
+
+def rows(run: Run, kind: str) -> list[dict]:
+    lines = (run.config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def break_losses(monkeypatch, run: Run, steps: set[int], num_rows: int) -> None:
+    """The first rows' losses become infinite, with finite gradients, at steps that count from 1."""
+
+    def broken(logits: Tensor, targets: Tensor) -> Tensor:
+        losses = soft_target_loss(logits, targets)
+        extra = torch.where(torch.arange(len(losses)) < num_rows, math.inf, 0.0)
+        return losses + extra if run.state.step + 1 in steps else losses
+
+    monkeypatch.setattr(trainer, "soft_target_loss", broken)
+
+
+def refuse(monkeypatch, run: Run, steps: set[int]) -> None:
+    """The engine refuses steps in which every sample is well."""
+    step = run.engine.step
+
+    def refusing(lr: float) -> StepResult:
+        result = step(lr)
+        return dataclasses.replace(result, applied=result.applied * float(run.state.step + 1 not in steps))
+
+    monkeypatch.setattr(run.engine, "step", refusing)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_has_such_a_gradient_and_others_keep_every_bit(bad):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, generator=generator, requires_grad=True)
+    losses = x.exp()
+    (expected,) = torch.autograd.grad(losses.sum(), x)
+    poisoned = poison_nonfinite(x.exp() + torch.where(torch.arange(64) == 5, bad, 0.0))
+    (gradient,) = torch.autograd.grad(poisoned.sum(), x)
+    good = torch.arange(64) != 5
+    assert torch.equal(gradient[good], expected[good])
+    assert torch.equal(poisoned.detach()[good], losses.detach()[good])
+    assert not torch.isfinite(gradient[5])
+
+
+def test_the_first_samples_are_named_and_all_are_counted(images, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nonfinite, "_NUM_NAMED", 2)
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "data.max_damaged_fraction=1") as run:
+        break_losses(monkeypatch, run, {3, 6}, num_rows=3)
+        run.damage.found.update((sample, Damage(sample, "", "")) for sample in range(8))
+        trainer.train(run)
+    found = rows(run, "bad_step")
+    assert [(row["step"], row["rank"], row["what"], row["num_samples"]) for row in found] == [
+        (3, 0, "loss", 3),
+        (6, 0, "loss", 3),
+    ]
+    for row in found:
+        assert len(set(row["samples"])) == 2
+        for name in row["samples"]:
+            path, is_replaced, _ = name.partition(" (damaged: another stood in for it)")
+            assert (images / "train" / path).is_file()
+            assert bool(is_replaced) == path.startswith(("class_0", "class_1"))
+    said = capsys.readouterr().err
+    assert said.count("REFUSED, not finite: loss of 3 samples on rank 0: class_") == 2
+    assert said.count(" and 1 more\n") == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_where_every_sample_is_well_that_is_said(images, world, tmp_path, monkeypatch, precision):
+    """In fp16 it is the loss scale's work, and nothing is said of single steps."""
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps") as run:
+        refuse(monkeypatch, run, {2, 3})
+        config = run.config.model_copy(update={"precision": precision})
+        trainer.train(dataclasses.replace(run, config=config))
+    found = rows(run, "bad_step")
+    assert [row["refused_steps"] for row in rows(run, "train")] == [2, 0]
+    nobody = {"kind": "bad_step", "rank": None, "what": "gradient", "samples": [], "num_samples": 0}
+    assert found == ([{"step": step, **nobody} for step in (2, 3)] if precision == "fp32" else [])
+
+
+@pytest.mark.parametrize(
+    ("bad", "log_every", "save_every", "first", "saved"),
+    [
+        ({2, 3, 4}, 2, 90, 2, [1]),  # a row that is seen in parts
+        ({1, 2, 3}, 1, 90, 1, [0]),  # from the beginning
+        ({3, 4, 5}, 1, 2, 3, [2, 4]),  # a checkpoint from before is there, and one within the row
+        ({2, 3, 4}, 8, 2, 2, [1, 2]),  # seen in time, though nothing is logged
+        ({1, 2, 4, 5, 7, 8}, 1, 90, None, [8]),  # never three in a row
+        ({2, 3, 4}, 8, 90, None, [8]),  # a row that is over when it is seen
+    ],
+)
+def test_a_row_of_bad_steps_ends_the_run(
+    images, world, tmp_path, monkeypatch, bad, log_every, save_every, first, saved
+):
+    knobs = [f"trainer.log_every={log_every} steps", f"trainer.save_every={save_every} steps"]
+    with begin(images, tmp_path, world, *knobs, "trainer.max_bad_steps=3") as run:
+        break_losses(monkeypatch, run, bad, num_rows=1)
+        if first is None:
+            trainer.train(run)
+        else:
+            with pytest.raises(UserError, match=f"--replay {first} ") as stopped:
+                trainer.train(run)
+            assert f"step_{first - 1:08d} is from before it" in str(stopped.value)
+            assert ("--resume auto" in str(stopped.value)) == (max(saved) < first)
+        run.saver.wait()
+    assert [row["step"] for row in rows(run, "bad_step")] == sorted(bad)
+    there = checkpoint.complete_ones(run.config.run_dir / "checkpoints")
+    assert [checkpoint.step_of(path) for path in there] == saved
+    assert [checkpoint.open_checkpoint(path).state.samples for path in there] == [4 * step for step in saved]

@@ -1,0 +1,244 @@
+"""Checkpoints beside the training: what is written is what was there at the call; what goes wrong is told."""
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gcvit import checkpoint, saver
+from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, read_tensors, step_of
+from gcvit.errors import UserError
+from gcvit.parallel.engine import Fragment, Fragments
+from gcvit.parallel.world import World, join_world
+from gcvit.saver import Saver
+
+INFO = {"config": {}, "data": "digest", "world_size": 1}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with join_world() as joined:
+        yield joined
+
+
+@dataclass
+class Heard:
+    """What the user would see, in place of `Metrics`."""
+
+    rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def log_checkpoint(self, step: int, row: dict[str, Any]) -> None:
+        self.rows.append((step, row))
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def started(world, heard, tmp_path) -> Saver:
+    return Saver(tmp_path / "checkpoints", world, heard, keep=2)  # type: ignore[arg-type]
+
+
+def tensors_of(value: float) -> dict[str, Fragments]:
+    data = torch.full((12,), value)
+    return {"model": {"w": Fragment(data[:8], 0, torch.Size([2, 4])), "b": Fragment(data[8:], 0, torch.Size([4]))}}
+
+
+class Gate:
+    """Holds the writer before its first file, until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.is_reached, self._opened = threading.Event(), threading.Event()
+        right = checkpoint.write_fragments
+
+        def write(*arguments):
+            self.is_reached.set()
+            assert self._opened.wait(60)
+            return right(*arguments)
+
+        monkeypatch.setattr(checkpoint, "write_fragments", write)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def steps_in(tmp_path: Path) -> list[int]:
+    return [step_of(path) for path in complete_ones(tmp_path / "checkpoints")]
+
+
+def test_what_is_written_is_what_was_there_at_the_call(started, tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    tensors, state = tensors_of(1.0), RunState(step=3, samples=24)
+    started.save(state, tensors, INFO)
+    assert gate.is_reached.wait(60)
+    for part in tensors["model"].values():  # the training goes on
+        part.data.fill_(2.0)
+    state.step, state.best_step = 4, 4
+    gate.open()
+    started.wait()
+    found = open_checkpoint(tmp_path / "checkpoints/step_00000003")
+    assert found.state == RunState(step=3, samples=24)
+    assert torch.equal(read_tensors(found, "model")["w"], torch.ones(2, 4))
+
+
+def test_the_next_save_waits_and_says_so(started, heard, tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    assert gate.is_reached.wait(60)
+    started.poll()
+    assert (steps_in(tmp_path), heard.rows) == ([], []), "a look at it does not wait"
+    threading.Timer(0.2, gate.open).start()
+    started.save(RunState(step=2), tensors_of(2.0), INFO)
+    assert 1 in steps_in(tmp_path)
+    (line,) = heard.lines
+    assert line.startswith("training waited 0.")
+    assert "checkpoint of step 1" in line
+    started.wait()
+    assert steps_in(tmp_path) == [1, 2]
+    for step in (1, 2):
+        found = open_checkpoint(tmp_path / f"checkpoints/step_{step:08d}")
+        assert torch.equal(read_tensors(found, "model")["b"], torch.full((4,), float(step)))
+
+
+def test_a_save_is_logged_once_with_its_costs(started, heard, tmp_path):
+    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    started.wait()
+    started.poll()
+    started.wait()
+    ((step, row),) = heard.rows
+    files = list((tmp_path / "checkpoints/step_00000001").iterdir())
+    assert (step, row["bytes"]) == (1, sum(path.stat().st_size for path in files))
+    assert 0 < row["stall_seconds"] < 60
+    assert 0 < row["write_seconds"] < 60
+    assert heard.lines == []
+
+
+def test_old_ones_go_when_the_new_one_is_complete(started, tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        started.save(RunState(step=step, best_step=1), tensors_of(step), INFO)
+    started.wait()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    gate = Gate(monkeypatch)
+    started.save(RunState(step=4, best_step=1), tensors_of(4.0), INFO)
+    assert gate.is_reached.wait(60)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    gate.open()
+    started.wait()
+    assert steps_in(tmp_path) == [1, 3, 4]
+
+
+def test_leaving_waits_for_the_write(started, tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    with started:
+        started.save(RunState(step=1), tensors_of(1.0), INFO)
+        threading.Timer(0.2, gate.open).start()
+    assert steps_in(tmp_path) == [1]
+
+
+def test_leaving_by_an_error_waits_too(started, tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    threading.Timer(0.2, gate.open).start()
+    with pytest.raises(UserError, match="something else"), started:
+        raise UserError("something else")
+    assert steps_in(tmp_path) == [1]
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(started, tmp_path) -> Saver:
+    """Its write has failed: there is a file in the folder's place."""
+    (tmp_path / "checkpoints").write_text("")
+    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    assert started._thread
+    started._thread.join()
+    return started
+
+
+def save_again(failing: Saver) -> None:
+    failing.save(RunState(step=2), tensors_of(2.0), INFO)
+
+
+def leave(failing: Saver) -> None:
+    with failing:
+        pass
+
+
+@pytest.mark.parametrize("look", [Saver.poll, Saver.wait, save_again, leave])
+def test_a_write_that_failed_is_told_at_the_next_look(failing, heard, tmp_path, look):
+    with pytest.raises(UserError, match="cannot write the checkpoint") as caught:
+        look(failing)
+    assert str(tmp_path / "checkpoints") in str(caught.value)
+    assert "cure: " in str(caught.value)
+    assert heard.rows == []
+    failing.poll()  # once
+
+
+def test_a_write_that_failed_is_told_beside_another_error(failing, heard):
+    with pytest.raises(UserError, match="something else"), failing:
+        raise UserError("something else")
+    (line,) = heard.lines
+    assert "cannot write the checkpoint" in line
+
+
+def test_a_bug_in_the_writer_is_not_swallowed(started, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_fragments", lambda *_: 1 / 0)
+    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        started.wait()
+
+
+def test_nothing_is_written_where_replicas_differ(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "check_replicas", lambda *_: (_ for _ in ()).throw(UserError("come apart")))
+    with pytest.raises(UserError, match="come apart"):
+        started.save(RunState(step=1), tensors_of(1.0), INFO)
+    started.wait()
+    assert steps_in(tmp_path) == []
+
+
+# ---- the beginning -------------------------------------------------------------------------------
+
+
+def test_what_a_killed_run_left_is_cleared(started, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        started.save(RunState(step=step, best_step=1), tensors_of(1.0), INFO)
+        started.wait()
+    os.rename(folder / "step_00000003", folder / "step_00000003.tmp")
+    (folder / "step_00000005.tmp").mkdir()
+    (folder / "step_00000002.damaged").mkdir()
+    started.begin(RunState(step=4, best_step=1), tensors_of(1.0))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("step_00000001", "step_00000002.damaged", "step_00000004")
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_training(started, tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="cannot write the checkpoint") as caught:
+        started.begin(RunState(), tensors_of(1.0))
+    assert str(tmp_path / "checkpoints") in str(caught.value)
+
+
+def test_the_disk_use_is_told(started, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 4 * 48})
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: usage)
+    line = started.begin(RunState(), tensors_of(1.0))
+    assert line.startswith("checkpoints take 4.8e-08 GB each, 2 kept")
+    assert f"up to 1.92e-07 GB, of 1.92e-07 GB free in {tmp_path}" in line
+    assert "WARNING" not in line
+    usage.free -= 1
+    assert "WARNING" in started.begin(RunState(), tensors_of(1.0))
