@@ -54,14 +54,10 @@ class Checkpoint:
 
     path: Path
     state: RunState
-    info: Mapping[str, Any]  # "config" as plain values, "data" (its digest), "world_size"
+    info: Mapping[str, Any]  # "config" as plain values, "data" (its digest), "world_size", "classes"
     shapes: Mapping[str, torch.Size]  # of every stored tensor, by name
     files: Mapping[str, FileRecord]  # bytes and sha256 of every file but state.json, by name
     is_checked: bool = False  # whether the hashes were compared
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(record["bytes"] for record in self.files.values())
 
 
 class DamagedError(UserError):

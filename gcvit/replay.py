@@ -23,7 +23,7 @@ from gcvit.nonfinite import name_samples
 from gcvit.parallel.engine import MODEL
 from gcvit.parallel.world import World
 from gcvit.run import Run, start
-from gcvit.runfolder import checkpoints_of
+from gcvit.runfolder import checkpoints_of, find_checkpoint
 from gcvit.trainer import Step, take_step
 
 _NUM_LISTED = 5  # weights that are not finite
@@ -44,6 +44,13 @@ def replay(
     """
     chosen = world.on_first(lambda: find_before(config.run_dir, step)) if resume == "auto" else resume
     notices = ["replay: torch.compile is off, so that every module can be looked at"] if config.compile else []
+    if chosen != "none":
+        num_trained = world.on_first(
+            lambda: checkpoint.open_checkpoint(find_checkpoint(Path(chosen))).info["world_size"]
+        )
+        if num_trained != world.size:
+            told = f"replay: on {world.size} processes, where {num_trained} trained"
+            notices.append(f"{told}: drop path falls otherwise, and sums differ in the last bits")
     with ExitStack() as stack:
         folder = world.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
         scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None})

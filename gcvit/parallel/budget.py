@@ -1,6 +1,5 @@
 """Which parts to checkpoint so that a micro-batch's activations fit a given memory: exact bytes, measured times."""
 
-import bisect
 import copy
 import functools
 import statistics
@@ -100,16 +99,17 @@ def choose_parts(model: GCViT, compute: Compute, num_images: int, budget_bytes: 
 
     Errors: UserError where all parts together are not enough.
     """
-    parts = measure_parts(model, compute, num_images)
+    parts, num_bytes = measure_parts(model, compute, num_images)
     order = sorted((p for p in parts if p.num_bytes), key=lambda p: p.num_bytes / p.milliseconds, reverse=True)
     names = [part.name for part in order]
-
-    @functools.cache
-    def bytes_with(count: int) -> int:
-        return activation_bytes(model, names[:count], compute, num_images)
-
-    count = bisect.bisect_left(range(len(names)), True, key=lambda count: bytes_with(count) <= budget_bytes)
-    num_bytes = bytes_with(count)
+    # Their bytes, taken off, say almost how many it takes; what remains to be told is the queries that blocks keep.
+    count, estimate = 0, num_bytes
+    while num_bytes > budget_bytes and count < len(order):
+        while count < len(order) and estimate > budget_bytes:
+            estimate -= order[count].num_bytes
+            count += 1
+        num_bytes = activation_bytes(model, names[:count], compute, num_images)
+        estimate = num_bytes
     if num_bytes > budget_bytes:
         raise UserError(
             f"the activations of {num_images} images do not fit, with all parts of the model checkpointed",
@@ -144,8 +144,8 @@ def activation_bytes(model: GCViT, names: Sequence[str], compute: Compute, num_i
         return tracker.bytes_alive()
 
 
-def measure_parts(model: GCViT, compute: Compute, num_images: int) -> list[Part]:
-    """All cut points of a model on meta, in forward order: bytes of each, and times of each kind."""
+def measure_parts(model: GCViT, compute: Compute, num_images: int) -> tuple[list[Part], int]:
+    """All cut points of a model on meta, in forward order, and the bytes of the whole; times are taken by kind."""
     spans: dict[str, _Span] = {}
     watched = copy.deepcopy(model)
     with _imagine(watched, compute, num_images) as (tracker, forward):
@@ -154,6 +154,7 @@ def measure_parts(model: GCViT, compute: Compute, num_images: int) -> list[Part]
             part.forward = functools.partial(_watch, part.forward, tracker, spans, name)
         _logits = forward()
         num_bytes = {name: tracker.bytes_alive(span.start, span.stop, span.output) for name, span in spans.items()}
+        whole = tracker.bytes_alive()
     milliseconds: dict[Any, float] = {}
     parts = []
     for name, span in spans.items():
@@ -162,7 +163,7 @@ def measure_parts(model: GCViT, compute: Compute, num_images: int) -> list[Part]
         if kind not in milliseconds:
             milliseconds[kind] = _time_forward(part, span.inputs, compute)
         parts.append(Part(name, num_bytes[name], milliseconds[kind]))
-    return parts
+    return parts, whole
 
 
 class _Span(NamedTuple):

@@ -1,5 +1,7 @@
 """Engine ddp: the whole model on every rank, gradients averaged by PyTorch's DistributedDataParallel."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,10 +31,6 @@ class DdpEngine:
         module.init_buffers()
         for p in module.parameters():
             nn.init.zeros_(p)  # until the fragments are filled: the dry passes below must not meet a NaN
-            if p.ndim == 4 and p.shape[1] == 1:
-                # A depthwise gradient comes in the strides of channels-last: the same bytes in the same order, but
-                # DDP compares the strides with the parameter's, and warns.
-                p.data = p.data.squeeze(1).unsqueeze(3).movedim(3, 1)
         self.module = module
         self.world = world
         self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
@@ -93,7 +91,11 @@ class DdpEngine:
         """
         image = torch.zeros(1, 3, img_size, img_size, device=self.world.device)
         self.module.train()
-        for _ in range(2):
-            with self._autocast, torch.compiler.set_stance("force_eager"):  # one image is no batch to compile for
-                self._ddp(image).float().sum().backward()
-            self.module.zero_grad()
+        # One image is no batch to compile for.
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            # Of weights with sides of 1, whose bytes have one order by any strides; it is said once, and so here.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            for _ in range(2):
+                with self._autocast:
+                    self._ddp(image).float().sum().backward()
+                self.module.zero_grad()

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gcvit.config import FsdpConfig, OptimConfig
@@ -60,16 +54,13 @@ class FsdpEngine:
         # Ranks of a node are neighbours: the gathering of parameters stays within it where shard_size lets it.
         shape = (self._num_replicas, shard_size) if self._num_replicas > 1 else (shard_size,)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        common: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=None if dtype == torch.float32 else dtype,
-                reduce_dtype=torch.bfloat16 if fsdp.reduce_dtype == "bf16" else torch.float32,
-            ),
-            "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-            if fsdp.cpu_offload
-            else OffloadPolicy(),
-        }
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=torch.bfloat16 if fsdp.reduce_dtype == "bf16" else torch.float32,
+        )
+        pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        offload = pinned if fsdp.cpu_offload else OffloadPolicy()
+        common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
         for unit in _units(module, fsdp.unit_parameters):
             fully_shard(unit, reshard_after_forward=fsdp.reshard_after_forward, **common)
         fully_shard(module, **common)

@@ -29,15 +29,12 @@ FSDP = ["engine=fsdp", "fsdp.unit_parameters=10000", "model.drop_path=0.2"]
 RUNS = {
     "ddp": ["engine=ddp", "model.drop_path=0.2"],
     "fsdp": FSDP,
-    "fsdp shard_size=4": [*FSDP, "fsdp.shard_size=4"],
     "hsdp": [*FSDP, "fsdp.shard_size=2"],
     "hsdp keeping": [*FSDP, "fsdp.shard_size=2", "fsdp.reshard_after_forward=false"],
-    "replicas alone": [*FSDP, "fsdp.shard_size=1"],
-    "fsdp offloaded": [*FSDP, "fsdp.cpu_offload=true"],
+    "fsdp offloaded": [*FSDP, "fsdp.shard_size=4", "fsdp.cpu_offload=true"],
     "hsdp offloaded": [*FSDP, "fsdp.shard_size=2", "fsdp.cpu_offload=true"],
     "fsdp summing in bf16": [*FSDP, "fsdp.reduce_dtype=bf16"],
     "ddp fp16": ["engine=ddp", "model.drop_path=0.2", "precision=fp16"],
-    "fsdp fp16": [*FSDP, "precision=fp16"],
     "hsdp fp16": [*FSDP, "precision=fp16", "fsdp.shard_size=2"],
 }
 

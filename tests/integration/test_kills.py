@@ -88,6 +88,15 @@ def names_in(folder: Path) -> set[str]:
     return set()
 
 
+def parts_in(folder: Path) -> list[str]:
+    """Names of saves and deletions under way, or cut off."""
+    return [name for name in names_in(folder) if name.startswith("step_") and name.endswith(".tmp")]
+
+
+def step_of_part(name: str) -> int:
+    return int(name.removeprefix("step_").removesuffix(".tmp"))
+
+
 def size_of(path: Path) -> int:
     with suppress(FileNotFoundError):
         return path.stat().st_size
@@ -109,8 +118,8 @@ class Sight:
 
     def parts(self) -> Iterator[Path]:
         """Folders of saves under way: their steps are newer than the newest complete one."""
-        for name in names_in(self.folder):
-            if name.endswith(".tmp") and int(name.removeprefix("step_").removesuffix(".tmp")) > self.newest:
+        for name in parts_in(self.folder):
+            if step_of_part(name) > self.newest:
                 yield self.folder / name
 
     def has_begun(self) -> bool:
@@ -188,8 +197,12 @@ def read_result(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict, set[str],
     found = open_checkpoint(run_dir / "checkpoints" / f"step_{STEPS:08d}")
     tensors = {f"{kind}.{n}": t for kind in KINDS for n, t in read_tensors(found, kind).items()}
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if "tfevents" not in path.name}
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return tensors, vars(found.state), files, [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+    losses = [(row["step"], row["loss"]) for row in read_rows(run_dir) if row["kind"] == "train"]
+    return tensors, vars(found.state), files, losses
+
+
+def read_rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def kill_again_and_again(trainings: Trainings, root: Path, num_kills: int) -> Counter[str]:
@@ -199,6 +212,8 @@ def kill_again_and_again(trainings: Trainings, root: Path, num_kills: int) -> Co
     for ranks in (1, 2):
         finish(trainings, root / f"whole-{ranks}", ranks)
         wanted[ranks] = read_result(root / f"whole-{ranks}")
+        saved = [row["step"] for row in read_rows(root / f"whole-{ranks}") if row["kind"] == "checkpoint"]
+        assert saved == list(range(1, STEPS + 1))
     left: Counter[str] = Counter()
     moments: list[str] = []
     number = 0
@@ -228,12 +243,10 @@ def kill_again_and_again(trainings: Trainings, root: Path, num_kills: int) -> Co
 
 def describe(folder: Path) -> str:
     """What a kill left, in a word."""
-    newest = latest(folder)
-    parts = [name for name in names_in(folder) if name.endswith(".tmp")]
+    newest, parts = latest(folder), parts_in(folder)
     if not parts:
         return "nothing"
-    step = int(parts[0].removeprefix("step_").removesuffix(".tmp"))
-    if newest and step <= step_of(newest):
+    if newest and step_of_part(parts[0]) <= step_of(newest):
         return "a deletion"
     names = names_in(folder / parts[0])
     return "a whole save" if "state.json" in names else "a save" if names else "a save's folder"

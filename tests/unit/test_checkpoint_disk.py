@@ -1,4 +1,4 @@
-"""A disk that is full, fails or lies while a checkpoint is written: told with the file's name, and nothing half is left."""
+"""A disk that is full, fails or lies while a checkpoint is written: the file is named, and nothing half is left."""
 
 import errno
 import os

@@ -17,40 +17,46 @@ TWO_ALIKE = ["stages.0.blocks.0", "stages.0.blocks.2"]
 DEEPER = "model.overrides.depths=[4, 2, 2, 2]"
 
 
-def run_steps(name: str, world, *overrides: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of two steps of two micro-steps, and the weights after them."""
+def run_steps(name: str, world, sizes: tuple[int, int], *overrides: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of two steps, whose two micro-batches have these sizes, and of an evaluation; the weights after them."""
     engine = build_engine(configure(name, DEEPER, *overrides), world, num_micro_steps=2)
     engine.module.train()
     losses = []
     for step in range(2):
-        for micro_step in range(2):
-            images, targets = draw_batch(seed=10 * step + micro_step)
+        for micro_step, size in enumerate(sizes):
+            images, targets = draw_batch(size, seed=10 * step + micro_step)
             seed_drop_path(0, step, micro_step, world.rank)
             loss = soft_target_loss(engine(images), targets).sum()
             engine.backward(loss)
             losses.append(loss.item())
         engine.step(1e-3)
+    engine.module.eval()
+    with torch.no_grad():
+        images, targets = draw_batch(seed=20)
+        losses.append(soft_target_loss(engine(images), targets).sum().item())
     return losses, {n: part.data.clone() for n, part in engine.fragments()[MODEL].items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "overrides"),
+    ("name", "overrides", "sizes", "num_graphs"),
     [
-        ("ddp", []),
-        ("fsdp", ["fsdp.unit_parameters=1000"]),
-        ("zero2", []),
-        ("fsdp", ["model.drop_path=0.3", "activation_checkpointing=full"]),
+        # The graphs of a size of micro-batch and of evaluation, each shared by both blocks.
+        ("ddp", [], (4, 3), 3),
+        ("fsdp", ["fsdp.unit_parameters=1000"], (4, 4), 2),
+        ("zero2", [], (4, 4), 2),
+        # The blocks' rates differ: in training a graph each, in evaluation too, where one guard is on the rate.
+        ("fsdp", ["model.drop_path=0.3", "activation_checkpointing=full"], (4, 4), 4),
     ],
-    ids=["ddp", "fsdp", "zero2", "fsdp, drop path, recomputed"],
+    ids=["ddp, smaller micro-batch", "fsdp", "zero2", "fsdp, drop path, recomputed"],
 )
-def test_compiled_parts_compute_the_same(name, overrides, world, monkeypatch):
+def test_compiled_parts_compute_the_same(name, overrides, sizes, num_graphs, world, monkeypatch):
     monkeypatch.setattr(GCViT, "cut_points", lambda self: TWO_ALIKE)
-    expected_losses, expected = run_steps(name, world, *overrides)
+    expected_losses, expected = run_steps(name, world, sizes, *overrides)
     torch._dynamo.reset()
     counters.clear()
-    losses, weights = run_steps(name, world, *overrides, "compile=true")
-    assert counters["stats"]["unique_graphs"] == (2 if "model.drop_path=0.3" in overrides else 1)
+    losses, weights = run_steps(name, world, sizes, *overrides, "compile=true")
+    assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
     assert not counters["unimplemented"]
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)

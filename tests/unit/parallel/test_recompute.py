@@ -181,7 +181,7 @@ def test_each_mode_stores_less_and_what_was_predicted(compute, tolerance):
 def test_bytes_of_parts_are_what_checkpointing_them_frees():
     model = build(on_meta=True)
     whole = activation_bytes(model, [], FP32, NUM_IMAGES)
-    parts = {part.name: part for part in measure_parts(model, FP32, NUM_IMAGES)}
+    parts = {part.name: part for part in measure_parts(model, FP32, NUM_IMAGES)[0]}
     assert list(parts) == model.cut_points()
     for name in ("stem", "stages.1.downsample", "stages.1.query_generator", "stages.2.blocks.0", "stages.2.blocks.1"):
         part = parts[name]
@@ -199,10 +199,12 @@ def test_a_budget_takes_the_best_parts_first_and_no_more_than_it_needs(monkeypat
     """Whatever the times are."""
     random = np.random.RandomState(0)
     model = build(on_meta=True)
-    parts = [dataclasses.replace(p, milliseconds=random.uniform(1, 9)) for p in measure_parts(model, FP32, NUM_IMAGES)]
-    monkeypatch.setattr(budget, "measure_parts", lambda *_: parts)
+    parts = [
+        dataclasses.replace(p, milliseconds=random.uniform(1, 9)) for p in measure_parts(model, FP32, NUM_IMAGES)[0]
+    ]
     rate = {part.name: part.num_bytes / part.milliseconds for part in parts}
     whole, least = (activation_bytes(model, names, FP32, NUM_IMAGES) for names in ([], model.cut_points()))
+    monkeypatch.setattr(budget, "measure_parts", lambda *_: (parts, whole))
     for share in (0.0, 0.4):
         allowed = int(least + share * (whole - least))
         choice = choose_parts(model, FP32, NUM_IMAGES, allowed)
