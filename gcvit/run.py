@@ -102,11 +102,12 @@ def start(
     with ExitStack() as stack:
         world.on_first(lambda: stack.enter_context(runfolder.locked(config.run_dir)))
         found, damaged = runfolder.open_sound(config.run_dir, resume, world)
-        engine = build_engine(config, world, num_micro_steps=micro_steps)
+        notices = list(notices)
+        engine = build_engine(config, world, num_micro_steps=micro_steps, notices=notices)
         if init_from and found:
-            notices = [*notices, f"--init-from is not needed: the run goes on from {found.path}"]
+            notices.append(f"--init-from is not needed: the run goes on from {found.path}")
         elif init_from:
-            notices = [*notices, f"initial weights: {load_weights(engine, init_from)}"]
+            notices.append(f"initial weights: {load_weights(engine, init_from)}")
         ema = None
         if config.ema:
             half_life = to_samples(config.ema.half_life, **length)
@@ -118,7 +119,7 @@ def start(
         state = RunState()
         if found:
             state, changes = restore(found, engine, ema, config, train)
-            notices = [*notices, *changes, *world.on_first(lambda: runfolder.set_aside(damaged))]
+            notices += [*changes, *world.on_first(lambda: runfolder.set_aside(damaged))]
         if state.step > schedule.total_steps:
             raise UserError(
                 "the checkpoint is past the schedule's end",

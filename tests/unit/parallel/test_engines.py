@@ -243,10 +243,11 @@ def test_full_checkpointing_computes_forward_again_and_the_same_gradients(drop_p
         assert torch.equal(gradients_full[n], gradient), n
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
-def test_checkpointing_works_in_every_engine(name, world):
+def test_checkpointing_works_in_every_engine(name, mode, world):
     plain, full = (
-        build(name, world, "model.drop_path=0.3", f"activation_checkpointing={mode}") for mode in ("none", "full")
+        build(name, world, "model.drop_path=0.3", f"activation_checkpointing={mode}") for mode in ("none", mode)
     )
     counts = []
     for engine in (plain, full):
@@ -258,6 +259,7 @@ def test_checkpointing_works_in_every_engine(name, world):
             engine.backward(loss)
         engine.step(1e-3)
         counts.append(backward.get_total_flops())
-    assert counts[1] > 1.2 * counts[0]
+    if mode == "full":  # a part's own products are computed again, and selectively they are not
+        assert counts[1] > 1.2 * counts[0]
     expected = copy_all(plain)
     assert all(torch.equal(tensor, expected[n]) for n, tensor in copy_all(full).items())

@@ -128,7 +128,7 @@ def count_flops(mode: str) -> tuple[int, dict[str, dict]]:
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_what_is_wrapped_is_computed_again_and_nothing_else(mode):
     plain, by_module = count_flops("none")
-    wrapped = [n for n in build().cut_points() if mode != "blocks" or ".blocks." in n]
+    wrapped = [n for n in build().cut_points()[:-1] if mode != "blocks" or ".blocks." in n]
     expected = sum(
         flops
         for name in wrapped
