@@ -115,6 +115,9 @@ class Crew:
             self._connections.append(ours)
         self._receive()
 
+    def __len__(self) -> int:
+        return len(self._processes)
+
     def call(self, act: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `act(training, *arguments)` gives on each rank, all at once. Other crews sleep meanwhile."""
         for connection in self._connections:

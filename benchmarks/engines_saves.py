@@ -132,6 +132,15 @@ def find_misses(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def print_saves(results: dict[str, Any]) -> None:
+    print(f"{'engine':8}{'step':>9}{'stall':>9}{'write':>9}{'saving step':>14}{'whole cost':>13}")
+    for name, x in results.items():
+        print(
+            f"{name:8}{x['step_seconds']:7.2f} s{x['stall_seconds']:7.2f} s{x['write_seconds']:7.2f} s"
+            f"{x['saving_step']:+8.2f} steps{x['whole_cost']:+7.2f} steps"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few cycles: a smoke test, no measurement")
@@ -146,12 +155,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps(result))
         return
     results = measure_saves(arguments.quick)
-    print(f"{'engine':8}{'step':>9}{'stall':>9}{'write':>9}{'saving step':>14}{'whole cost':>13}")
-    for name, x in results.items():
-        print(
-            f"{name:8}{x['step_seconds']:7.2f} s{x['stall_seconds']:7.2f} s{x['write_seconds']:7.2f} s"
-            f"{x['saving_step']:+8.2f} steps{x['whole_cost']:+7.2f} steps"
-        )
+    print_saves(results)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     misses = find_misses(results)

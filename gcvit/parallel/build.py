@@ -62,8 +62,7 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
     else:
         from gcvit.parallel.zero import ZeroEngine  # loading DeepSpeed takes seconds, and only zero needs it
 
-        bf16 = config.precision == "bf16"
-        engine = ZeroEngine(module, config.optim, config.zero or ZeroConfig(), world, bf16=bf16, **common)
+        engine = ZeroEngine(module, config.optim, config.zero or ZeroConfig(), world, dtype=dtype, **common)
     fill(engine.fragments()[MODEL], lambda name: module.initial_value(name, config.seed))
     engine.refresh()
     return engine

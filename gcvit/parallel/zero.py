@@ -6,20 +6,28 @@ ranges of flattened tensors. Reaching them takes private names of DeepSpeed 0.19
 and the tests compare digests. DeepSpeed's own checkpoints are not used: they do not move between world sizes.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+from torch import Tensor, nn
 
 from gcvit.config import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
+from gcvit.model.layers import Stem
 from gcvit.optim import build_adamw, create_moment, set_lr
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
+from gcvit.parallel.loss_scale import LossScale
 from gcvit.parallel.world import World
+from gcvit.parallel.zero_settings import build_settings, sums_in_bf16
 
 
 class ZeroEngine:
@@ -34,22 +42,39 @@ class ZeroEngine:
         *,
         global_batch_size: int,
         num_micro_steps: int,
-        bf16: bool,
+        dtype: torch.dtype,
     ):
-        if bf16 and zero.stage == 1 and num_micro_steps > 1:
+        if sums_in_bf16(zero, dtype) and num_micro_steps > 1:
             # With fp32 sums DeepSpeed takes another optimizer here, one that this engine does not know.
             raise UserError(
                 "zero.stage=1 in bf16 sums the gradients of micro-steps in bf16",
                 got=f"{num_micro_steps} micro-steps",
                 cure="take zero.stage=2, which sums in fp32, or a larger trainer.micro_batch_size",
             )
+        if "nvme" in (zero.offload_optimizer, zero.offload_parameters):
+            raise UserError(
+                "offloading to nvme would leave on disk what checkpoints, EMA and initial weights must reach in memory",
+                got="zero.offload_optimizer or zero.offload_parameters = nvme",
+                allowed="cpu",
+                cure="set cpu, or start more processes: each holds a smaller share",
+            )
+        if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
+            raise UserError(
+                f"DeepSpeed does not compute in fp16 on this {world.device.type}",
+                got="precision=fp16, engine=zero",
+                cure="set precision=bf16, or take engine=ddp or engine=fsdp",
+            )
         _prepare_environment(world)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
-        settings = _settings(optim, zero, num_micro_steps, bf16)
+        settings = build_settings(optim, zero, module, num_micro_steps, dtype)
+        _check(settings)
         shapes = {name: p.shape for name, p in module.named_parameters()}
-        module.to(torch.bfloat16 if bf16 else torch.float32)  # the masters stay fp32
+        module.to(dtype)  # the masters stay fp32
         if zero.stage == 3:
+            _release_weights(module)
             _materialize_in_parts(module, world.device, settings)
+            if os.environ.get("Z_LEAF", "1") == "1":
+                _gather_by_parts(module)
         else:
             module.to_empty(device=world.device)
         module.init_buffers()
@@ -61,9 +86,12 @@ class ZeroEngine:
         self._shapes = shapes
         self.world = world
         # DeepSpeed averages over ranks and divides by the number of micro-steps.
-        self._loss_scale = world.size * num_micro_steps / global_batch_size
+        self._loss_factor = world.size * num_micro_steps / global_batch_size
         self._num_micro_steps, self._micro_step = num_micro_steps, 0
-        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        self._dtype = dtype
+        # On the host: DeepSpeed wants it there, and has waited for the device when it is known.
+        self._loss_scale = LossScale(torch.device("cpu")) if dtype == torch.float16 else None
+        self._follow_loss_scale()
         for flat in self._flat_masters():
             create_moment(self._zero.optimizer, flat)
         if zero.stage != 3:
@@ -73,7 +101,7 @@ class ZeroEngine:
         return self._engine(images.to(self._dtype)).float()
 
     def backward(self, loss_sum: Tensor) -> None:
-        self._engine.backward(loss_sum * self._loss_scale)
+        self._engine.backward(loss_sum * self._loss_factor)
         self._micro_step += 1
         if self._micro_step < self._num_micro_steps:
             self._engine.step()  # only counts: DeepSpeed wants it after every micro-step
@@ -85,7 +113,14 @@ class ZeroEngine:
         self._engine.step()
         self._micro_step = 0
         norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.world.device)
-        return StepResult(norm, torch.tensor(0.0 if self._zero.overflow else 1.0, device=self.world.device))
+        applied = torch.tensor(0.0 if self._zero.overflow else 1.0)
+        if self._zero.overflow and self._stage != 3:
+            # With offloading DeepSpeed would add the next gradients to the refused ones.
+            self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
+        if self._loss_scale is not None:
+            self._loss_scale.update(applied)
+            self._follow_loss_scale()
+        return StepResult(norm, applied.to(self.world.device))
 
     def fragments(self) -> dict[str, Fragments]:
         ranges = list(self._ranges())
@@ -113,11 +148,20 @@ class ZeroEngine:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
     def counters(self) -> Counters:
-        return Counters(updates=int(self._zero.optimizer.state[self._flat_masters()[0]]["step"].item()))
+        updates = int(self._zero.optimizer.state[self._flat_masters()[0]]["step"].item())
+        return Counters(updates) if self._loss_scale is None else Counters(updates, *self._loss_scale.get())
 
     def set_counters(self, counters: Counters) -> None:
         for flat in self._flat_masters():
             self._zero.optimizer.state[flat]["step"].fill_(counters.updates)
+        if self._loss_scale is not None:
+            self._loss_scale.set(counters.loss_scale, counters.loss_scale_updates)
+            self._follow_loss_scale()
+
+    def _follow_loss_scale(self) -> None:
+        """Tell DeepSpeed, whose own scale is constant, by what it shall multiply the loss and divide gradients."""
+        if self._loss_scale is not None:
+            self._zero.loss_scaler.cur_scale = self._loss_scale.value.item()
 
     def _flat_masters(self) -> list[Tensor]:
         return (
@@ -147,25 +191,39 @@ class ZeroEngine:
                 offset += per_rank
 
 
-def _settings(optim: OptimConfig, zero: ZeroConfig, num_micro_steps: int, bf16: bool) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # nominal: samples are counted by the stream
-        "gradient_accumulation_steps": num_micro_steps,
-        "gradient_clipping": optim.clip_norm or 0.0,  # always written: DeepSpeed's default is 1.0
-        "bf16": {"enabled": bf16},
-        # By default gradients are summed in the compute precision, over micro-steps and over ranks.
-        "communication_data_type": "fp32",
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if zero.stage > 1 else {}),
-        "zero_optimization": {
-            "stage": zero.stage,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
-            # DeepSpeed's default of 5e8 elements is many times a GC ViT.
-            "reduce_bucket_size": 20_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-        "steps_per_print": 2**31,
-    }
+def _check(settings: dict[str, Any]) -> None:
+    """Let DeepSpeed read its settings, before anything is built. Errors: UserError with what it says of them."""
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+        raise UserError("DeepSpeed refuses zero.extra", got=error, cure="correct or remove what it names") from error
+
+
+def _release_weights(module: GCViT) -> None:
+    """Let linear layers forget their gathered weights between forward and backward.
+
+    PyTorch's own keep a transposed view, so that the gathered weight would live on. DeepSpeed by default replaces
+    `torch.nn.functional.linear` in the whole process, for good; this touches our layers alone.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = functools.partial(_run_linear, layer)
+
+
+def _run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    y: Tensor = zero3_linear_wrap(x, layer.weight, layer.bias)
+    return y
+
+
+def _gather_by_parts(module: GCViT) -> None:
+    """Gather each part of the model in one message, and not its every layer in one of its own.
+
+    Not the stem: it has no input with a gradient, so the end of its backward is not seen.
+    """
+    for name in module.cut_points():
+        part = module.get_submodule(name)
+        if not isinstance(part, Stem):
+            set_z3_leaf_module(part, True)
 
 
 def _materialize_in_parts(module: GCViT, device: torch.device, settings: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ FLOORS = [
             "gcvit.parallel.ddp",
             "gcvit.parallel.fsdp",
             "gcvit.parallel.zero",
+            "gcvit.parallel.zero_settings",
             "gcvit.parallel.recompute",
             "gcvit.parallel.budget",
             "gcvit.parallel.compiled",
@@ -58,7 +59,7 @@ ONLY_FROM_US = {
 }
 # Packages that one place alone imports.
 ONLY_IN = {
-    "deepspeed": ("gcvit.parallel.zero",),
+    "deepspeed": ("gcvit.parallel.zero", "gcvit.parallel.zero_settings"),
     "tensorboard": ("gcvit.metrics",),
     "torch.utils.tensorboard": ("gcvit.metrics",),
     "webdataset": ("gcvit.data.stream", "data_prep.*"),

@@ -1,0 +1,307 @@
+"""What an engine holds and what it sends, measured beside the theory of its kind. Used by `benchmarks.engines`.
+
+What it holds is what is there: every distinct storage behind the tensors of a process, found through the garbage
+collector and through the engine's attributes, each counted once, under the first category that claims it.
+
+What it sends is every collective that reaches PyTorch's dispatcher, whoever calls it, as bytes that a rank sends if
+the collective goes around in a ring of N: of what it is given (n bytes in all, of all ranks together), an all-gather
+and a reduce-scatter send (N-1)/N n, as do a broadcast and a reduce on average over the ranks, and an all-reduce sends
+twice as much.
+"""
+
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.engines_crew import SHARDS_OF_HSDP, Crew, Training, make_config
+from gcvit.parallel.build import build_model
+from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL
+
+MICRO_STEPS = (1, 2)
+MARGIN = 0.10  # of the theory, either way
+CATEGORIES = ("parameters", "masters", "gradients", "moments", "EMA", "buckets", "gathered", "other")
+
+
+# ---- what it holds -------------------------------------------------------------------------------
+
+
+def resident_in_theory(name: str, weights: int, world_size: int) -> dict[str, float]:
+    """Bytes by category of a rank that has done its backward passes, in fp32; what is not named is 0.
+
+    ddp's gradients are views of its buckets, which so take no memory of their own. ZeRO has masters beside the
+    parameters in fp32 too. Stage 1 has whole gradients while it computes them, and its share when they are summed.
+    """
+    share = weights / (SHARDS_OF_HSDP if name == "hsdp" else world_size)
+    match name:
+        case "ddp":
+            return {"parameters": weights, "gradients": weights, "moments": 2 * weights, "EMA": weights}
+        case "fsdp" | "hsdp":
+            return {"parameters": share, "gradients": share, "moments": 2 * share, "EMA": share}
+        case "zero1" | "zero2":
+            held = {"parameters": weights, "gradients": share}
+        case "zero3":
+            held = {"parameters": share, "gradients": share}
+        case _:
+            raise AssertionError(name)
+    return held | {"masters": share, "moments": 2 * share, "EMA": share}
+
+
+def count_resident(training: Training) -> dict[str, Any]:
+    """Bytes by category between backward and step, of this rank; the names of what is in "other"."""
+    training.step()  # some memory is taken at the first
+    training.backward()
+    training.synchronize()
+    gc.collect()
+    warnings.simplefilter("ignore", FutureWarning)  # of deprecated things that are met on the way
+    claimed: dict[int, str] = {}
+    sizes: dict[int, int] = {}
+    others: dict[str, int] = {}
+
+    def claim(category: str, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in claimed:
+                claimed[storage._cdata] = category
+                sizes[storage._cdata] = storage.nbytes()
+
+    engine, fragments = training.engine, training.engine.fragments()
+    claim("input", [training.images, training.targets])
+    claim("EMA", (part.data for part in training.ema.fragments.values()))
+    claim("moments", (part.data for kind in (EXP_AVG, EXP_AVG_SQ) for part in fragments[kind].values()))
+    parameters = list(engine.module.parameters())
+    claim("parameters", (_held(p) for p in parameters))
+    claim("masters", (part.data for part in fragments[MODEL].values()))
+    claim("gathered", (p.data for p in parameters if not isinstance(p, DTensor)))
+    claim("gathered", _gathered_by_fsdp(engine.module))
+    claim("gradients", (_local(p.grad) for p in parameters if p.grad is not None))
+    for path, tensor in _walk(engine):
+        claim("gradients" if "grad" in path else "buckets" if "bucket" in path else "other", [tensor])
+    claim("other", (_local(x) for x in gc.get_objects() if isinstance(x, Tensor) and not x.is_meta))
+    for path, tensor in _walk(engine):
+        if claimed[tensor.untyped_storage()._cdata] == "other":
+            others[path] = tensor.untyped_storage().nbytes()
+    found = dict.fromkeys(CATEGORIES, 0)
+    for address, category in claimed.items():
+        if category != "input":
+            found[category] += sizes[address]
+    training.update()
+    return {"bytes": found, "others": others}
+
+
+def _held(p: Tensor) -> Tensor:
+    """What this rank keeps of a parameter between uses."""
+    shard: Tensor = getattr(p, "ds_tensor", _local(p))
+    return shard
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered_by_fsdp(module: torch.nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                for p in group.fsdp_params:
+                    yield from p.all_gather_outputs
+
+
+def _walk(root: object) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that can be reached from an object by attributes, keys and places, and its path."""
+    seen, waiting = {id(root)}, [("", root)]
+    while waiting:
+        path, thing = waiting.pop()
+        if isinstance(thing, Tensor):
+            if not thing.is_meta:
+                yield path, _local(thing)
+            children: Iterable[tuple[Any, Any]] = [("grad", thing.grad)] if thing.is_leaf else []
+        elif isinstance(thing, dict):
+            children = thing.items()
+        elif isinstance(thing, (list, tuple, set)):
+            children = enumerate(thing)
+        else:
+            children = getattr(thing, "__dict__", {}).items() if not isinstance(thing, type) else []
+        for key, child in children:
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append((f"{path}.{key}" if isinstance(key, (str, int)) else path, child))
+
+
+def measure_bytes(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
+    """By engine: bytes by category, of each rank, and of the theory."""
+    weights, world_size = weights_bytes(quick), len(next(iter(crews.values())))
+    rows = {}
+    for name, crew in crews.items():
+        ranks = crew.call(count_resident)
+        theory = resident_in_theory(name, weights, world_size)
+        rows[name] = {"ranks": [rank["bytes"] for rank in ranks], "theory": theory, "others": ranks[0]["others"]}
+    return {"weights_bytes": weights, "engines": rows}
+
+
+def weights_bytes(quick: bool) -> int:
+    """Of the model of the crews, in fp32."""
+    with torch.device("meta"):
+        model = build_model(make_config("ddp", 1, quick).model)
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+def find_missed_bytes(result: dict[str, Any]) -> list[str]:
+    """In total, and of each category that the theory knows."""
+    missed = []
+    for name, row in result["engines"].items():
+        for rank, found in enumerate(row["ranks"]):
+            pairs = {category: (found[category], held) for category, held in row["theory"].items()}
+            pairs["all"] = sum(found.values()), sum(row["theory"].values())
+            missed += [
+                f"bytes of {name}, rank {rank}, {category}: {held / 1e6:,.1f} MB, in theory {theory / 1e6:,.1f}"
+                for category, (held, theory) in pairs.items()
+                if abs(held - theory) > MARGIN * theory
+            ]
+    return missed
+
+
+def print_bytes(result: dict[str, Any]) -> None:
+    print(f"\nHeld between backward and step, MB of each rank; the weights are {result['weights_bytes'] / 1e6:,.1f} MB")
+    print(f"{'':14}" + "".join(f"{category:>12}" for category in (*CATEGORIES, "all", "of theory")))
+    for name, row in result["engines"].items():
+        theory = sum(row["theory"].values())
+        for rank, found in enumerate(row["ranks"]):
+            share = sum(found.values()) / theory
+            print(f"{name:8}{f'rank {rank}':6}{_cells(found)}{share:12.3f}")
+        print(f"{'':8}theory{_cells(row['theory'])}")
+
+
+def _cells(held: dict[str, float]) -> str:
+    numbers = [*(held.get(category, 0) for category in CATEGORIES), sum(held.values())]
+    return "".join(f"{number / 1e6:12,.1f}" for number in numbers)
+
+
+# ---- what it sends -------------------------------------------------------------------------------
+
+
+def traffic_in_theory(name: str, weights: int, world_size: int, num_micro_steps: int) -> float:
+    """Bytes that a rank sends in a step.
+
+    ddp: gradients once, by all-reduce. fsdp and zero3: a gathering for forward and one for backward in each
+    micro-step; fsdp scatters the sum of gradients once, zero3 in each micro-step. zero1 scatters gradients once, zero2
+    in each micro-step, and both gather the updated parameters.
+    """
+    once = weights * (world_size - 1) / world_size
+    match name:
+        case "ddp":
+            return 2 * once
+        case "fsdp":
+            return (2 * num_micro_steps + 1) * once
+        case "hsdp":
+            replicas, shard = world_size // SHARDS_OF_HSDP, weights / SHARDS_OF_HSDP
+            within = (2 * num_micro_steps + 1) * weights * (SHARDS_OF_HSDP - 1) / SHARDS_OF_HSDP
+            return within + 2 * shard * (replicas - 1) / replicas
+        case "zero1":
+            return 2 * once
+        case "zero2":
+            return (num_micro_steps + 1) * once
+        case "zero3":
+            return 3 * num_micro_steps * once
+    raise AssertionError(name)
+
+
+class Traffic(TorchDispatchMode):
+    """While entered, counts collectives and what they send, and what is copied from tensor to tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.copied = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "c10d":
+            self._count(op._schema.name.removeprefix("c10d::").strip("_"), args)
+        elif op._schema.name in ("aten::copy_", "aten::_foreach_copy_", "aten::cat", "aten::clone"):
+            self.copied += _num_bytes(args[1] if "copy" in op._schema.name else args[0])
+        return op(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        if name in ("barrier", "monitored_barrier"):
+            return
+        size = next(ProcessGroup.unbox(x).size() for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
+        if name.startswith(("allgather", "_allgather")):
+            num_bytes = _num_bytes(args[1]) * size  # every rank gives as much
+            factor = 1
+        elif name.startswith("allreduce"):
+            num_bytes, factor = _num_bytes(args[0]), 2
+        else:
+            # Scattered or exchanged: what goes in. Broadcast and reduced: the one tensor there is.
+            num_bytes = _num_bytes(args[0] if name in ("broadcast", "reduce") else args[1])
+            factor = 1
+        self.calls[name] += 1
+        self.sent[name] += factor * num_bytes * (size - 1) // size
+
+
+def _is_group(thing: torch.ScriptObject) -> bool:
+    return thing._type().qualified_name().endswith("c10d.ProcessGroup")
+
+
+def _num_bytes(tensors: Any) -> int:
+    return sum(x.nbytes for x in tree_leaves(tensors) if isinstance(x, Tensor))
+
+
+def count_traffic(training: Training, num_micro_steps: int) -> dict[str, Any]:
+    """Calls and bytes of a rank's collectives in one step, by kind."""
+    if num_micro_steps > 1:
+        training = Training(training.config, training.world, num_micro_steps)
+    training.step()  # engines learn the order of things in the first steps, with collectives of their own
+    training.step()
+    with Traffic() as traffic:
+        training.step()
+    training.synchronize()
+    return {"calls": dict(traffic.calls), "sent": dict(traffic.sent), "copied": traffic.copied}
+
+
+def measure_traffic(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
+    """By engine and number of micro-steps: what its first rank sends, by kind of collective, and the theory."""
+    weights, world_size = weights_bytes(quick), len(next(iter(crews.values())))
+    rows: dict[str, Any] = {}
+    for name, crew in crews.items():
+        rows[name] = {}
+        for num_micro_steps in MICRO_STEPS:
+            ranks = crew.call(count_traffic, num_micro_steps)
+            theory = traffic_in_theory(name, weights, world_size, num_micro_steps)
+            rows[name][str(num_micro_steps)] = {"ranks": ranks, "theory": theory}
+    return {"weights_bytes": weights, "engines": rows}
+
+
+def find_missed_traffic(result: dict[str, Any]) -> list[str]:
+    missed = []
+    for name, by_steps in result["engines"].items():
+        for num_micro_steps, row in by_steps.items():
+            for rank, found in enumerate(row["ranks"]):
+                sent, theory = sum(found["sent"].values()), row["theory"]
+                if abs(sent - theory) > MARGIN * theory:
+                    missed.append(
+                        f"traffic of {name}, rank {rank}, {num_micro_steps} micro-steps: {sent / 1e6:,.1f} MB, "
+                        f"in theory {theory / 1e6:,.1f}"
+                    )
+    return missed
+
+
+def print_traffic(result: dict[str, Any]) -> None:
+    print("\nSent by the first rank in a step, MB in a ring, and what is copied from tensor to tensor")
+    print(f"{'':8}{'micro-steps':>12}{'sent':>9}{'theory':>9}{'ratio':>7}{'copied':>9}   collectives")
+    for name, by_steps in result["engines"].items():
+        for num_micro_steps, row in by_steps.items():
+            found = row["ranks"][0]
+            sent = sum(found["sent"].values())
+            kinds = ", ".join(f"{n} {kind} {found['sent'][kind] / 1e6:,.1f}" for kind, n in found["calls"].items())
+            cells = f"{sent / 1e6:9,.1f}{row['theory'] / 1e6:9,.1f}{sent / max(row['theory'], 1):7.2f}"
+            print(f"{name:8}{num_micro_steps:>12}{cells}{found['copied'] / 1e6:9,.1f}   {kinds}")

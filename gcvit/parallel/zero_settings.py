@@ -1,0 +1,179 @@
+"""DeepSpeed's configuration: what this trainer decides, what it proposes, and what `zero.extra` may say.
+
+What DeepSpeed 0.19.8 reads at the top of its configuration falls into three: keys that this trainer decides itself
+(refused in `zero.extra` unless they say the same), keys that tune or observe (passed on), and all others, which
+belong to features that are not used here. DeepSpeed passes over unknown keys at the top in silence, so they are
+refused here; below, it refuses them itself.
+"""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.errors import UserError
+
+Settings = dict[str, Any]
+
+_PRECISION = "set precision"
+_CHECKPOINTS = "remove it: checkpoints are the trainer's own, see trainer.save_every"
+_BATCH = "set global_batch_size and trainer.micro_batch_size"
+_OFFLOADING = "set zero.offload_optimizer or zero.offload_parameters"
+# What is decided here, by path, and what the user sets instead.
+_DECIDED = {
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "managed_gradient_accumulation": _BATCH,
+    "gradient_clipping": "set optim.clip_norm",
+    "optimizer": "set optim.*: the optimizer is AdamW",
+    "zero_force_ds_cpu_optimizer": "set optim.*: the optimizer is AdamW",
+    "scheduler": "set schedule.* and optim.lr",
+    "fp16": _PRECISION,
+    "bf16": _PRECISION,
+    "bfloat16": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "data_types": "remove it: gradients are summed in fp32 over micro-steps",
+    "communication_data_type": "remove it: gradients are summed in fp32 over ranks",
+    "gradient_allreduce_op": "remove it: the update is that of the mean over the global batch",
+    "disable_allgather": "remove it: every rank computes with the updated weights",
+    "activation_checkpointing": "set activation_checkpointing of this trainer",
+    "compile": "set compile of this trainer",
+    "checkpoint": _CHECKPOINTS,
+    "steps_per_print": "set trainer.log_every",
+    "zero_optimization.stage": "set zero.stage",
+    "zero_optimization.contiguous_gradients": "remove it: gradients are contiguous",
+    "zero_optimization.offload_optimizer.device": _OFFLOADING,
+    "zero_optimization.offload_param.device": _OFFLOADING,
+    "zero_optimization.cpu_offload": _OFFLOADING,
+    "zero_optimization.cpu_offload_param": _OFFLOADING,
+    "zero_optimization.cpu_offload_use_pin_memory": _OFFLOADING,
+    "zero_optimization.compute_grad_norm": "remove it: clipping, refusing and the log need the norm",
+    "zero_optimization.memory_efficient_linear": "remove it: it would replace torch's linear for the whole process",
+    "zero_optimization.zenflow": "remove it: it updates later than the step that the loop counts",
+    "zero_optimization.legacy_stage1": "remove it: DeepSpeed 0.19.8 has it no more",
+    "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
+    "zero_optimization.load_from_fp32_weights": _CHECKPOINTS,
+    "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _CHECKPOINTS,
+    "zero_optimization.gather_16bit_weights_on_model_save": _CHECKPOINTS,
+}
+# What tunes or observes, and changes nothing that the trainer promises.
+_PASSED_ON = {
+    "zero_optimization",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "log_level",
+    "timers",
+    "disable_python_gc",
+    "zero_allow_untested_optimizer",
+}
+
+
+def build_settings(
+    optim: OptimConfig, zero: ZeroConfig, module: nn.Module, num_micro_steps: int, dtype: torch.dtype
+) -> Settings:
+    """DeepSpeed's configuration for this model, with `zero.extra` merged in.
+
+    Errors: UserError for a key of `zero.extra` that contradicts the trainer, or that is not known.
+    """
+    sizes = _sizes(zero.stage, sum(p.numel() for p in module.parameters()))
+    decided: Settings = {
+        "train_micro_batch_size_per_gpu": 1,  # nominal: samples are counted by the stream
+        "gradient_accumulation_steps": num_micro_steps,
+        "gradient_clipping": optim.clip_norm or 0.0,  # always written: DeepSpeed's default is 1.0
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # The scale is the trainer's own; any but 0, which would be DeepSpeed's.
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
+        # By default gradients are summed in the compute precision, over micro-steps and over ranks.
+        "communication_data_type": "fp32",
+        **({} if sums_in_bf16(zero, dtype) else {"data_types": {"grad_accum_dtype": "fp32"}}),
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+            "memory_efficient_linear": False,
+            **_offloading(zero),
+            **sizes,
+        },
+        "steps_per_print": 2**31,
+    }
+    return _merge(decided, zero.extra or {})
+
+
+def sums_in_bf16(zero: ZeroConfig, dtype: torch.dtype) -> bool:
+    """Whether gradients of micro-steps cannot be summed in fp32: DeepSpeed has another optimizer for that."""
+    return zero.stage == 1 and dtype == torch.bfloat16 and zero.offload_optimizer is None
+
+
+def _sizes(stage: int, num_parameters: int) -> dict[str, int]:
+    """Buffers and messages in proportion to the model, in elements; `zero.extra` may set others.
+
+    DeepSpeed's own are for models a hundred times as large: it holds its reduction buckets through the whole run,
+    one and with overlap two, and would reduce a GC ViT in a single message after backward.
+    """
+    sizes = {
+        # An eighth leaves seven messages to send while backward goes on; smaller ones would cost more than they hide.
+        "reduce_bucket_size": max(num_parameters // 8, 1_000_000),
+        # Gathered in place after the update, when nothing is left to overlap with: in one message.
+        "allgather_bucket_size": max(num_parameters, 1_000_000),
+    }
+    if stage < 3:
+        return sizes
+    return {
+        **sizes,
+        # A gathered parameter is freed after its use: by default none is that will be used again within 1e9 elements.
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": max(num_parameters // 4, 1_000_000),
+        "stage3_prefetch_bucket_size": num_parameters // 20,
+        # Vectors and small matrices stay whole, but for at most a twentieth of the model.
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_model_persistence_threshold": num_parameters // 20,
+    }
+
+
+def _offloading(zero: ZeroConfig) -> Settings:
+    pinned = torch.cuda.is_available()
+    places = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
+    return {key: {"device": place, "pin_memory": pinned} for key, place in places.items() if place is not None}
+
+
+def _merge(ours: Settings, extra: Settings, path: str = "", cure: str | None = None) -> Settings:
+    merged = dict(ours)
+    for key, value in extra.items():
+        place = f"{path}{key}"
+        cure_here = cure or _DECIDED.get(place)
+        if not path and cure_here is None and key not in _PASSED_ON:
+            _refuse_unknown(key)
+        if isinstance(ours.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(ours[key], value, f"{place}.", cure_here)
+        elif cure_here is not None or isinstance(ours.get(key), dict):
+            if key not in ours or value != ours[key]:
+                raise UserError(
+                    f"zero.extra.{place} is decided by the trainer",
+                    got=value,
+                    allowed=ours.get(key, "nothing"),
+                    cure=cure_here or "give a mapping",
+                )
+        else:
+            merged[key] = value
+    return merged
+
+
+def _refuse_unknown(key: str) -> None:
+    near = difflib.get_close_matches(key, _PASSED_ON, n=1)
+    raise UserError(
+        "zero.extra has a key that DeepSpeed 0.19.8 does not know, or that is for what this trainer does not use",
+        got=key,
+        allowed=", ".join(sorted(_PASSED_ON)),
+        cure=f"write {near[0]}" if near else "remove it",
+    )

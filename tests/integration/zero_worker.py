@@ -1,0 +1,121 @@
+"""Engine zero, side by side with and without what may change no number: `zero_worker.py OUT.json`.
+
+All in one process group, to spare the start of many. Each run takes the same random images, 2 micro-steps each step,
+and in step 1 the last rank's loss is not a number. It reports {"losses", "norms", "applied", "updates", "held",
+"computed", "average"}: of the steps; then after each step, by rank, the SHA-256 of all fragments and of the logits;
+and that of the EMA's logits after the last.
+"""
+
+import gc
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcvit.config import Config
+from gcvit.config_file import load_config
+from gcvit.ema import Ema
+from gcvit.loss import soft_target_loss
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.engine import MODEL, Engine
+from gcvit.parallel.world import World, join_world
+from gcvit.trainer import seed_drop_path
+
+CONFIG = Path(__file__).with_name("golden.yaml")
+NUM_STEPS, BAD_STEP = 3, 1
+ON_HOST = "zero.offload_optimizer=cpu"
+# Offloaded, stage 3 adds up the norm in another order: clipping by it would differ in the last bit.
+ZERO3 = ["zero.stage=3", "optim.clip_norm=null"]
+ZERO3_ON_HOST = [*ZERO3, ON_HOST, "zero.offload_parameters=cpu"]
+RUNS = {
+    "zero1 fp32": ["zero.stage=1"],
+    "zero2 fp32": ["zero.stage=2"],
+    "zero3 fp32": ZERO3,
+    "zero1 bf16": ["zero.stage=1", "precision=bf16"],
+    "zero2 bf16": ["zero.stage=2", "precision=bf16"],
+    "zero3 bf16": [*ZERO3, "precision=bf16"],
+    "zero1 fp32 offloaded": ["zero.stage=1", ON_HOST],
+    "zero2 fp32 offloaded": ["zero.stage=2", ON_HOST],
+    "zero3 fp32 offloaded": ZERO3_ON_HOST,
+    "zero2 bf16 offloaded": ["zero.stage=2", ON_HOST, "precision=bf16"],
+    "zero3 bf16 offloaded": [*ZERO3_ON_HOST, "precision=bf16"],
+    # Smaller messages, and gathered weights that are kept, are another way to the same numbers.
+    "zero2 fp32 extra": ["zero.stage=2", "zero.extra={zero_optimization: {reduce_bucket_size: 5000}}"],
+    "zero3 fp32 extra": [*ZERO3, "zero.extra={zero_optimization: {stage3_max_reuse_distance: 1000000}}"],
+}
+
+
+def run_steps(config: Config, world: World, num_micro_steps: int) -> dict[str, Any]:
+    engine = build_engine(config, world, num_micro_steps=num_micro_steps)
+    torch.manual_seed(0)
+    ema = Ema(engine.fragments()[MODEL], half_life_samples=64, global_batch_size=config.global_batch_size)
+    generator = torch.Generator().manual_seed(world.rank)
+    probe = torch.randn(2, 3, config.model.img_size, config.model.img_size).to(world.device)
+    report: dict[str, Any] = {name: [] for name in ("losses", "norms", "applied", "updates", "held", "computed")}
+    for step in range(NUM_STEPS):
+        engine.module.train()
+        num_images, size = config.global_batch_size // world.size, config.model.img_size
+        images = torch.randn(num_images, 3, size, size, generator=generator).to(world.device)
+        targets = torch.randn(num_images, config.model.num_classes, generator=generator).softmax(1).to(world.device)
+        loss_sum = torch.zeros((), device=world.device)
+        micro_batches = zip(images.chunk(num_micro_steps), targets.chunk(num_micro_steps), strict=True)
+        for micro_step, (some_images, some_targets) in enumerate(micro_batches):
+            seed_drop_path(config.seed, step, micro_step, world.rank)
+            loss = soft_target_loss(engine(some_images), some_targets).sum()
+            loss_sum += loss.detach()
+            bad = step == BAD_STEP and world.rank == world.size - 1
+            engine.backward(loss * float("nan") if bad else loss)
+        result = engine.step(lr=1e-3)
+        if step != BAD_STEP:
+            ema.update()
+        report["losses"].append(world.sum(loss_sum).item() / config.global_batch_size)
+        report["norms"].append(result.grad_norm.item() if result.applied.item() else None)
+        report["applied"].append(world.gather(result.applied.item()))
+        report["updates"].append(world.gather(engine.counters().updates))
+        report["held"].append(world.gather(digest(held(engine))))
+        report["computed"].append(world.gather(digest([logits_of(engine, probe)])))
+    with ema.swapped_in(engine):
+        report["average"] = world.gather(digest([logits_of(engine, probe)]))
+    return report
+
+
+def held(engine: Engine) -> list[Tensor]:
+    return [part.data for kind, parts in engine.fragments().items() for _, part in sorted(parts.items())]
+
+
+@torch.no_grad()
+def logits_of(engine: Engine, images: Tensor) -> Tensor:
+    engine.module.eval()
+    return engine(images)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def run_all(world: World) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    linear = torch.nn.functional.linear
+    for name, overrides in RUNS.items():
+        config, _ = load_config(CONFIG, ["engine=zero", "model.drop_path=0.2", *overrides])
+        # ZeRO-1 is refused in bf16 with more than one micro-step.
+        report[name] = run_steps(config, world, num_micro_steps=1 if name.startswith("zero1 bf16") else 2)
+        gc.collect()  # engines hold themselves in circles
+    report["linear is torch's"] = torch.nn.functional.linear is linear
+    return report
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with join_world() as world:
+        report = run_all(world)
+        if world.is_first:
+            Path(sys.argv[1]).write_text(json.dumps(report))

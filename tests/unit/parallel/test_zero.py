@@ -1,0 +1,105 @@
+"""What `zero.extra` may say, sizes in proportion to the model, and what engine zero refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.errors import UserError
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.zero_settings import build_settings
+from tests.unit.parallel.test_engines import configure, world  # noqa: F401  (a fixture)
+
+SMALL = nn.Linear(1000, 1000, device="meta")
+
+
+def settings(extra: dict | None = None, *, dtype: torch.dtype = torch.float32, module: nn.Module = SMALL, **zero):
+    return build_settings(OptimConfig(lr=1e-3), ZeroConfig(extra=extra, **zero), module, 2, dtype)
+
+
+def test_further_keys_are_merged_with_ours():
+    plain = settings()
+    merged = settings({"comms_logger": {"enabled": True}, "zero_optimization": {"round_robin_gradients": True}})
+    assert merged.pop("comms_logger") == {"enabled": True}
+    assert merged["zero_optimization"].pop("round_robin_gradients") is True
+    assert merged == plain
+
+
+def test_sizes_may_be_set_and_what_is_decided_may_be_said_again():
+    extra = {"gradient_clipping": 5.0, "zero_optimization": {"stage": 2, "reduce_bucket_size": 77}}
+    assert settings(extra)["zero_optimization"]["reduce_bucket_size"] == 77
+
+
+@pytest.mark.parametrize(
+    ("extra", "cure"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero.stage"),
+        ({"gradient_clipping": 1.0}, "optim.clip_norm"),
+        ({"train_batch_size": 64}, "global_batch_size"),
+        ({"gradient_accumulation_steps": 7}, "trainer.micro_batch_size"),
+        ({"optimizer": {"type": "Lamb"}}, "optim."),
+        ({"scheduler": {"type": "WarmupLR"}}, "schedule."),
+        ({"fp16": {"enabled": True}}, "precision"),
+        ({"bf16": {"check_grad_overflow": False}}, "precision"),
+        ({"checkpoint": {"load_universal": True}}, "trainer.save_every"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "activation_checkpointing"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero.offload_optimizer"),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero.offload_optimizer"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "clipping"),
+        ({"zero_optimization": True}, "mapping"),
+        ({"comms_loger": {}}, "write comms_logger"),
+        ({"nebula": {}}, "remove"),
+    ],
+)
+def test_a_key_that_contradicts_ours_is_refused_with_its_cure(extra, cure):
+    with pytest.raises(UserError) as error:
+        settings(extra)
+    assert cure in str(error.value).split("cure: ")[1]
+    assert "got" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "{zero_optimization: {reduce_bucket_siz: 3}}",
+        "{zero_optimization: {mics_shard_size: 3}}",
+        "{zero_optimization: {reduce_bucket_size: many}}",
+        "{comms_logger: {enable: true}}",
+        "{comms_logger: 3}",
+    ],
+)
+def test_what_deepspeed_refuses_is_the_users_to_mend(extra, world):  # noqa: F811
+    config = configure("zero2", f"zero.extra={extra}")
+    with pytest.raises(UserError, match=r"zero\.extra"):
+        build_engine(config, world, num_micro_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cure"),
+    [
+        (["zero.offload_optimizer=nvme", "zero.nvme_path=/nowhere"], "set cpu"),
+        (["compile=true"], "compile=false"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(overrides, cure, world):  # noqa: F811
+    with pytest.raises(UserError, match=cure):
+        build_engine(configure("zero3", *overrides), world, num_micro_steps=1)
+
+
+def test_buckets_follow_the_model():
+    small, large = (settings(module=nn.Linear(n, 1000, device="meta"), stage=3) for n in (10_000, 100_000))
+    for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_model_persistence_threshold"):
+        sizes = [one["zero_optimization"][key] for one in (small, large)]
+        assert sizes[1] == pytest.approx(10 * sizes[0], rel=0.01)
+        assert sizes[1] <= 100_001_000 / 8
+
+
+def test_sums_are_in_fp32_where_deepspeed_can():
+    assert "data_types" not in settings(stage=1, dtype=torch.bfloat16)
+    for stage, dtype in ((1, torch.float16), (2, torch.bfloat16), (3, torch.float16)):
+        chosen = settings(stage=stage, dtype=dtype)
+        assert chosen["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert (chosen["fp16"]["enabled"], chosen["bf16"]["enabled"]) == (
+            dtype == torch.float16,
+            dtype == torch.bfloat16,
+        )
