@@ -30,8 +30,7 @@ PARTS = ("steps", "bytes", "traffic", "activations", "startup", "saves")
 ON_CREWS = ("steps", "bytes", "traffic")
 
 # How each part is measured (on crews or alone), printed, and compared with its bars.
-Measure, Print, Find = Callable[..., Any], Callable[[Any], None], Callable[[Any], list[str]]
-HOW: dict[str, tuple[Measure, Print, Find]] = {
+HOW: dict[str, tuple[Callable[..., Any], Callable[[Any], None], Callable[[Any], list[str]]]] = {
     "steps": (engines_steps.measure_steps, engines_steps.print_steps, engines_steps.find_missed_steps),
     "bytes": (engines_bytes.measure_bytes, engines_bytes.print_bytes, engines_bytes.find_missed_bytes),
     "traffic": (engines_bytes.measure_traffic, engines_bytes.print_traffic, engines_bytes.find_missed_traffic),
@@ -92,7 +91,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     barred = [part for part in parts if world_size > 1 or part not in ON_CREWS]
     misses = [miss for part in barred for miss in HOW[part][2](results[part])]
-    print("\nAll bars are met." if not misses else "\nMissed: " + "; ".join(misses))
+    verdict = "All bars are met." if barred else "No bar was set on any of this."
+    print("\n" + ("Missed: " + "; ".join(misses) if misses else verdict))
     sys.exit(1 if misses and arguments.check else 0)
 
 

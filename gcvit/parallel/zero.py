@@ -67,14 +67,13 @@ class ZeroEngine:
         _prepare_environment(world)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         settings = build_settings(optim, zero, module, num_micro_steps, dtype)
-        _check(settings)
+        _check(settings, world)
         shapes = {name: p.shape for name, p in module.named_parameters()}
         module.to(dtype)  # the masters stay fp32
         if zero.stage == 3:
             _release_weights(module)
             _materialize_in_parts(module, world.device, settings)
-            if os.environ.get("Z_LEAF", "1") == "1":
-                _gather_by_parts(module)
+            _gather_by_parts(module)
         else:
             module.to_empty(device=world.device)
         module.init_buffers()
@@ -191,8 +190,11 @@ class ZeroEngine:
                 offset += per_rank
 
 
-def _check(settings: dict[str, Any]) -> None:
+def _check(settings: dict[str, Any], world: World) -> None:
     """Let DeepSpeed read its settings, before anything is built. Errors: UserError with what it says of them."""
+    quantized = [key for key, value in settings["zero_optimization"].items() if "quantized" in key and value]
+    if quantized and world.device.type != "cuda":
+        raise UserError("ZeRO++ quantizes on a GPU only", got=", ".join(quantized), cure="remove it from zero.extra")
     try:
         deepspeed.DeepSpeedConfig(settings)
     except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
@@ -207,7 +209,7 @@ def _release_weights(module: GCViT) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            layer.forward = functools.partial(_run_linear, layer)
+            layer.forward = functools.partial(_run_linear, layer)  # type: ignore[method-assign]
 
 
 def _run_linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -52,6 +52,12 @@ _DECIDED = {
     "zero_optimization.cpu_offload_use_pin_memory": _OFFLOADING,
     "zero_optimization.compute_grad_norm": "remove it: clipping, refusing and the log need the norm",
     "zero_optimization.memory_efficient_linear": "remove it: it would replace torch's linear for the whole process",
+    # Seen to put weights where the engine does not look for them.
+    "zero_optimization.round_robin_gradients": "remove it: weights would lie in another order",
+    "zero_optimization.parameter_alignment": "remove it: weights would lie in other places",
+    # Its groups can be created once in a process, and each part of the model would.
+    "zero_optimization.zero_hpz_partition_size": "take engine=fsdp with fsdp.shard_size",
+    "zero_optimization.zero_quantized_nontrainable_weights": "remove it: all weights are trained",
     "zero_optimization.zenflow": "remove it: it updates later than the step that the loop counts",
     "zero_optimization.legacy_stage1": "remove it: DeepSpeed 0.19.8 has it no more",
     "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
@@ -154,8 +160,8 @@ def _merge(ours: Settings, extra: Settings, path: str = "", cure: str | None = N
         cure_here = cure or _DECIDED.get(place)
         if not path and cure_here is None and key not in _PASSED_ON:
             _refuse_unknown(key)
-        if isinstance(ours.get(key), dict) and isinstance(value, dict):
-            merged[key] = _merge(ours[key], value, f"{place}.", cure_here)
+        if isinstance(ours.get(key, {}), dict) and isinstance(value, dict):
+            merged[key] = _merge(ours.get(key, {}), value, f"{place}.", cure_here)
         elif cure_here is not None or isinstance(ours.get(key), dict):
             if key not in ours or value != ours[key]:
                 raise UserError(

@@ -24,7 +24,6 @@ from gcvit.trainer import seed_drop_path
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 NUM_STEPS = 3
-# ZeRO-3 comes last: it replaces torch.nn.functional.linear in its process for good.
 ENGINES = {
     "ddp": ["engine=ddp"],
     "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000"],

@@ -30,7 +30,6 @@ CASES = {
     "b": ["optim.weight_decay=50"],
     "c": ["optim.clip_norm=1e6"],  # with two micro-steps: see `overrides`
 }
-# ZeRO-3 comes last: it replaces torch.nn.functional.linear in its process for good.
 ENGINES = {
     "ddp": ["engine=ddp"],
     "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000"],

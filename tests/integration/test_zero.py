@@ -21,7 +21,7 @@ def report(tmp_path_factory) -> dict[str, dict]:
 
 @each_run
 def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_on_all(name, report):
-    run = report[name]
+    run = report.get(name) or pytest.skip("no fp16 on this machine")
     for step in range(NUM_STEPS):
         assert run["applied"][step] == ([0.0, 0.0] if step == BAD_STEP else [1.0, 1.0])
     assert run["updates"] == [[1, 1], [1, 1], [2, 2]]
@@ -30,7 +30,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_on_all(name, repor
 @each_run
 def test_a_refused_update_leaves_no_trace(name, report):
     """Of masters and moments, nor of the weights that are computed with; the updates before and after do."""
-    run = report[name]
+    run = report.get(name) or pytest.skip("no fp16 on this machine")
     for what in ("held", "computed"):
         for rank in range(2):
             before, refused, after = (run[what][step][rank] for step in range(NUM_STEPS))
@@ -57,3 +57,13 @@ def test_the_average_is_computed_with_and_is_not_the_last_weights(precision, rep
 def test_linear_layers_of_others_are_left_alone(report):
     """DeepSpeed's default replaces PyTorch's function in the whole process."""
     assert report["linear is torch's"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_is_near_fp32_and_its_scale_is_halved_by_a_refused_update(stage, report):
+    run, exact = report.get(f"zero{stage} fp16") or pytest.skip("no fp16 on this machine"), report[f"zero{stage} fp32"]
+    assert run["scales"] == [[2.0**16] * 2, [2.0**15] * 2, [2.0**15] * 2]
+    for what in ("losses", "norms"):
+        for step in (0, 2):
+            assert run[what][step] == pytest.approx(exact[what][step], rel=1e-3)
+            assert run[what][step] != exact[what][step]

@@ -1,9 +1,9 @@
 """Engine zero, side by side with and without what may change no number: `zero_worker.py OUT.json`.
 
 All in one process group, to spare the start of many. Each run takes the same random images, 2 micro-steps each step,
-and in step 1 the last rank's loss is not a number. It reports {"losses", "norms", "applied", "updates", "held",
-"computed", "average"}: of the steps; then after each step, by rank, the SHA-256 of all fragments and of the logits;
-and that of the EMA's logits after the last.
+and in step 1 the last rank's loss is not a number. It reports {"losses", "norms", "applied", "updates", "scales",
+"held", "computed", "average"}: of the steps; then after each step, by rank, the SHA-256 of all fragments and of the logits;
+and that of the EMA's logits after the last. Of fp16 nothing, where this machine has none.
 """
 
 import gc
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from gcvit.config import Config
@@ -39,6 +40,9 @@ RUNS = {
     "zero1 bf16": ["zero.stage=1", "precision=bf16"],
     "zero2 bf16": ["zero.stage=2", "precision=bf16"],
     "zero3 bf16": [*ZERO3, "precision=bf16"],
+    "zero1 fp16": ["zero.stage=1", "precision=fp16"],
+    "zero2 fp16": ["zero.stage=2", "precision=fp16"],
+    "zero3 fp16": [*ZERO3, "precision=fp16"],
     "zero1 fp32 offloaded": ["zero.stage=1", ON_HOST],
     "zero2 fp32 offloaded": ["zero.stage=2", ON_HOST],
     "zero3 fp32 offloaded": ZERO3_ON_HOST,
@@ -56,7 +60,9 @@ def run_steps(config: Config, world: World, num_micro_steps: int) -> dict[str, A
     ema = Ema(engine.fragments()[MODEL], half_life_samples=64, global_batch_size=config.global_batch_size)
     generator = torch.Generator().manual_seed(world.rank)
     probe = torch.randn(2, 3, config.model.img_size, config.model.img_size).to(world.device)
-    report: dict[str, Any] = {name: [] for name in ("losses", "norms", "applied", "updates", "held", "computed")}
+    report: dict[str, Any] = {
+        name: [] for name in ("losses", "norms", "applied", "updates", "scales", "held", "computed")
+    }
     for step in range(NUM_STEPS):
         engine.module.train()
         num_images, size = config.global_batch_size // world.size, config.model.img_size
@@ -77,6 +83,7 @@ def run_steps(config: Config, world: World, num_micro_steps: int) -> dict[str, A
         report["norms"].append(result.grad_norm.item() if result.applied.item() else None)
         report["applied"].append(world.gather(result.applied.item()))
         report["updates"].append(world.gather(engine.counters().updates))
+        report["scales"].append(world.gather(engine.counters().loss_scale))
         report["held"].append(world.gather(digest(held(engine))))
         report["computed"].append(world.gather(digest([logits_of(engine, probe)])))
     with ema.swapped_in(engine):
@@ -105,6 +112,8 @@ def run_all(world: World) -> dict[str, Any]:
     report: dict[str, Any] = {}
     linear = torch.nn.functional.linear
     for name, overrides in RUNS.items():
+        if "fp16" in name and not get_accelerator().is_fp16_supported():
+            continue
         config, _ = load_config(CONFIG, ["engine=zero", "model.drop_path=0.2", *overrides])
         # ZeRO-1 is refused in bf16 with more than one micro-step.
         report[name] = run_steps(config, world, num_micro_steps=1 if name.startswith("zero1 bf16") else 2)

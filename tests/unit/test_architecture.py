@@ -59,7 +59,7 @@ ONLY_FROM_US = {
 }
 # Packages that one place alone imports.
 ONLY_IN = {
-    "deepspeed": ("gcvit.parallel.zero", "gcvit.parallel.zero_settings"),
+    "deepspeed": ("gcvit.parallel.zero",),
     "tensorboard": ("gcvit.metrics",),
     "torch.utils.tensorboard": ("gcvit.metrics",),
     "webdataset": ("gcvit.data.stream", "data_prep.*"),

@@ -19,9 +19,9 @@ def settings(extra: dict | None = None, *, dtype: torch.dtype = torch.float32, m
 
 def test_further_keys_are_merged_with_ours():
     plain = settings()
-    merged = settings({"comms_logger": {"enabled": True}, "zero_optimization": {"round_robin_gradients": True}})
+    merged = settings({"comms_logger": {"enabled": True}, "zero_optimization": {"reduce_scatter": False}})
     assert merged.pop("comms_logger") == {"enabled": True}
-    assert merged["zero_optimization"].pop("round_robin_gradients") is True
+    assert merged["zero_optimization"].pop("reduce_scatter") is False
     assert merged == plain
 
 
@@ -46,6 +46,8 @@ def test_sizes_may_be_set_and_what_is_decided_may_be_said_again():
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero.offload_optimizer"),
         ({"zero_optimization": {"cpu_offload": True}}, "zero.offload_optimizer"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "clipping"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "fsdp.shard_size"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "remove"),
         ({"zero_optimization": True}, "mapping"),
         ({"comms_loger": {}}, "write comms_logger"),
         ({"nebula": {}}, "remove"),
@@ -66,6 +68,7 @@ def test_a_key_that_contradicts_ours_is_refused_with_its_cure(extra, cure):
         "{zero_optimization: {reduce_bucket_size: many}}",
         "{comms_logger: {enable: true}}",
         "{comms_logger: 3}",
+        "{zero_optimization: {zero_quantized_weights: true}}",  # here, without a GPU
     ],
 )
 def test_what_deepspeed_refuses_is_the_users_to_mend(extra, world):  # noqa: F811
