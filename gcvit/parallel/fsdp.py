@@ -61,8 +61,11 @@ class FsdpEngine:
         pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         offload = pinned if fsdp.cpu_offload else OffloadPolicy()
         common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-        for unit in _units(module, fsdp.unit_parameters):
-            fully_shard(unit, reshard_after_forward=fsdp.reshard_after_forward, **common)
+        units = _units(module, fsdp.unit_parameters)
+        for unit in units:
+            # Backward begins with the last one, which would be gathered again at once.
+            reshard = fsdp.reshard_after_forward and unit is not units[-1]
+            fully_shard(unit, reshard_after_forward=reshard, **common)
         fully_shard(module, **common)
         module.to_empty(device="cpu" if fsdp.cpu_offload else world.device)
         module.init_buffers()
@@ -106,7 +109,7 @@ class FsdpEngine:
         }
 
     def refresh(self) -> None:
-        """Forget gathered copies: the outermost group keeps its own after forward."""
+        """Forget gathered copies: the last unit and the outermost group keep theirs after forward."""
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()

@@ -130,8 +130,8 @@ def _sizes(stage: int, num_parameters: int) -> dict[str, int]:
     sizes = {
         # An eighth leaves seven messages to send while backward goes on; smaller ones would cost more than they hide.
         "reduce_bucket_size": max(num_parameters // 8, 1_000_000),
-        # Gathered in place after the update, when nothing is left to overlap with: in one message.
-        "allgather_bucket_size": max(num_parameters, 1_000_000),
+        # Gathered in place after the update, when nothing is left to overlap with: in one message. It must be even.
+        "allgather_bucket_size": 2 * max(num_parameters // 2 + 1, 500_000),
     }
     if stage < 3:
         return sizes

@@ -2,8 +2,8 @@
 
 All in one process group, to spare the start of many. Each run takes the same random images, 2 micro-steps each step,
 and in step 1 the last rank's loss is not a number. It reports {"losses", "norms", "applied", "updates", "scales",
-"held", "computed", "average"}: of the steps; then after each step, by rank, the SHA-256 of all fragments and of the logits;
-and that of the EMA's logits after the last. Of fp16 nothing, where this machine has none.
+"held", "computed", "average"}: of the steps; then after each step, by rank, the SHA-256 of all fragments and of
+the logits; and that of the EMA's logits after the last. Of fp16 nothing, where this machine has none.
 """
 
 import gc
