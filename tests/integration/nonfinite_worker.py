@@ -28,7 +28,6 @@ from gcvit.parallel.world import World, join_world
 from gcvit.run import Run, open_sources, start
 
 CONFIG = Path(__file__).with_name("golden.yaml")
-# ZeRO-3 comes last: it replaces torch.nn.functional.linear in its process for good.
 ENGINES = {
     "ddp": ["engine=ddp", "trainer.micro_batch_size=8"],
     "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000", "trainer.micro_batch_size=8"],

@@ -18,7 +18,7 @@ from tests.integration.test_golden import ENGINES, images, read_run, train_all  
 
 HSDP = [*ENGINES["fsdp"], "fsdp.shard_size=2"]
 CHOICES = ENGINES | {"hsdp": HSDP}
-# (engine, processes); ZeRO-3 comes last in each world.
+# (engine, processes)
 SAVERS = [(engine, size) for size in (1, 2, 4) for engine in ENGINES]
 SAVERS.insert(-1, ("hsdp", 4))
 FOR_ALL = [("fsdp", 2), ("zero2", 4)]
@@ -50,7 +50,7 @@ def out(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa
         runs = [{"tag": name_of(place), "overrides": CHOICES[place[0]] + COMMON} for place in savers]
         train_all(runs, size, images, folder)
     for size in (1, 2, 4):
-        # In the order of the engines, ZeRO-3 last.
+        # In the order of the engines.
         loads = sorted((x for x in LOADS if x[1][1] == size), key=lambda x: SAVERS.index(x[1]))
         runs = [
             {
