@@ -109,11 +109,15 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _gathered_by_fsdp(module: torch.nn.Module) -> Iterator[Tensor]:
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            for group in part._get_fsdp_state()._fsdp_param_groups:
-                for p in group.fsdp_params:
-                    yield from p.all_gather_outputs
+    for group in _fsdp_groups(module):
+        for p in group.fsdp_params:
+            yield from p.all_gather_outputs
+
+
+def _fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:
+    # The parts of a unit share its state.
+    for state in {part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)}:
+        yield from state._fsdp_param_groups
 
 
 def _walk(root: object) -> Iterator[tuple[str, Tensor]]:
@@ -195,22 +199,23 @@ def _cells(held: dict[str, float]) -> str:
 # ---- what it sends -------------------------------------------------------------------------------
 
 
-def traffic_in_theory(name: str, weights: int, world_size: int, num_micro_steps: int) -> float:
+def traffic_in_theory(name: str, weights: int, world_size: int, num_micro_steps: int, kept: int = 0) -> float:
     """Bytes that a rank sends in a step.
 
     ddp: gradients once, by all-reduce. fsdp and zero3: a gathering for forward and one for backward in each
-    micro-step; fsdp scatters the sum of gradients once, zero3 in each micro-step. zero1 scatters gradients once, zero2
-    in each micro-step, and both gather the updated parameters.
+    micro-step; fsdp gathers once what it has `kept` from forward for backward, of the weights' bytes. fsdp scatters
+    the sum of gradients once, zero3 in each micro-step. zero1 scatters gradients once, zero2 in each micro-step, and
+    both gather the updated parameters.
     """
     once = weights * (world_size - 1) / world_size
     match name:
         case "ddp":
             return 2 * once
         case "fsdp":
-            return (2 * num_micro_steps + 1) * once
+            return (num_micro_steps * (2 - kept / weights) + 1) * once
         case "hsdp":
             replicas, shard = world_size // SHARDS_OF_HSDP, weights / SHARDS_OF_HSDP
-            within = (2 * num_micro_steps + 1) * weights * (SHARDS_OF_HSDP - 1) / SHARDS_OF_HSDP
+            within = traffic_in_theory("fsdp", weights, SHARDS_OF_HSDP, num_micro_steps, kept)
             return within + 2 * shard * (replicas - 1) / replicas
         case "zero1":
             return 2 * once
@@ -263,7 +268,7 @@ def _num_bytes(tensors: Any) -> int:
 
 
 def count_traffic(training: Training, num_micro_steps: int) -> dict[str, Any]:
-    """Calls and bytes of a rank's collectives in one step, by kind."""
+    """Calls and bytes of a rank's collectives in one step, by kind; bytes of weights that forward leaves gathered."""
     if num_micro_steps > 1:
         training = Training(training.config, training.world, num_micro_steps)
     training.step()  # engines learn the order of things in the first steps, with collectives of their own
@@ -271,7 +276,9 @@ def count_traffic(training: Training, num_micro_steps: int) -> dict[str, Any]:
     with Traffic() as traffic:
         training.step()
     training.synchronize()
-    return {"calls": dict(traffic.calls), "sent": dict(traffic.sent), "copied": traffic.copied}
+    keeping = (group for group in _fsdp_groups(training.engine.module) if not group._reshard_after_forward)
+    kept = sum(4 * p._orig_size.numel() for group in keeping for p in group.fsdp_params)
+    return {"calls": dict(traffic.calls), "sent": dict(traffic.sent), "copied": traffic.copied, "kept": kept}
 
 
 def measure_traffic(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
@@ -282,7 +289,7 @@ def measure_traffic(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
         rows[name] = {}
         for num_micro_steps in MICRO_STEPS:
             ranks = crew.call(count_traffic, num_micro_steps)
-            theory = traffic_in_theory(name, weights, world_size, num_micro_steps)
+            theory = traffic_in_theory(name, weights, world_size, num_micro_steps, ranks[0]["kept"])
             rows[name][str(num_micro_steps)] = {"ranks": ranks, "theory": theory}
     return {"weights_bytes": weights, "engines": rows}
 
