@@ -56,7 +56,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize(("engine", "kind"), [("ddp", "output"), ("fsdp", "gradient"), ("zero3", "output")])
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [("fsdp", "gradient"), *(pytest.param(name, "output", marks=pytest.mark.slow) for name in ("ddp", "zero3"))],
+)
 def test_a_defect_is_found_where_it_was_planted(engine, kind, images, tmp_path):
     """From the run that stops at it, and says the command, to the module, which no shard or recomputation hides."""
     words = arguments(images, tmp_path, *ENGINES[engine])
