@@ -274,10 +274,10 @@ def _complete(part: Path, final: Path, content: Mapping[str, Any]) -> None:
             stream.write(_to_json({**content, "sha256": _digest(content)}))
             stream.flush()
             os.fsync(stream.fileno())
-        _sync(part)
+        sync(part)
         _read_back(part, files.records)
         os.rename(part, final)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:
@@ -289,8 +289,9 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_to_json(content)).hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk. Errors: OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

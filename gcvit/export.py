@@ -10,7 +10,6 @@ for the others, and with --layout own, `import gcvit.model` comes first. `evalua
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -165,19 +164,11 @@ def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], me
         safetensors.torch.save_file(contiguous, part / WEIGHTS_FILE, metadata)
         (part / CONFIG_FILE).write_text(json.dumps(card, indent=2) + "\n")
         for path in (part / WEIGHTS_FILE, part / CONFIG_FILE, part):
-            _sync(path)
+            checkpoint.sync(path)
         part.rename(out)  # also onto an empty folder
-        _sync(out.parent)
+        checkpoint.sync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError("cannot write the export", got=f"{out} ({error})", cure="give another --out") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ class Saver:
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0
         except UserError as error:
             write.failure = error
-        except BaseException as error:
+        except BaseException as error:  # as DCP's CheckpointException is; unseen it would pass for a success
             write.bug = "".join(traceback.format_exception(error))
         write.seconds = time.perf_counter() - begin
 
