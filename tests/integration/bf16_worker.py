@@ -5,10 +5,7 @@ All in one process group, to spare the start of many. Each run takes the same ra
 """
 
 import gc
-import hashlib
 import itertools
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,8 @@ from gcvit.config import Config
 from gcvit.config_file import load_config
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import Fragment
-from gcvit.parallel.world import World, join_world
-from gcvit.trainer import seed_drop_path
+from gcvit.parallel.world import World
+from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 NUM_STEPS = 3
@@ -39,14 +35,9 @@ def run_steps(config: Config, world: World, num_micro_steps: int) -> dict[str, A
     generator = torch.Generator().manual_seed(world.rank)
     losses, norms = [], []
     for step in range(NUM_STEPS):
-        num_images, size = config.global_batch_size // world.size, config.model.img_size
-        images = torch.randn(num_images, 3, size, size, generator=generator).to(world.device)
-        targets = torch.randn(num_images, config.model.num_classes, generator=generator).softmax(1).to(world.device)
         loss_sum = torch.zeros((), device=world.device)
-        micro_batches = zip(images.chunk(num_micro_steps), targets.chunk(num_micro_steps), strict=True)
-        for micro_step, (some_images, some_targets) in enumerate(micro_batches):
-            seed_drop_path(config.seed, step, micro_step, world.rank)
-            loss = soft_target_loss(engine(some_images), some_targets).sum()
+        for images, targets in draw_micro_batches(config, world, generator, step, num_micro_steps):
+            loss = soft_target_loss(engine(images), targets).sum()
             engine.backward(loss)
             loss_sum += loss.detach()
         result = engine.step(lr=1e-4)
@@ -59,15 +50,8 @@ def run_steps(config: Config, world: World, num_micro_steps: int) -> dict[str, A
         "losses": losses,
         "norms": norms,
         "dtypes": sorted(set().union(*world.gather({str(part.data.dtype) for part in fragments.values()}))),
-        "digests": world.gather(digest(fragments)),
+        "digests": world.gather(digest(part.data for _, part in sorted(fragments.items()))),
     }
-
-
-def digest(fragments: dict[str, Fragment]) -> str:
-    found = hashlib.sha256()
-    for name, part in sorted(fragments.items()):
-        found.update(name.encode() + part.data.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def run_all(world: World) -> dict[str, Any]:
@@ -82,8 +66,4 @@ def run_all(world: World) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with join_world() as world:
-        report = run_all(world)
-        if world.is_first:
-            Path(sys.argv[1]).write_text(json.dumps(report))
+    report_to_file(run_all)

@@ -6,9 +6,6 @@ fragments, and their SHA-256; and of each micro-step the collectives that its ba
 """
 
 import gc
-import hashlib
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,8 @@ from gcvit.config_file import load_config
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.world import World, join_world
-from gcvit.trainer import seed_drop_path
+from gcvit.parallel.world import World
+from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 NUM_STEPS, NUM_MICRO_STEPS = 3, 2
@@ -45,14 +42,9 @@ def run_steps(config: Config, world: World) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(world.rank)
     losses, norms, scales, traffic = [], [], [], []
     for step in range(NUM_STEPS):
-        num_images, size = config.global_batch_size // world.size, config.model.img_size
-        images = torch.randn(num_images, 3, size, size, generator=generator).to(world.device)
-        targets = torch.randn(num_images, config.model.num_classes, generator=generator).softmax(1).to(world.device)
         loss_sum = torch.zeros((), device=world.device)
-        micro_batches = zip(images.chunk(NUM_MICRO_STEPS), targets.chunk(NUM_MICRO_STEPS), strict=True)
-        for micro_step, (some_images, some_targets) in enumerate(micro_batches):
-            seed_drop_path(config.seed, step, micro_step, world.rank)
-            loss = soft_target_loss(engine(some_images), some_targets).sum()
+        for images, targets in draw_micro_batches(config, world, generator, step, NUM_MICRO_STEPS):
+            loss = soft_target_loss(engine(images), targets).sum()
             with CommDebugMode() as sent:
                 engine.backward(loss)
             traffic.append({str(kind): count for kind, count in sent.get_comm_counts().items()})
@@ -63,10 +55,10 @@ def run_steps(config: Config, world: World) -> dict[str, Any]:
         losses.append(world.sum(loss_sum).item() / config.global_batch_size)
         norms.append(world.gather(result.grad_norm.item()))
         scales.append(world.gather(engine.counters().loss_scale))
-    digest, parts = hashlib.sha256(), []
+    held, parts = [], []
     for kind, fragments in sorted(engine.fragments().items()):
         for name, part in sorted(fragments.items()):
-            digest.update(part.data.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            held.append(part.data)
             place = (part.start, part.data.numel(), part.shape.numel(), part.replica, part.num_replicas)
             parts.append([f"{kind}.{name}", *place])
     return {
@@ -74,7 +66,7 @@ def run_steps(config: Config, world: World) -> dict[str, Any]:
         "norms": norms,
         "scales": scales,
         "parts": world.gather(parts),
-        "digests": world.gather(digest.hexdigest()),
+        "digests": world.gather(digest(held)),
         "traffic": traffic,
     }
 
@@ -99,8 +91,4 @@ def run_all(world: World) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with join_world() as world:
-        report = run_all(world)
-        if world.is_first:
-            Path(sys.argv[1]).write_text(json.dumps(report))
+    report_to_file(run_all)

@@ -7,10 +7,6 @@ the logits; and that of the EMA's logits after the last. Of fp16 nothing, where 
 """
 
 import gc
-import hashlib
-import json
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,8 @@ from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
-from gcvit.parallel.world import World, join_world
-from gcvit.trainer import seed_drop_path
+from gcvit.parallel.world import World
+from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 NUM_STEPS, BAD_STEP = 3, 1
@@ -65,14 +61,9 @@ def run_steps(config: Config, world: World, num_micro_steps: int) -> dict[str, A
     }
     for step in range(NUM_STEPS):
         engine.module.train()
-        num_images, size = config.global_batch_size // world.size, config.model.img_size
-        images = torch.randn(num_images, 3, size, size, generator=generator).to(world.device)
-        targets = torch.randn(num_images, config.model.num_classes, generator=generator).softmax(1).to(world.device)
         loss_sum = torch.zeros((), device=world.device)
-        micro_batches = zip(images.chunk(num_micro_steps), targets.chunk(num_micro_steps), strict=True)
-        for micro_step, (some_images, some_targets) in enumerate(micro_batches):
-            seed_drop_path(config.seed, step, micro_step, world.rank)
-            loss = soft_target_loss(engine(some_images), some_targets).sum()
+        for images, targets in draw_micro_batches(config, world, generator, step, num_micro_steps):
+            loss = soft_target_loss(engine(images), targets).sum()
             loss_sum += loss.detach()
             bad = step == BAD_STEP and world.rank == world.size - 1
             engine.backward(loss * float("nan") if bad else loss)
@@ -101,13 +92,6 @@ def logits_of(engine: Engine, images: Tensor) -> Tensor:
     return engine(images)
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def run_all(world: World) -> dict[str, Any]:
     report: dict[str, Any] = {}
     linear = torch.nn.functional.linear
@@ -123,8 +107,4 @@ def run_all(world: World) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with join_world() as world:
-        report = run_all(world)
-        if world.is_first:
-            Path(sys.argv[1]).write_text(json.dumps(report))
+    report_to_file(run_all)
