@@ -65,6 +65,7 @@ class Epochs:
 
 
 def order_of(source: Source, config: Config, epoch: int) -> EpochOrder:
+    """The order in which a run takes the samples of an epoch, which counts from 0; no lane is planned yet."""
     data = config.data
     return EpochOrder(
         source.first,
