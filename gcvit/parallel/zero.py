@@ -6,6 +6,7 @@ ranges of flattened tensors. Reaching them takes private names of DeepSpeed 0.19
 and the tests compare digests. DeepSpeed's own checkpoints are not used: they do not move between world sizes.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ from gcvit.optim import build_adamw, create_moment, set_lr
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.loss_scale import LossScale
 from gcvit.parallel.world import World
-from gcvit.parallel.zero_settings import build_settings, sums_in_bf16
+from gcvit.parallel.zero_settings import build_settings
 
 
 class ZeroEngine:
@@ -44,13 +47,6 @@ class ZeroEngine:
         num_micro_steps: int,
         dtype: torch.dtype,
     ):
-        if sums_in_bf16(zero, dtype) and num_micro_steps > 1:
-            # With fp32 sums DeepSpeed takes another optimizer here, one that this engine does not know.
-            raise UserError(
-                "zero.stage=1 in bf16 sums the gradients of micro-steps in bf16",
-                got=f"{num_micro_steps} micro-steps",
-                cure="take zero.stage=2, which sums in fp32, or a larger trainer.micro_batch_size",
-            )
         if "nvme" in (zero.offload_optimizer, zero.offload_parameters):
             raise UserError(
                 "offloading to nvme would leave on disk what checkpoints, EMA and initial weights must reach in memory",
@@ -78,7 +74,8 @@ class ZeroEngine:
             module.to_empty(device=world.device)
         module.init_buffers()
         optimizer = build_adamw(((n, tuple(shapes[n]), p) for n, p in module.named_parameters()), optim)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        with _zero_in_bf16_too():
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = module
         self._zero = self._engine.optimizer
         self._stage = zero.stage
@@ -199,6 +196,20 @@ def _check(settings: dict[str, Any], world: World) -> None:
         deepspeed.DeepSpeedConfig(settings)
     except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
         raise UserError("DeepSpeed refuses zero.extra", got=error, cure="correct or remove what it names") from error
+
+
+@contextlib.contextmanager
+def _zero_in_bf16_too() -> Iterator[None]:
+    """Have stage 1 in bf16 sum gradients in fp32 like all the others.
+
+    DeepSpeed would take another optimizer for that, which knows nothing of fragments, refusing and buckets here.
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def _release_weights(module: GCViT) -> None:

@@ -38,6 +38,8 @@ _DECIDED = {
     "data_types": "remove it: gradients are summed in fp32 over micro-steps",
     "communication_data_type": "remove it: gradients are summed in fp32 over ranks",
     "gradient_allreduce_op": "remove it: the update is that of the mean over the global batch",
+    "prescale_gradients": "remove it: sums in fp32 do not overflow",
+    "gradient_predivide_factor": "remove it: sums in fp32 do not overflow",
     "disable_allgather": "remove it: every rank computes with the updated weights",
     "activation_checkpointing": "set activation_checkpointing of this trainer",
     "compile": "set compile of this trainer",
@@ -52,9 +54,14 @@ _DECIDED = {
     "zero_optimization.cpu_offload_use_pin_memory": _OFFLOADING,
     "zero_optimization.compute_grad_norm": "remove it: clipping, refusing and the log need the norm",
     "zero_optimization.memory_efficient_linear": "remove it: it would replace torch's linear for the whole process",
+    "zero_optimization.offload_optimizer.ratio": "remove it: the optimizer is on the host as a whole",
+    "zero_optimization.offload_optimizer.super_offload": "remove it: the optimizer is torch's AdamW",
+    "zero_optimization.allgather_bucket_size": "remove it: updated weights are gathered in one message",
+    # Both gather submodules whole; the stem among them would get no gradient.
+    "zero_optimization.stage3_module_granularity_threshold": "remove it: the model is gathered part by part",
+    "zero_optimization.leaf_module": "remove it: the model is gathered part by part",
     # Seen to put weights where the engine does not look for them.
     "zero_optimization.round_robin_gradients": "remove it: weights would lie in another order",
-    "zero_optimization.parameter_alignment": "remove it: weights would lie in other places",
     # Its groups can be created once in a process, and each part of the model would.
     "zero_optimization.zero_hpz_partition_size": "take engine=fsdp with fsdp.shard_size",
     "zero_optimization.zero_quantized_nontrainable_weights": "remove it: all weights are trained",
@@ -70,8 +77,6 @@ _DECIDED = {
 # What tunes or observes, and changes nothing that the trainer promises.
 _PASSED_ON = {
     "zero_optimization",
-    "prescale_gradients",
-    "gradient_predivide_factor",
     "comms_logger",
     "flops_profiler",
     "wall_clock_breakdown",
@@ -101,7 +106,7 @@ def build_settings(
         "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
         # By default gradients are summed in the compute precision, over micro-steps and over ranks.
         "communication_data_type": "fp32",
-        **({} if sums_in_bf16(zero, dtype) else {"data_types": {"grad_accum_dtype": "fp32"}}),
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": zero.stage,
@@ -116,34 +121,24 @@ def build_settings(
     return _merge(decided, zero.extra or {})
 
 
-def sums_in_bf16(zero: ZeroConfig, dtype: torch.dtype) -> bool:
-    """Whether gradients of micro-steps cannot be summed in fp32: DeepSpeed has another optimizer for that."""
-    return zero.stage == 1 and dtype == torch.bfloat16 and zero.offload_optimizer is None
-
-
-def _sizes(stage: int, num_parameters: int) -> dict[str, int]:
+def _sizes(stage: int, num_parameters: int) -> Settings:
     """Buffers and messages in proportion to the model, in elements; `zero.extra` may set others.
 
     DeepSpeed's own are for models a hundred times as large: it holds its reduction buckets through the whole run,
     one and with overlap two, and would reduce a GC ViT in a single message after backward.
     """
-    sizes = {
-        # An eighth leaves seven messages to send while backward goes on; smaller ones would cost more than they hide.
-        "reduce_bucket_size": max(num_parameters // 8, 1_000_000),
-        # Gathered in place after the update, when nothing is left to overlap with: in one message. It must be even.
-        "allgather_bucket_size": 2 * max(num_parameters // 2 + 1, 500_000),
-    }
+    # An eighth leaves seven messages to send while backward goes on; smaller ones would cost more than they hide.
+    sizes: Settings = {"reduce_bucket_size": max(num_parameters // 8, 1_000_000)}
     if stage < 3:
-        return sizes
-    return {
-        **sizes,
+        # DeepSpeed reduces its buckets over all ranks either way; with it, it would copy them out piece by piece.
+        return sizes | {"reduce_scatter": False}
+    return sizes | {
         # A gathered parameter is freed after its use: by default none is that will be used again within 1e9 elements.
         "stage3_max_reuse_distance": 0,
         "stage3_max_live_parameters": max(num_parameters // 4, 1_000_000),
         "stage3_prefetch_bucket_size": num_parameters // 20,
-        # Vectors and small matrices stay whole, but for at most a twentieth of the model.
-        "stage3_param_persistence_threshold": 100_000,
-        "stage3_model_persistence_threshold": num_parameters // 20,
+        # Small ones travel in the message of their part; kept whole, each would be gathered by itself after updates.
+        "stage3_param_persistence_threshold": 0,
     }
 
 

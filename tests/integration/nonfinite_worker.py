@@ -31,7 +31,7 @@ CONFIG = Path(__file__).with_name("golden.yaml")
 ENGINES = {
     "ddp": ["engine=ddp", "trainer.micro_batch_size=8"],
     "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000", "trainer.micro_batch_size=8"],
-    "zero1": ["engine=zero", "zero.stage=1"],  # which wants a single micro-step in bf16
+    "zero1": ["engine=zero", "zero.stage=1", "trainer.micro_batch_size=8"],
     "zero2": ["engine=zero", "zero.stage=2", "trainer.micro_batch_size=8"],
     "zero3": ["engine=zero", "zero.stage=3", "trainer.micro_batch_size=8"],
 }

@@ -52,3 +52,11 @@ def test_ranks_hold_what_their_engine_says(report):
     for engine in ENGINES:
         first, second = report[f"{engine} bf16 none"]["digests"]
         assert (first == second) == (engine == "ddp")
+
+
+def test_stages_1_and_2_sum_alike(report):
+    """Over micro-steps and ranks in fp32, also where DeepSpeed by itself would not."""
+    for precision in ("fp32", "bf16"):
+        first, second = (report[f"{engine} {precision} none"] for engine in ("zero1", "zero2"))
+        np.testing.assert_allclose(first["losses"], second["losses"], rtol=1e-6)
+        np.testing.assert_allclose(first["norms"], second["norms"], rtol=1e-6)

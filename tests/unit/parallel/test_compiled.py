@@ -44,10 +44,11 @@ def run_steps(name: str, world, sizes: tuple[int, int], *overrides: str) -> tupl
         # The graphs of a size of micro-batch and of evaluation, each shared by both blocks.
         ("ddp", [], (4, 3), 3),
         ("fsdp", ["fsdp.unit_parameters=1000"], (4, 4), 2),
+        ("zero2", [], (4, 4), 2),
         # The blocks' rates differ: in training a graph each, in evaluation too, where one guard is on the rate.
         ("fsdp", ["model.drop_path=0.3", "activation_checkpointing=full"], (4, 4), 4),
     ],
-    ids=["ddp, smaller micro-batch", "fsdp", "fsdp, drop path, recomputed"],
+    ids=["ddp, smaller micro-batch", "fsdp", "zero2", "fsdp, drop path, recomputed"],
 )
 def test_compiled_parts_compute_the_same(name, overrides, sizes, num_graphs, world, monkeypatch):
     monkeypatch.setattr(GCViT, "cut_points", lambda self: TWO_ALIKE)
