@@ -1,23 +1,48 @@
 """Window attention, local and global: each window of a map attends within itself.
 
+Windows of w x w lie from the map's top left, ceil(H / w) x ceil(W / w) of them. Where the last ones end beyond the map,
+the positions there do not exist: no query sees them as keys, and nothing comes out of them.
+
 Shape letters: B images, H and W map sides, C channels, w window side, n windows of an image, N = w*w tokens
 of a window, h heads, d channels of a head. Windows are image-major: the n windows of image 0 come first.
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gcvit.errors import UserError
+
+PATHS = ("auto", "reference", "sdpa", "triton")
+HAS_TRITON = find_spec("triton") is not None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + bias) v.
 
-    q (B, n or 1, h, N, d), k and v (B, n, h, N, d), bias (h, N, N); returns (B, n, h, N, d) in v's dtype.
-    Written to be obviously right: this is what every faster attention is compared with.
+    q (B, n or 1, h, N, d), k and v (B, n, h, N, d), bias (h, N, N) or (n, h, N, N); returns (B, n, h, N, d) in v's
+    dtype. Written to be obviously right: this is what every faster attention is compared with.
     """
     scores = (q * scale) @ k.transpose(-2, -1) + bias
     # In bf16 the sum over N weights would lose the small ones, so the softmax never runs below fp32.
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights.to(v.dtype) @ v
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The same as `attend`, by PyTorch's scaled_dot_product_attention: on GPUs its kernels keep the scores on chip."""
+    num_images, num_windows = k.shape[:2]
+    # The kernels take one batch axis. Queries of an image's own windows merge into it as a view; shared ones cannot.
+    q = q.to(v.dtype).expand(-1, num_windows, -1, -1, -1).flatten(0, 1)
+    if bias.ndim == 4:
+        bias = bias.expand(num_images, -1, -1, -1, -1).flatten(0, 1)
+    out = F.scaled_dot_product_attention(
+        q, k.flatten(0, 1), v.flatten(0, 1), attn_mask=bias.to(v.dtype).expand(len(q), -1, -1, -1), scale=scale
+    )
+    return out.unflatten(0, (num_images, num_windows))
 
 
 def expand_bias_table(table_lh: Tensor, window: int) -> Tensor:
@@ -34,15 +59,17 @@ def expand_bias_table(table_lh: Tensor, window: int) -> Tensor:
     return slices.flip(0, 1).permute(2, 3, 4, 0, 1).reshape(-1, window**2, window**2)
 
 
-def split_windows(x_bhwc: Tensor, window: int, num_heads: int, num_parts: int) -> Tensor:
-    """Cut a map (B, H, W, parts*C) into windows and heads: (parts, B, n, h, N, d), in one copy."""
+def split_windows(x_bhwc: Tensor, window: int, num_heads: int, num_parts: int) -> tuple[Tensor, ...]:
+    """Cut a map (B, H, W, parts*C) into windows and heads: of each part (B, n, h, N, d). The window divides H and W."""
     num_images, height, width, _ = x_bhwc.shape
-    x = x_bhwc.reshape(
-        num_images, height // window, window, width // window, window, num_parts, num_heads, -1
-    )  # (B, rows, w, columns, w, parts, h, d)
-    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
-    num_windows = (height // window) * (width // window)
-    return x.reshape(num_parts, num_images, num_windows, num_heads, window**2, -1)
+    rows, columns = height // window, width // window
+    x = x_bhwc.reshape(num_images, rows, window, columns, window, num_parts, num_heads, -1)
+    # Parted before the copy and not after it: the backward pass then writes all parts into one map, in one copy.
+    parts = x.unbind(5)  # each (B, rows, w, columns, w, h, d)
+    return tuple(
+        part.permute(0, 1, 3, 5, 2, 4, 6).reshape(num_images, rows * columns, num_heads, window**2, -1)
+        for part in parts
+    )
 
 
 def merge_windows(x_bnhtd: Tensor, window: int, height: int, width: int) -> Tensor:
@@ -50,6 +77,13 @@ def merge_windows(x_bnhtd: Tensor, window: int, height: int, width: int) -> Tens
     num_images, _, num_heads, _, _ = x_bnhtd.shape
     x = x_bnhtd.reshape(num_images, height // window, width // window, num_heads, window, window, -1)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(num_images, height, width, -1)
+
+
+def mask_missing(missing_yx: tuple[int, int], height: int, width: int, window: int, bias: Tensor) -> Tensor:
+    """What to add to the bias of each window: (n, 1, 1, N), -inf for keys beyond the map, 0 for the others."""
+    mask = F.pad(bias.new_zeros(1, height, width, 1), (0, 0, 0, missing_yx[1], 0, missing_yx[0]), value=float("-inf"))
+    (mask_bnhtd,) = split_windows(mask, window, num_heads=1, num_parts=1)
+    return mask_bnhtd[0].transpose(-2, -1)
 
 
 def share_queries(queries_bwwc: Tensor, num_heads: int) -> Tensor:
@@ -65,15 +99,52 @@ def share_queries(queries_bwwc: Tensor, num_heads: int) -> Tensor:
     return queries.transpose(2, 3)
 
 
+def attend_windows(
+    parts_bhwc: Tensor,
+    queries_bwwc: Tensor | None,
+    bias_table: Tensor,
+    window: int,
+    num_heads: int,
+    scale: float,
+    attend_within: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """Attention in the windows of a map: (B, H, W, C).
+
+    The parts of (B, H, W, parts*C) are queries, keys and values; keys and values alone where the queries are given,
+    (B, w, w, C), for all windows of an image. `attend_within` is `attend` or what equals it.
+    """
+    height, width = parts_bhwc.shape[1:3]
+    missing_yx = (-height % window, -width % window)
+    bias = expand_bias_table(bias_table, window)
+    if any(missing_yx):
+        bias = bias + mask_missing(missing_yx, height, width, window, bias)
+        parts_bhwc = F.pad(parts_bhwc, (0, 0, 0, missing_yx[1], 0, missing_yx[0]))
+    padded_height, padded_width = parts_bhwc.shape[1:3]
+    if queries_bwwc is None:
+        q, k, v = split_windows(parts_bhwc, window, num_heads, num_parts=3)
+    else:
+        k, v = split_windows(parts_bhwc, window, num_heads, num_parts=2)
+        q = share_queries(queries_bwwc, num_heads)
+    out = merge_windows(attend_within(q, k, v, bias, scale), window, padded_height, padded_width)
+    return out[:, :height, :width] if any(missing_yx) else out
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention within windows, with queries of its own or with the stage's global queries.
 
-    `qkv` makes queries, keys and values for local attention, keys and values alone for global attention.
+    `qkv` makes queries, keys and values for local attention, keys and values alone for global attention. `path` is
+    how they are attended with: "reference" (`attend`), "sdpa" (`attend_fused`), "triton" (our kernel) or "auto", the
+    quickest where the map lies. All give the same but for rounding. Raises UserError for another path, or one that
+    this machine lacks.
     """
 
-    def __init__(self, dim: int, num_heads: int, window: int, uses_global_queries: bool):
+    def __init__(self, dim: int, num_heads: int, window: int, uses_global_queries: bool, path: str = "auto"):
         super().__init__()
-        self.num_heads, self.window = num_heads, window
+        if path not in PATHS:
+            raise UserError("unknown attention", got=path, allowed=", ".join(PATHS))
+        if path == "triton" and not HAS_TRITON:
+            raise UserError("attention without its package", got=path, cure="install triton, or choose auto")
+        self.num_heads, self.window, self.path = num_heads, window, path
         self.uses_global_queries = uses_global_queries
         # The published models hold d^-0.5 in fp32. Rounding it so changes nothing in fp32 or below, and is
         # the difference between 5e-9 and 1e-15 when a float64 run is compared with theirs.
@@ -84,8 +155,20 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-        """(B, H, W, C) to the same; the window divides H and W. Local attention ignores the queries."""
-        parts = split_windows(self.qkv(x_bhwc), self.window, self.num_heads, self.num_parts).unbind(0)
-        q, k, v = (share_queries(queries_bwwc, self.num_heads), *parts) if self.uses_global_queries else parts
-        out = attend(q, k, v, expand_bias_table(self.bias_table, self.window), self.scale)
-        return self.proj(merge_windows(out, self.window, *x_bhwc.shape[1:3]))
+        """(B, H, W, C) to the same, for any H and W. Local attention ignores the queries."""
+        parts = self.qkv(x_bhwc)
+        queries = queries_bwwc if self.uses_global_queries else None
+        settings = (self.bias_table, self.window, self.num_heads, self.scale)
+        path = self.choose_path(parts) if self.path == "auto" else self.path
+        if path == "triton":
+            from gcvit.model.kernels.window_attention import window_attention
+
+            queries = None if queries is None else queries.to(parts.dtype)  # in fp32 under autocast
+            return self.proj(window_attention(parts, queries, *settings))
+        return self.proj(attend_windows(parts, queries, *settings, attend_fused if path == "sdpa" else attend))
+
+    def choose_path(self, parts_bhwc: Tensor) -> str:
+        """The quickest path for these parts."""
+        if parts_bhwc.is_cuda and parts_bhwc.dtype != torch.float64:
+            return "triton" if HAS_TRITON else "sdpa"
+        return "reference"

@@ -1,13 +1,14 @@
 """GC ViT (Hatamizadeh et al., ICML 2023): the image classifier, its cutting points and its initial weights.
 
-    images (B, 3, S, S) -> stem -> S/4 map -> four stages -> norm -> average pool -> linear head -> logits
+    images (B, 3, H, W) -> stem -> H/4 x W/4 map -> four stages -> norm -> average pool -> linear head -> logits
 
 A stage halves the map and doubles its width (the first does neither), derives global queries from it once per
 image, and runs its blocks: even ones attend within local windows, odd ones with the global queries. Maps are
-(B, H, W, C). The model holds no buffers and knows nothing of parallelism: `cut_points` says where it may be
-cut.
+(B, H, W, C); where a side is odd, half of it is rounded up. The model holds no buffers and knows nothing of
+parallelism: `cut_points` says where it may be cut.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcvit.errors import UserError
-from gcvit.model.layers import Block, Downsample, QueryGenerator, Stem, draw_initial, find_initial_laws
+from gcvit.model.layers import (
+    Block,
+    Downsample,
+    QueryGenerator,
+    Stem,
+    draw_initial,
+    find_initial_laws,
+    is_poolable,
+)
 
 NUM_STAGES = 4
+MIN_SIDE = 32
+"""Pixels. Below it the last map, 1/32 of the image, would be less than a position."""
 
 
 class Stage(nn.Module):
@@ -48,12 +59,15 @@ def run(module: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
 
 
 class GCViT(nn.Module):
-    """GC ViT. Inputs (B, in_chans, img_size, img_size); outputs (B, num_classes) logits.
+    """GC ViT. Inputs (B, in_chans, height, width) of `img_size`, in pixels; outputs (B, num_classes) logits.
 
-    `depths`, `num_heads` and `windows` have an entry per stage; a window is a side in positions of the
-    stage's map, which has img_size / (4 * 2**i) of them and `width * 2**i` channels. `drop_path_rate` is the
-    last block's, rising linearly from 0 over all blocks. Weights are set by `init_weights(seed=0)`, except
-    on the meta device. Raises UserError for sizes that do not fit each other.
+    `img_size` is one number, or (height, width), of 32 or more. `depths`, `num_heads` and `windows` have an
+    entry per stage; a window is a side in positions of the stage's map, which has 1 / (4 * 2**i) of the image's
+    on each side, rounded up, and `width * 2**i` channels. Where windows do not divide a map, the last ones end
+    beyond it. With `dynamic_img_size` the model takes images of any size: `img_size` is then only what the
+    number of poolings, a property of the weights as the windows are, is taken from. `drop_path_rate` is the last
+    block's, rising linearly from 0 over all blocks. `attention` is a path of `WindowAttention`. Weights are set by
+    `init_weights(seed=0)`, except on the meta device. Raises UserError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -63,7 +77,7 @@ class GCViT(nn.Module):
         depths: Sequence[int],
         num_heads: Sequence[int],
         windows: Sequence[int],
-        img_size: int,
+        img_size: int | Sequence[int],
         mlp_ratio: float,
         layer_scale: float | None = None,
         in_chans: int = 3,
@@ -71,10 +85,14 @@ class GCViT(nn.Module):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
+        dynamic_img_size: bool = False,
+        attention: str = "auto",
     ):
         super().__init__()
-        check_sizes(img_size, windows, width, depths, num_heads)
-        self.img_size = img_size
+        check_stages(windows, width, depths, num_heads)
+        self.img_size, self.dynamic_img_size = img_size, dynamic_img_size
+        sides = read_sides(img_size)
+        self.input_size = (in_chans, *sides)
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.grad_checkpointing = False
         self.output_fmt = "NHWC"  # of forward_features, in timm's word
@@ -85,7 +103,7 @@ class GCViT(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         for i, (depth, heads, window) in enumerate(zip(depths, num_heads, windows, strict=True)):
             dim, reduction = width * 2**i, 4 * 2**i
-            num_poolings = (img_size // reduction // window).bit_length() - 1
+            num_poolings = count_poolings(math.ceil(sides[0] / reduction), math.ceil(sides[1] / reduction), window)
             blocks = [
                 Block(
                     dim,
@@ -95,11 +113,12 @@ class GCViT(nn.Module):
                     mlp_ratio=mlp_ratio,
                     layer_scale=layer_scale,
                     drop_path_rate=rates[sum(depths[:i]) + j],
+                    attention=attention,
                 )
                 for j in range(depth)
             ]
             downsample = Downsample(dim // 2, dim) if i else None
-            stages.append(Stage(downsample, QueryGenerator(dim, num_poolings), blocks))
+            stages.append(Stage(downsample, QueryGenerator(dim, num_poolings, window), blocks))
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.norm: nn.Module = nn.LayerNorm(dim)
@@ -117,7 +136,7 @@ class GCViT(nn.Module):
         return self.forward_head(self.forward_features(images_bchw))
 
     def forward_features(self, images_bchw: Tensor) -> Tensor:
-        """Images to the last, normalised map (B, S/32, S/32, num_features)."""
+        """Images to the last, normalised map (B, H/32, W/32, num_features), sides rounded up."""
         return self.norm(self.stages(self._run_stem(images_bchw)))
 
     def forward_head(self, x_bhwc: Tensor, pre_logits: bool = False) -> Tensor:
@@ -149,13 +168,17 @@ class GCViT(nn.Module):
         return (self.norm(x) if len(stages) == len(self.stages) else x), maps_bchw
 
     def _run_stem(self, images_bchw: Tensor) -> Tensor:
-        expected = (self.in_chans, self.img_size, self.img_size)
-        if tuple(images_bchw.shape[1:]) != expected:
+        _, channels, height, width = images_bchw.shape
+        expected = self.input_size
+        if self.dynamic_img_size and min(height, width) >= MIN_SIDE:
+            expected = (self.in_chans, height, width)
+        if (channels, height, width) != expected:
             raise UserError(
                 "images of the wrong size for this model",
                 got=tuple(images_bchw.shape),
                 allowed=f"(batch, {', '.join(map(str, expected))})",
-                cure="resize the images, or build the model with their img_size",
+                cure=f"resize the images, or build the model with their img_size, or for any of {MIN_SIDE} or more "
+                "(dynamic_img_size)",
             )
         return run(self.stem, images_bchw, recompute=self.grad_checkpointing and self.training)
 
@@ -243,12 +266,28 @@ class GCViT(nn.Module):
         return taken
 
 
-def check_sizes(
-    img_size: int, windows: Sequence[int], width: int, depths: Sequence[int], num_heads: Sequence[int]
-) -> None:
+def read_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of what is one number or those two. Raises UserError for other sizes, and too small ones."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or min(sides) < MIN_SIDE:
+        raise UserError(
+            "img_size does not give four maps",
+            got=img_size,
+            allowed=f"one number, or (height, width), of {MIN_SIDE} or more",
+        )
+    return sides[0], sides[1]
+
+
+def count_poolings(height: int, width: int, window: int) -> int:
+    """How often a map can be halved until it holds no window any more."""
+    count = 0
+    while is_poolable(height, width, window):
+        height, width, count = (height + 1) // 2, (width + 1) // 2, count + 1
+    return count
+
+
+def check_stages(windows: Sequence[int], width: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
     """Raise UserError where the arguments of GCViT do not fit each other."""
-    if img_size < 32 or img_size % 32:
-        raise UserError("img_size does not give four maps", got=img_size, allowed="multiples of 32")
     for name, value in (("depths", depths), ("num_heads", num_heads), ("windows", windows)):
         if len(value) != NUM_STAGES or min(value) < 1:
             raise UserError(f"bad {name}", got=list(value), allowed="four positive numbers, one a stage")
@@ -258,16 +297,7 @@ def check_sizes(
             got=f"depths {list(depths)}",
             allowed="2 or more: a local block, then a global one",
         )
-    for i, (window, heads) in enumerate(zip(windows, num_heads, strict=True)):
-        side, dim = img_size // (4 * 2**i), width * 2**i
-        num_windows = side // window
-        # Poolings halve the map until it is a window: their ratio must be a power of two.
-        if side % window or num_windows & (num_windows - 1):
-            raise UserError(
-                f"the window of stage {i} does not fit its map of {side}x{side}",
-                got=window,
-                allowed=[side >> k for k in range(side.bit_length()) if side % (1 << k) == 0],
-                cure="choose another window or img_size",
-            )
+    for i, heads in enumerate(num_heads):
+        dim = width * 2**i
         if dim % heads:
             raise UserError(f"num_heads of stage {i} does not divide its {dim} channels", got=heads)

@@ -80,22 +80,61 @@ class Stem(nn.Module):
 class QueryGenerator(nn.Module):
     """A stage's global queries: its map (B, H, W, C), pooled until it has a window's size (B, w, w, C).
 
-    `num_poolings` is log2(H / w). Where it is 0 one fused block remains, without pooling.
+    One fused block a pooling; where `num_poolings` is 0 one remains, without pooling. The published maps land on
+    the window, each of their sides being w * 2**num_poolings. A map of another shape is pooled as long as a window
+    still fits into it. A side that is then longer than w is averaged down, so that all of the map is heard, and each
+    query speaks for an equal share of it. A side can be shorter only where the map's own is: it is one window, which
+    ends beyond the map, so its positions keep the queries made of them, and zeros stand in for those that do not
+    exist.
     """
 
-    def __init__(self, dim: int, num_poolings: int):
+    def __init__(self, dim: int, num_poolings: int, window: int):
         super().__init__()
-        self.num_poolings = num_poolings
+        self.num_poolings, self.window = num_poolings, window
         self.fused = nn.ModuleList(FusedBlock(dim) for _ in range(max(1, num_poolings)))
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         for fused in self.fused:
             x_bhwc = fused(x_bhwc)
-            if self.num_poolings:
+            height, width = x_bhwc.shape[1:3]
+            if self.num_poolings and is_poolable(height, width, self.window):
                 x_bchw = F.max_pool2d(x_bhwc.permute(0, 3, 1, 2), kernel_size=3, stride=2, padding=1)
                 x_bhwc = x_bchw.permute(0, 2, 3, 1)
+        fitted = average_sides(x_bhwc, self.window)
+        height, width = fitted.shape[1:3]
+        if min(height, width) < self.window:
+            return F.pad(fitted, (0, 0, 0, self.window - width, 0, self.window - height))
         # FSDP hangs its backward hook on the output and warns of views: pooled maps are small enough to copy.
-        return x_bhwc.clone() if self.num_poolings else x_bhwc
+        return x_bhwc if fitted is x_bhwc and not self.num_poolings else fitted.clone()
+
+
+def is_poolable(height: int, width: int, window: int) -> bool:
+    """Whether a map that is halved, its odd sides rounded up, still holds a window."""
+    side = min(height, width)
+    return side > window and (side + 1) // 2 >= window
+
+
+def average_sides(x_bhwc: Tensor, size: int) -> Tensor:
+    """Shorten the sides of a map that exceed `size` to it, by means over equal shares; others stay as they are.
+
+    A position that two shares meet in counts for each by its part. Products with small matrices, since the
+    framework's adaptive pooling rounds the shares and adds its gradients in any order.
+    """
+    height, width = x_bhwc.shape[1:3]
+    if height > size:
+        x_bhwc = torch.einsum("yh,bhwc->bywc", _shares(height, size, x_bhwc), x_bhwc)
+    if width > size:
+        x_bhwc = torch.einsum("xw,bhwc->bhxc", _shares(width, size, x_bhwc), x_bhwc)
+    return x_bhwc
+
+
+def _shares(length: int, size: int, like: Tensor) -> Tensor:
+    """Weights (size, length), each row a mean over one of `size` equal intervals of `length` positions."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    ends = torch.arange(size + 1, dtype=dtype, device=like.device)[:, None] * (length / size)
+    starts = torch.arange(length, dtype=dtype, device=like.device)
+    overlaps = torch.minimum(ends[1:], starts + 1) - torch.maximum(ends[:-1], starts)
+    return (overlaps.clamp(min=0) * (size / length)).to(like.dtype)
 
 
 class Block(nn.Module):
@@ -111,10 +150,11 @@ class Block(nn.Module):
         mlp_ratio: float,
         layer_scale: float | None,
         drop_path_rate: float,
+        attention: str = "auto",
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = WindowAttention(dim, num_heads, window, uses_global_queries)
+        self.attention = WindowAttention(dim, num_heads, window, uses_global_queries, attention)
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))

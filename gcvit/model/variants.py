@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from gcvit.errors import UserError
 from gcvit.model import weights
-from gcvit.model.gcvit import GCViT
+from gcvit.model.gcvit import GCViT, read_sides
 
 HUB_REPOSITORY = "nvidia/GCViT"  # on Hugging Face; its weights are under CC-BY-NC-SA-4.0: not for commercial use
 
@@ -96,15 +97,16 @@ VARIANTS: dict[str, Variant] = {
 def create_model(
     name: str,
     num_classes: int = 1000,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
     drop_path_rate: float | None = None,
     **overrides: Any,
 ) -> GCViT:
     """A GC ViT with initial weights, or without any under `torch.device("meta")`.
 
-    `img_size`, `drop_path_rate` and `overrides` (width, depths, num_heads, mlp_ratio, layer_scale, windows,
-    ...: the arguments of `GCViT`) replace the variant's own; at another img_size the windows scale with it
-    unless given. Raises UserError for an unknown name or override, with the nearest valid one.
+    `img_size` (one number, or height and width), `drop_path_rate` and `overrides` (width, depths, num_heads,
+    mlp_ratio, layer_scale, windows, ...: the arguments of `GCViT`) replace the variant's own; at another
+    img_size the windows scale with its shorter side, rounded up, unless given. Raises UserError for an unknown
+    name or override, with the nearest valid one.
     """
     _check_name("unknown model", name, list(VARIANTS))
     allowed = list(inspect.signature(GCViT).parameters)
@@ -124,33 +126,33 @@ def _check_name(what: str, name: str, allowed: list[str]) -> None:
 def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:
     """Build through timm: it attaches configs, loads pretrained weights and wraps feature extraction."""
     row = VARIANTS[name]
-    img_size = _square_side(arguments.pop("img_size", row.img_size))
+    img_size = arguments.pop("img_size", row.img_size)
     published = {
         "width": row.width,
         "depths": row.depths,
         "num_heads": row.num_heads,
         "mlp_ratio": row.mlp_ratio,
         "layer_scale": row.layer_scale,
-        "windows": [window * img_size // row.img_size for window in row.windows],
+        "windows": scale_windows(row, min(read_sides(img_size))),
         "drop_path_rate": row.drop_path_rate,
+        # A classifier is only good at the size it was built for; a backbone must take what a detector gives.
+        "dynamic_img_size": arguments.get("features_only", False),
     }
     return build_model_with_cfg(
         GCViT,
         name,
         pretrained,
-        pretrained_filter_fn=weights.to_ours,
+        pretrained_filter_fn=weights.to_fitting,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         img_size=img_size,
         **(published | arguments),
     )
 
 
-def _square_side(img_size: int | Sequence[int]) -> int:
-    """The side of a square image, given as one number or, as timm does, as (height, width)."""
-    sides = {img_size} if isinstance(img_size, int) else set(img_size)
-    if len(sides) != 1:
-        raise UserError("img_size must be square", got=img_size, allowed="one number, or two equal ones")
-    return sides.pop()
+def scale_windows(row: Variant, side: int) -> list[int]:
+    """The windows of a variant for images whose shorter side is `side`: as many to a side as in its own."""
+    # Rounded up: the last windows then end beyond the map, where rounding down would need one more for the rest.
+    return [math.ceil(window * side / row.img_size) for window in row.windows]
 
 
 def _describe(row: Variant) -> dict[str, Any]:

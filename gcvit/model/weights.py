@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from gcvit.errors import UserError
+from gcvit.model.fitting import BIAS_TABLE, HEAD, StateDict, fit, resample_bias_tables, window_of
 
 if TYPE_CHECKING:
     from gcvit.model.gcvit import GCViT
 
-StateDict = dict[str, Tensor]
-
-HEAD = "head.fc."
 # Where trainers keep the tensors inside a checkpoint, the average first: it is the one that was published.
 CONTAINERS = ("state_dict_ema", "state_dict", "model")
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -86,10 +84,9 @@ def to_official_state(state: Mapping[str, Tensor]) -> StateDict:
     official = {}
     for name, tensor in state.items():
         official[to_official(name)] = tensor
-        if name.endswith(".bias_table"):
-            window = (int(tensor.shape[0] ** 0.5) + 1) // 2
+        if name.endswith(BIAS_TABLE):
             index_name = to_official(name).replace("_bias_table", "_index")
-            official[index_name] = relative_position_index(window)
+            official[index_name] = relative_position_index(window_of(tensor.shape))
     return official
 
 
@@ -108,25 +105,26 @@ def relative_position_index(window: int) -> Tensor:
     return rows + (x[:, None] - x[None, :] + window - 1)
 
 
-def load(model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False) -> str:
+def load(
+    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
+) -> str:
     """Load weights from a checkpoint or safetensors file into a whole model; says what was found.
 
     See `read_fitting` for what is accepted and refused.
     """
     assert not any(parameter.is_meta for parameter in model.parameters()), "nothing can be loaded on meta"
-    state, description = read_fitting(model, path, strict, reset_head)
+    state, description = read_fitting(model, path, strict, reset_head, resample)
     model.load_state_dict(state, strict=False)  # read_fitting was strict, and says more
     return description
 
 
 def read_fitting(
-    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False
+    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
 ) -> tuple[StateDict, str]:
     """A file's whole tensors on the CPU, under the names of `model`, and a line that says what was found.
 
-    The file may have any of the three layouts. With `strict` it must hold every parameter and nothing else;
-    `reset_head` leaves its head out. The model may be on meta or sharded. Raises UserError for a file that is
-    missing or no checkpoint, for another model's, and for another class count.
+    The file may have any of the three layouts. See `fit` for the rest; raises UserError also for a file that is
+    missing or no checkpoint.
     """
     checkpoint, container = read(path)
     layout = find_layout(checkpoint, model)
@@ -136,14 +134,15 @@ def read_fitting(
             got="tensors " + ", ".join(list(checkpoint)[:3]) + ", ...",
             allowed="the official layout, timm's, or an export of this project",
         )
+    state, changes = fit(to_ours(checkpoint, model), model, path, strict, reset_head, resample)
+    return state, ", ".join([f"{path}: {layout} layout", container, f"{len(state)} tensors", *changes])
+
+
+def to_fitting(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
+    """timm's hook: a checkpoint's tensors under our names, their bias tables resampled to the model's windows."""
     state = to_ours(checkpoint, model)
-    shapes = {name: law.shape for name, law in model.initial_laws.items()}
-    if reset_head:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(HEAD)}
-    check_fit(state, shapes, path, strict)
-    head = ", without its head" if reset_head else ""
-    return state, f"{path}: {layout} layout, {container}, {len(state)} tensors{head}"
+    resample_bias_tables(state, {name: law.shape for name, law in model.initial_laws.items()})
+    return state
 
 
 def read(path: str | Path) -> tuple[StateDict, str]:
@@ -187,7 +186,7 @@ def find_layout(checkpoint: Mapping[str, Any], model: "GCViT") -> str | None:
 
 
 def to_ours(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
-    """A checkpoint's tensors under our names; what has no name here keeps its own. Also timm's hook."""
+    """A checkpoint's tensors under our names; what has no name here keeps its own."""
     tensors, _ = find_tensors(checkpoint)
     translate = LAYOUTS[find_layout(tensors, model) or "own"]
     names = {translate(ours): ours for ours in [*model.initial_laws, HEAD + "weight", HEAD + "bias"]}
@@ -198,31 +197,3 @@ def to_ours(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
         ours = names.get(theirs, theirs)
         state[ours] = tensor.flatten(1) if ".squeeze_excite." in ours else tensor
     return state
-
-
-def check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str | Path, strict: bool) -> None:
-    """Raise UserError unless the tensors have these shapes and, with `strict`, just these names."""
-    problems = {
-        name: f"{name} is {tuple(tensor.shape)} and not {tuple(shapes[name])}"
-        for name, tensor in state.items()
-        if name in shapes and tensor.shape != shapes[name]
-    }
-    if strict:
-        problems |= {name: f"{name} is missing" for name in shapes if name not in state}
-        problems |= {name: f"{name} is unknown" for name in state if name not in shapes}
-    if not problems:
-        return
-    if all(name.startswith(HEAD) for name in problems):
-        weight = HEAD + "weight"
-        raise UserError(
-            f"{path} has another number of classes than the model",
-            got=len(state[weight]) if weight in state else "no head",
-            allowed=shapes[weight][0] if weight in shapes else "no head",
-            cure="build the model with that num_classes, or let its head start afresh (reset_head)",
-        )
-    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise UserError(
-        f"{path} is of another model",
-        got=", ".join(list(problems.values())[:3]) + more,
-        cure="build the variant, img_size and overrides that the file was trained with",
-    )

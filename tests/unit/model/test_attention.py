@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from gcvit.errors import UserError
+from gcvit.model import attention as module
 from gcvit.model.attention import (
     WindowAttention,
     attend,
+    attend_fused,
     expand_bias_table,
     merge_windows,
     share_queries,
@@ -88,3 +92,89 @@ def test_local_attention_ignores_the_queries_and_global_attention_has_no_other()
         torch.nn.init.normal_(attention.bias_table)
     assert torch.equal(local(x, queries), local(x, -queries))
     assert not torch.allclose(shared(x, queries), shared(x, -queries))
+
+
+def make_attention(window: int, uses_global_queries: bool, path: str = "auto") -> WindowAttention:
+    """Two heads of four channels, with a bias that matters."""
+    attention = WindowAttention(8, 2, window, uses_global_queries, path).double()
+    torch.nn.init.normal_(attention.bias_table)
+    return attention
+
+
+def attend_position_by_position(attention: WindowAttention, x: Tensor, queries: Tensor) -> Tensor:
+    """The definition: a position attends to those of its window that are on the map."""
+    num_images, height, width, _ = x.shape
+    w = attention.window
+    parts = attention.qkv(x).unflatten(-1, (attention.num_parts, 2, 4))  # (B, H, W, parts, h, d)
+    table = attention.bias_table.view(2 * w - 1, 2 * w - 1, 2)
+    out = torch.zeros(num_images, height, width, 2, 4, dtype=x.dtype)
+    for y in range(height):
+        for x0 in range(width):
+            top, left = y // w * w, x0 // w * w
+            near = parts[:, top : top + w, left : left + w]
+            own = queries[:, y - top, x0 - left].unflatten(-1, (2, 4))
+            q = own if attention.uses_global_queries else parts[:, y, x0, 0]
+            bias = torch.stack(
+                [
+                    torch.stack([table[y - top - i + w - 1, x0 - left - j + w - 1] for j in range(near.shape[2])])
+                    for i in range(near.shape[1])
+                ]
+            )
+            scores = attention.scale * torch.einsum("bhd,bijhd->bijh", q, near[..., -2, :, :]) + bias
+            weights = scores.flatten(1, 2).softmax(dim=1)
+            out[:, y, x0] = torch.einsum("bth,bthd->bhd", weights, near[..., -1, :, :].flatten(1, 2))
+    return attention.proj(out.flatten(-2))
+
+
+@given(height=st.integers(1, 7), width=st.integers(1, 7), window=st.integers(1, 4), uses_global_queries=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_windows_may_end_beyond_the_map(height: int, width: int, window: int, uses_global_queries: bool) -> None:
+    x = torch.randn(2, height, width, 8, dtype=torch.float64, requires_grad=True)
+    queries = torch.randn(2, window, window, 8, dtype=torch.float64, requires_grad=True)
+    attention = make_attention(window, uses_global_queries)
+    expected = attend_position_by_position(attention, x, queries)
+    wanted = [x, *([queries] if uses_global_queries else []), *attention.parameters()]
+    expected_gradients = torch.autograd.grad(expected.square().sum(), wanted)
+    for path in ("reference", "sdpa"):
+        attention.path = path
+        out = attention(x, queries)
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+        gradients = torch.autograd.grad(out.square().sum(), wanted)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize("num_query_windows", [1, 3])
+def test_fused_attention_equals_the_reference(dtype: torch.dtype, tolerance: float, num_query_windows: int) -> None:
+    q = torch.randn(2, num_query_windows, 2, 9, 16, dtype=dtype)
+    k, v = torch.randn(2, 2, 3, 2, 9, 16, dtype=dtype).unbind(0)
+    for bias in (torch.randn(2, 9, 9, dtype=dtype), torch.randn(3, 2, 9, 9, dtype=dtype)):
+        expected = attend(q.double(), k.double(), v.double(), bias.double(), 0.25)
+        out = attend_fused(q, k, v, bias, 0.25)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_path_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, queries = torch.randn(1, 4, 4, 8, dtype=torch.float64), torch.randn(1, 2, 2, 8, dtype=torch.float64)
+    taken = []
+    for name in ("attend", "attend_fused"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
+    for path in ("reference", "sdpa", "auto"):
+        make_attention(2, True, path)(x, queries)
+    assert taken == ["attend", "attend_fused", "attend"]
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(UserError, match=r"got flash; allowed: auto, reference, sdpa, triton"):
+        make_attention(2, False, "flash")
+
+
+def test_a_path_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HAS_TRITON", False)
+    with pytest.raises(UserError, match="install triton"):
+        make_attention(2, False, "triton")
+    make_attention(2, False)

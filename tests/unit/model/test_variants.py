@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 from gcvit.errors import UserError
 from gcvit.model import VARIANTS, create_model
@@ -60,6 +61,36 @@ def test_drop_path_rises_linearly_to_the_variants_rate() -> None:
         assert all(block.drop_path.scale_by_keep for stage in model.stages for block in stage.blocks)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layer_decay_falls_block_by_block(name: str) -> None:
+    """Through timm's own parameter groups: the head learns at full rate, each block below it at half of the next."""
+    with torch.device("meta"):
+        model = create_model(name)
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.1, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5
+    )
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[key] for key in found} == set(names.values())
+    depths = VARIANTS[name].depths
+    for key, (scale, weight_decay) in found.items():
+        # The stem is layer 0; a stage's downsampler and queries go with its first block, the norm with the last one.
+        match names[key].split("."):
+            case ["stem", *_]:
+                layer = 0
+            case ["stages", stage, "blocks", block, *_]:
+                layer = 1 + sum(depths[: int(stage)]) + int(block)
+            case ["stages", stage, "downsample" | "query_generator", *_]:
+                layer = 1 + sum(depths[: int(stage)])
+            case ["norm", _]:
+                layer = sum(depths)
+            case ["head", *_]:
+                layer = 1 + sum(depths)
+        assert scale == 0.5 ** (1 + sum(depths) - layer), names[key]
+        is_weight = names[key].endswith(".weight") and "norm" not in names[key]
+        assert weight_decay == (0.1 if is_weight else 0.0), names[key]
+
+
 @pytest.mark.parametrize("img_size", [64, 96, 224, 256, 384, 512])
 def test_windows_scale_with_the_image(img_size: int) -> None:
     with torch.device("meta"):
@@ -77,20 +108,37 @@ def test_windows_scale_with_the_image(img_size: int) -> None:
         ("gc_vit_larg", {}, "gc_vit_large?"),
         ("gc_vit_tiny", {"widht": 32}, "width?"),
         ("gc_vit_tiny", {"window": [7, 7, 14, 7]}, "windows?"),
-        ("gc_vit_tiny", {"img_size": 100}, "multiples of 32"),
-        ("gc_vit_tiny", {"img_size": 0}, "multiples of 32"),
+        ("gc_vit_tiny", {"img_size": 31}, "of 32 or more"),
+        ("gc_vit_tiny", {"img_size": 0}, "of 32 or more"),
+        ("gc_vit_tiny", {"img_size": (224, 31)}, "of 32 or more"),
+        ("gc_vit_tiny", {"img_size": (224, 224, 3)}, "one number, or (height, width)"),
         ("gc_vit_tiny", {"windows": [7, 7, 14]}, "four positive numbers"),
-        ("gc_vit_tiny", {"windows": [7, 7, 14, 5]}, "the window of stage 3 does not fit its map of 7x7"),
-        ("gc_vit_tiny", {"img_size": 672, "windows": [7, 7, 14, 7]}, "the window of stage 0 does not fit"),
         ("gc_vit_tiny", {"depths": [3, 4, 0, 5]}, "four positive numbers"),
         ("gc_vit_tiny", {"num_heads": [3, 4, 8, 16]}, "num_heads of stage 0 does not divide its 64 channels"),
-        ("gc_vit_tiny", {"img_size": (224, 256)}, "square"),
     ],
 )
 def test_mistakes_are_named(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         create_model(name, **arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "windows"),
+    [
+        (300, [10, 10, 19, 10]),
+        (336, [11, 11, 21, 11]),
+        ((224, 448), [7, 7, 14, 7]),
+        ((600, 800), [19, 19, 38, 19]),
+        ((800, 600), [19, 19, 38, 19]),
+    ],
+)
+def test_windows_are_rounded_up_and_follow_the_shorter_side(img_size: Any, windows: list[int]) -> None:
+    with torch.device("meta"):
+        model = create_model("gc_vit_xxtiny", img_size=img_size)
+    assert [stage.blocks[0].attention.window for stage in model.stages] == windows
+    # As many windows to the shorter side as at 224, so the weights of the query generators fit as well.
+    assert [stage.query_generator.num_poolings for stage in model.stages] == [3, 2, 0, 0]
 
 
 def test_given_windows_are_kept_and_pool_to_their_size() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gcvit.errors import UserError
-from gcvit.model import create_model, weights
+from gcvit.model import create_model, fitting, weights
 from gcvit.model.gcvit import GCViT
 
 SMALL: dict[str, Any] = {
@@ -104,6 +104,9 @@ def test_timm_loads_pretrained_weights_of_every_layout(layout: str, tmp_path: Pa
     overlay = {"file": str(path), "num_classes": 5}
     arguments = dict(pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
     assert_same_weights(timm.create_model("gc_vit_small", **arguments), source)
+    larger = timm.create_model("gc_vit_small", **arguments | {"img_size": 96})
+    name = "stages.0.blocks.0.attention.bias_table"
+    assert torch.equal(larger.state_dict()[name], fitting.resample_bias_table(source.state_dict()[name], 3))
     other_head = timm.create_model("gc_vit_small", **arguments | {"num_classes": 3})
     assert other_head.head.fc.weight.shape == (3, 128)
     assert torch.equal(other_head.stem.conv.weight, source.stem.conv.weight)
@@ -127,7 +130,6 @@ def test_another_class_count_is_said_and_can_be_waived(tmp_path: Path) -> None:
     [
         ({"width": 32}, "stem.conv.weight is (16, 3, 3, 3) and not (32, 3, 3, 3)"),
         ({"depths": [2, 2, 9, 2]}, "stages.2.blocks.3.norm1.weight is missing"),
-        ({"img_size": 128}, "bias_table is (9, 1) and not (49, 1)"),
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,6 +144,75 @@ def test_another_model_is_refused_and_nothing_is_changed(
     assert "is of another model" in str(caught.value)
     assert message in str(caught.value)
     assert_same_weights(target, build_model(2, **arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"img_size": 128},
+            "has other windows than the model: got [2, 2, 4, 2]; allowed: [4, 4, 8, 4]; cure: build the model with "
+            "those windows, or let the bias tables be resampled (resample)",
+        ),
+        (
+            {"img_size": 128, "windows": [2, 2, 4, 2]},
+            "pools its global queries another number of times than the model: got [3, 2, 1, 1] fused blocks; "
+            "allowed: [4, 3, 1, 1]; cure: let the windows grow",
+        ),
+        (
+            {"windows": [4, 2, 4, 1]},
+            "pools its global queries another number of times than the model: got [3, 2, 1, 1] fused blocks; "
+            "allowed: [2, 2, 1, 1]; cure: let the windows grow",
+        ),
+        ({"num_heads": [2, 2, 4, 8]}, "is of another model: got stages.0.blocks.0.attention.bias_table is (9, 1)"),
+    ],
+)
+def test_another_size_is_refused_until_asked_for(
+    arguments: dict[str, Any], message: str, layout: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.pth"
+    torch.save(LAYOUTS[layout](source_model().state_dict()), path)
+    with pytest.raises(UserError) as caught:
+        weights.load(build_model(2, **arguments), path)
+    assert f"{path} {message}" in str(caught.value)
+
+
+def test_a_lost_tensor_of_a_query_generator_is_named(tmp_path: Path) -> None:
+    state = dict(source_model().state_dict())
+    del state["stages.0.query_generator.fused.1.pointwise.weight"]
+    torch.save(state, tmp_path / "lost.pth")
+    with pytest.raises(UserError, match=r"another model: got stages\.0\.query_generator\.fused\.1\.pointwise\.weight"):
+        weights.load(build_model(2), tmp_path / "lost.pth")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bias_tables_are_resampled_when_asked_for(layout: str, tmp_path: Path) -> None:
+    source, target = source_model(), build_model(2, img_size=96)
+    path = tmp_path / "small.pth"
+    torch.save(LAYOUTS[layout](source.state_dict()), path)
+    found = weights.load(target, path, resample=True)
+    assert found == (
+        f"{path}: {layout} layout, bare tensors, {len(source.state_dict())} tensors, "
+        "bias tables resampled 2 -> 3 and 4 -> 6"
+    )
+    for name, value in source.state_dict().items():
+        window = {2: 3, 4: 6}.get(fitting.window_of(value.shape)) if name.endswith("bias_table") else None
+        expected = value if window is None else fitting.resample_bias_table(value, window)
+        assert torch.equal(target.state_dict()[name], expected), name
+
+
+def test_a_new_head_and_new_windows_together(tmp_path: Path) -> None:
+    """The way from 21K classes at 224 to 1K at 384, in small."""
+    source, target = source_model(), build_model(2, img_size=96, num_classes=3)
+    torch.save(source.state_dict(), tmp_path / "small.pth")
+    head = target.head.fc.weight.clone()
+    found = weights.load(target, tmp_path / "small.pth", reset_head=True, resample=True)
+    num_tensors = len(source.state_dict()) - 2
+    assert found.endswith(f"{num_tensors} tensors, bias tables resampled 2 -> 3 and 4 -> 6, without its head")
+    assert torch.equal(target.head.fc.weight, head)
+    assert torch.equal(target.norm.weight, source.norm.weight)
+    assert target(torch.randn(1, 3, 96, 96)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
