@@ -2,8 +2,7 @@
 
 A kernel is run by many programs at once. A program finds its share of the work by its id, loads tiles (small
 matrices, sides powers of two) from addresses it computes, works on them on chip, and stores the results; a mask
-says which elements of a tile exist. Names in capitals are known at compile time. tl.dot multiplies on tensor
-cores (bf16) or in full precision (fp32, "ieee"), and always adds in fp32.
+says which elements of a tile exist. Names in capitals are known at compile time: branches on them cost nothing.
 
 Shape letters are those of gcvit.model.attention. The N tokens of a window are padded to whole tiles: tokens
 that do not exist (padding, or positions beyond the map) are loaded as zeros, never stored, and as keys weigh
@@ -29,6 +28,18 @@ def find_run(run, num_images, num_windows, images_per_run, runs_per_image):
     first = first_image * num_windows + run % runs_per_image * windows_per_run
     last = tl.minimum(first_image + images_per_run, num_images) * num_windows
     return first, tl.minimum(first + windows_per_run, last)
+
+
+# Whether TRITON_INTERPRET=1 was set before anything loaded Triton: programs then run one by one, in NumPy.
+IS_INTERPRETED = tl.constexpr(not isinstance(find_run, triton.JITFunction) and not isinstance(tl.sum, triton.JITFunction))
+
+
+@triton.jit
+def multiply(a, b):
+    """The matrix product a b in fp32: on tensor cores in half precision, in full precision otherwise."""
+    if IS_INTERPRETED:  # The interpreter would take the bits of bf16 for integers.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -62,7 +73,7 @@ def load_bias(bias, head, query, key, PADDED: tl.constexpr):
 @triton.jit
 def score(q, k, bias_tile, key_exists, scale, RAGGED: tl.constexpr):
     """scale * q k^T + bias in units of log(2), fp32; -inf for keys that do not exist."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias_tile
+    scores = multiply(q, tl.trans(k)) * (scale * LOG2_E) + bias_tile
     # The bias hides a window's padding, but does not know where the map ends.
     return tl.where(key_exists[None, :], scores, float("-inf")) if RAGGED else scores
 
@@ -175,7 +186,7 @@ def attend_windows(
         maximum = tl.max(scores, axis=1)
         weights = tl.exp2(scores - maximum[:, None])
         total = tl.sum(weights, axis=1)
-        mean = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        mean = multiply(weights.to(v.dtype), v)
         for key_tile in range(1, NUM_KEY_TILES):
             key, y, x, exists = find_tokens(place, key_tile * BLOCK_K, height, width, WINDOW, BLOCK_K)
             offsets = y * stride_y + x * stride_x
@@ -186,7 +197,7 @@ def attend_windows(
             weights = tl.exp2(scores - new_maximum[:, None])
             shrink = tl.exp2(maximum - new_maximum)
             total = total * shrink + tl.sum(weights, axis=1)
-            mean = tl.dot(weights.to(v.dtype), v, mean * shrink[:, None], input_precision="ieee")
+            mean = mean * shrink[:, None] + multiply(weights.to(v.dtype), v)
             maximum = new_maximum
 
         image_out = out + image.to(tl.int64) * height * width * C + head * HEAD_DIM
@@ -267,7 +278,7 @@ def backward_pairs(
         v = load_rows(image_parts + KEYS + C, offsets, key_exists, HEAD_DIM)
 
         weights = tl.exp2(score(q, k, bias_tile, key_exists, scale, RAGGED) - query_lse[:, None])
-        d_weights = tl.dot(d_mean, tl.trans(v), input_precision="ieee")
+        d_weights = multiply(d_mean, tl.trans(v))
         # A softmax's gradient is centred on the weighted mean of d_weights, which is d_mean . mean, too.
         if WHOLE:
             centre = tl.sum(weights * d_weights, axis=1)
@@ -280,19 +291,20 @@ def backward_pairs(
         if WHOLE:
             PARTS: tl.constexpr = KEYS + 2 * C
             image_d_parts = d_parts + image.to(tl.int64) * height * width * PARTS + head * HEAD_DIM
-            d_v = tl.dot(tl.trans(weights.to(v.dtype)), d_mean, input_precision="ieee")
+            d_v = multiply(tl.trans(weights.to(v.dtype)), d_mean)
             store_rows(image_d_parts + KEYS + C, key_place * PARTS, key_exists, d_v, HEAD_DIM)
             d_scores = d_scores.to(v.dtype)
-            d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale
+            d_k = multiply(tl.trans(d_scores), q) * scale
             store_rows(image_d_parts + KEYS, key_place * PARTS, key_exists, d_k, HEAD_DIM)
-            d_q = tl.dot(d_scores, k, input_precision="ieee") * scale
+            d_q = multiply(d_scores, k) * scale
             if SHARED_QUERIES:
                 # The sum leaves the chip with the image's last window in this run.
                 d_query_sum += d_q
-                is_last = (place == num_windows - 1) | (window == last - 1)
+                is_last = window + 1 == tl.minimum((image + 1) * num_windows, last)
+                num_stored = tl.where(is_last, NUM_TOKENS, 0)
                 slot = image.to(tl.int64) * runs_per_image + run % runs_per_image
                 image_d_queries = d_queries + slot * (NUM_TOKENS * C) + head * HEAD_DIM
-                store_rows(image_d_queries, query * C, (query < NUM_TOKENS) & is_last, d_query_sum, HEAD_DIM)
+                store_rows(image_d_queries, query * C, query < num_stored, d_query_sum, HEAD_DIM)
                 d_query_sum = tl.where(is_last, 0.0, d_query_sum)
             else:
                 store_rows(image_d_parts, query_place * PARTS, query_exists, d_q, HEAD_DIM)
@@ -361,11 +373,11 @@ def backward_tiles(
         query_lse = tl.load(lse_row + query, mask=query < NUM_TOKENS, other=0.0)
         scores = score(q, own_k, load_bias(bias, head, query, own, PADDED), own_exists, scale, RAGGED)
         weights = tl.exp2(scores - query_lse[:, None])
-        d_weights = tl.dot(d_mean, tl.trans(own_v), input_precision="ieee")
+        d_weights = multiply(d_mean, tl.trans(own_v))
         centre = tl.sum(d_mean.to(tl.float32) * mean.to(tl.float32), axis=1)
         d_scores = weights * (d_weights - centre[:, None])
-        d_v = tl.dot(tl.trans(weights.to(own_v.dtype)), d_mean, d_v, input_precision="ieee")
-        d_k = tl.dot(tl.trans(d_scores.to(own_v.dtype)), q, d_k, input_precision="ieee")
+        d_v += multiply(tl.trans(weights.to(own_v.dtype)), d_mean)
+        d_k += multiply(tl.trans(d_scores.to(own_v.dtype)), q)
     store_rows(image_d_parts + KEYS, own_place * PARTS, own_exists, d_k * scale, HEAD_DIM)
     store_rows(image_d_parts + KEYS + C, own_place * PARTS, own_exists, d_v, HEAD_DIM)
 
@@ -383,9 +395,9 @@ def backward_tiles(
         k = load_rows(image_parts + KEYS, y * stride_y + x * stride_x, exists, HEAD_DIM)
         v = load_rows(image_parts + KEYS + C, y * stride_y + x * stride_x, exists, HEAD_DIM)
         scores = score(own_q, k, load_bias(bias, head, own, key, PADDED), exists, scale, RAGGED)
-        d_weights = tl.dot(own_d_mean, tl.trans(v), input_precision="ieee")
+        d_weights = multiply(own_d_mean, tl.trans(v))
         d_scores = tl.exp2(scores - own_lse[:, None]) * (d_weights - own_centre[:, None])
-        d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision="ieee")
+        d_q += multiply(d_scores.to(k.dtype), k)
     if SHARED_QUERIES:
         # (B, n) flattened is `window`.
         slot = d_queries + window.to(tl.int64) * (NUM_TOKENS * C) + head * HEAD_DIM

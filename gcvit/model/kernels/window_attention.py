@@ -1,0 +1,304 @@
+"""Window attention in one kernel, from the (B, H, W, C) map and back into it: no split, no scores in memory, no merge.
+
+Equal to gcvit.model.attention's `attend` between its `split_windows` and `merge_windows`, whose shape letters are
+used here. The kernels are in window_kernels.py; this file cuts the work into programs, owns the memory, and makes
+two operators known to torch (autograd, compilation, activation checkpointing, FLOP counting).
+
+bf16, fp16 or fp32, whichever the map has; sums and softmax always in fp32. Always deterministic: sums over windows
+are formed in a fixed order, without atomics.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gcvit.errors import UserError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128)
+CURE = "attention=sdpa"
+
+WHOLE_TOKENS = 64
+"""Windows of up to this many tokens are one tile."""
+BLOCK = 64
+"""Tokens of a tile. Smaller tiles leave tensor cores idle, larger ones leave fewer programs on a processor."""
+
+# How many programs a launch is cut into where one could serve many windows. More of them balance better over the
+# processors; fewer keep the bias on chip for longer, and leave fewer partial sums of its gradient to be added.
+# Constants, not the number of processors: sums have the same order on every GPU.
+FORWARD_PROGRAMS = 4096
+WHOLE_PROGRAMS = 2048
+PAIRS_PROGRAMS = 1024
+
+
+def window_attention(
+    parts_bhwc: Tensor,
+    queries_bwwc: Tensor | None,
+    bias_table: Tensor,
+    window: int,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v within the windows of a map: (B, H, W, C) in the map's dtype.
+
+    Local attention: parts (B, H, W, 3C), q, k, v in this order and each (h, d); queries None. Global: parts
+    (B, H, W, 2C), k and v, and queries (B, w, w, C), shared by all windows of their image. The bias table is
+    ((2w-1)^2, h), see `expand_bias_table`. Any H and W: where windows end beyond the map, nothing exists.
+    The map may have any strides; it is copied only where its channels do not lie side by side.
+
+    Computes in the parts' dtype: queries are cast to it. The table may have another, and its gradient has the
+    table's. Raises UserError where the kernels cannot run.
+    """
+    queries = None if queries_bwwc is None else queries_bwwc.to(parts_bhwc.dtype)
+    out, _ = run_forward(parts_bhwc, queries, bias_table, window, num_heads, scale)
+    return out
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of one call, and what all its kernels are told."""
+
+    parts: Tensor
+    queries: Tensor | None
+    window: int
+    num_heads: int
+
+    @property
+    def num_channels(self) -> int:
+        return self.parts.shape[-1] // (3 if self.queries is None else 2)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.window**2
+
+    @property
+    def num_tiles(self) -> int:
+        return math.ceil(self.num_tokens / BLOCK)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_tokens <= WHOLE_TOKENS
+
+    @property
+    def num_windows(self) -> int:
+        _, height, width, _ = self.parts.shape
+        return math.ceil(height / self.window) * math.ceil(width / self.window)
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """What the attention kernels are compiled for."""
+        _, height, width, _ = self.parts.shape
+        return {
+            "NUM_HEADS": self.num_heads,
+            "HEAD_DIM": self.num_channels // self.num_heads,
+            "WINDOW": self.window,
+            "SHARED_QUERIES": self.queries is not None,
+            "RAGGED": height % self.window != 0 or width % self.window != 0,
+            "PADDED": self.num_tiles * BLOCK,
+        }
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Parts and queries as the kernels take them: local attention has no queries, and never looks there."""
+        return self.parts, self.parts if self.queries is None else self.queries
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Height, width and strides (image, row, position) of the map."""
+        return *self.parts.shape[1:3], *self.parts.stride()[:3]
+
+    @cached_property
+    def kernels(self) -> ModuleType:
+        """window_kernels, loaded on first use: the model runs without Triton. Refuses what it cannot serve."""
+        try:
+            from gcvit.model.kernels import window_kernels
+        except ImportError as error:
+            raise UserError("attention=triton needs the package triton", got=str(error), cure=CURE) from None
+        if not self.parts.is_cuda and not window_kernels.IS_INTERPRETED.value:
+            what = "attention=triton needs a GPU, or TRITON_INTERPRET=1 in the environment from the start"
+            raise UserError(what, got=f"tensors on {self.parts.device}", cure=CURE)
+        if self.parts.dtype not in DTYPES:
+            raise UserError("attention=triton cannot compute in this dtype", got=self.parts.dtype, allowed=DTYPES, cure=CURE)
+        head_dim = self.num_channels / self.num_heads
+        if head_dim not in HEAD_DIMS:
+            raise UserError("attention=triton lacks this width of a head", got=head_dim, allowed=HEAD_DIMS, cure=CURE)
+        return window_kernels
+
+    def expand_bias(self, table: Tensor) -> Tensor:
+        """(h, PADDED, PADDED), laid out for the kernels, in the map's dtype.
+
+        In bf16 that rounds the bias as finely as q and k are rounded, and halves what every window reads.
+        """
+        padded = self.num_tiles * BLOCK
+        bias = self.parts.new_empty(self.num_heads, padded, padded)
+        grid = (padded**2 // 1024, self.num_heads)
+        self.kernels.expand_bias[grid](table.contiguous(), bias, self.num_heads, self.window, padded, 1024)
+        return bias
+
+    def plan_runs(self, max_programs: int, programs_per_run: int) -> tuple[int, int, int]:
+        """Cut all windows into runs: images of a run, runs of an image (one of them is 1), number of runs."""
+        num_images = self.parts.shape[0]
+        num_runs = max(1, max_programs // programs_per_run)
+        windows_per_run = math.ceil(num_images * self.num_windows / num_runs)
+        if windows_per_run < self.num_windows:
+            runs_per_image = math.ceil(self.num_windows / windows_per_run)
+            return 1, runs_per_image, num_images * runs_per_image
+        images_per_run = windows_per_run // self.num_windows
+        return images_per_run, 1, math.ceil(num_images / images_per_run)
+
+
+def make_problem(parts: Tensor, queries: Tensor | None, window: int, num_heads: int) -> Problem:
+    parts = parts if parts.stride(-1) == 1 else parts.contiguous()
+    return Problem(parts, None if queries is None else queries.contiguous(), window, num_heads)
+
+
+@torch.library.custom_op("gcvit::window_attention", mutates_args=())
+def run_forward(
+    parts: Tensor, queries: Tensor | None, bias_table: Tensor, window: int, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The attended map, and the log-sum-exp (B, n, h, N) of every query's scores in units of log(2)."""
+    problem = make_problem(parts, queries, window, num_heads)
+    kernels, (num_images, *_) = problem.kernels, parts.shape
+    out, lse = allocate_outputs(parts, queries, bias_table, window, num_heads, scale)
+    programs_per_run = problem.num_tiles * num_heads
+    images_per_run, runs_per_image, num_runs = problem.plan_runs(FORWARD_PROGRAMS, programs_per_run)
+    kernels.attend_windows[(num_runs * programs_per_run,)](
+        *problem.inputs,
+        problem.expand_bias(bias_table),
+        out,
+        lse,
+        scale,
+        num_images,
+        *problem.sizes,
+        images_per_run,
+        runs_per_image,
+        **problem.constants,
+        BLOCK_Q=BLOCK,
+        BLOCK_K=BLOCK,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out, lse
+
+
+@run_forward.register_fake
+def allocate_outputs(
+    parts: Tensor, queries: Tensor | None, bias_table: Tensor, window: int, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    num_images, height, width, num_parts_channels = parts.shape
+    num_windows = -(-height // window) * -(-width // window)
+    out = parts.new_empty(num_images, height, width, num_parts_channels // (3 if queries is None else 2))
+    return out, parts.new_empty(num_images, num_windows, num_heads, window**2, dtype=torch.float32)
+
+
+@torch.library.custom_op("gcvit::window_attention_backward", mutates_args=())
+def run_backward(
+    d_out: Tensor,
+    parts: Tensor,
+    queries: Tensor | None,
+    bias_table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of parts, queries (an empty tensor where there are none) and bias table."""
+    problem = make_problem(parts, queries, window, num_heads)
+    kernels, (num_images, *_) = problem.kernels, parts.shape
+    tensors = (*problem.inputs, problem.expand_bias(bias_table), out, lse, d_out.contiguous())
+    d_parts = parts.new_empty(parts.shape)
+
+    is_whole, num_tiles = problem.is_whole, problem.num_tiles
+    programs_per_run = num_tiles**2 * num_heads
+    max_programs = WHOLE_PROGRAMS if is_whole else PAIRS_PROGRAMS
+    images_per_run, runs_per_image, num_runs = problem.plan_runs(max_programs, programs_per_run)
+    padded = problem.constants["PADDED"]
+    d_bias = parts.new_empty(num_runs, num_heads, padded, padded, dtype=torch.float32)
+
+    # The shared queries' gradient is a sum over windows: in as many pieces as programs share an image.
+    num_pieces = 0 if queries is None else runs_per_image if is_whole else problem.num_windows
+    piece_dtype = parts.dtype if num_pieces <= 1 else torch.float32
+    d_queries = parts.new_empty(num_images, num_pieces, problem.num_tokens, problem.num_channels, dtype=piece_dtype)
+
+    kernels.backward_pairs[(num_runs * programs_per_run,)](
+        *tensors,
+        d_parts,
+        d_queries,
+        d_bias,
+        scale,
+        num_images,
+        *problem.sizes,
+        images_per_run,
+        runs_per_image,
+        **problem.constants,
+        BLOCK_Q=BLOCK,
+        BLOCK_K=BLOCK,
+        WHOLE=is_whole,
+        num_warps=4,
+        num_stages=2,
+    )
+    if not is_whole:
+        kernels.backward_tiles[(num_images * problem.num_windows * num_tiles * num_heads,)](
+            *tensors, d_parts, d_queries, scale, *problem.sizes, **problem.constants, BLOCK=BLOCK, num_warps=4, num_stages=2
+        )
+
+    d_table = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
+    kernels.fold_bias_gradient[(num_heads * (2 * window - 1),)](
+        d_bias[0] if num_runs == 1 else d_bias.sum(0), d_table, num_heads, window, padded, 1 << (window - 1).bit_length()
+    )
+    if queries is None:
+        return d_parts, parts.new_empty(0), d_table
+    d_queries = d_queries if num_pieces == 1 else d_queries.sum(1)
+    return d_parts, d_queries.to(parts.dtype).view(queries.shape), d_table
+
+
+@run_backward.register_fake
+def _(
+    d_out: Tensor,
+    parts: Tensor,
+    queries: Tensor | None,
+    bias_table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_queries = parts.new_empty(0 if queries is None else queries.shape)
+    d_table = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
+    return parts.new_empty(parts.shape), d_queries, d_table
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    parts, queries, bias_table, ctx.window, ctx.num_heads, ctx.scale = inputs
+    ctx.save_for_backward(parts, queries, bias_table, *output)
+
+
+def differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    parts, queries, *others = ctx.saved_tensors
+    d_parts, d_queries, d_table = run_backward(d_out, parts, queries, *others, ctx.window, ctx.num_heads, ctx.scale)
+    return d_parts, None if queries is None else d_queries, d_table, None, None, None
+
+
+run_forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+@register_flop_formula(torch.ops.gcvit.window_attention)
+def count_forward_flops(parts: Any, queries: Any, bias_table: Any, window: int, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Two products, as the reference counts them: windows whole, whatever the padding on chip."""
+    (num_images, _, _, num_channels), (_, num_windows, _, num_tokens) = out_shape
+    return 2 * 2 * num_images * num_windows * num_tokens**2 * num_channels
+
+
+@register_flop_formula(torch.ops.gcvit.window_attention_backward)
+def count_backward_flops(d_out: Any, parts: Any, queries: Any, bias_table: Any, out: Any, lse: Any, *_: Any, **__: Any) -> int:
+    """Four products: what is computed anew from what was not stored does not count, as in the reference."""
+    (num_images, _, _, num_channels), (_, num_windows, _, num_tokens) = out, lse
+    return 4 * 2 * num_images * num_windows * num_tokens**2 * num_channels
