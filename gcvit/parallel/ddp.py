@@ -35,12 +35,13 @@ class DdpEngine:
         self.world = world
         self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
-        held, fp16 = dict(module.named_parameters()), dtype == torch.float16
-        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16)
         self._loss_factor = world.size / global_batch_size  # DDP averages over ranks
         self._num_micro_steps = num_micro_steps
         self._autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-        self._settle_buckets(img_size)
+        self._settle_buckets(img_size)  # before there are moments, in whose place its activations and buckets are
+        # Gradients are views of buckets: forgotten, all micro-steps but the last would sum in memory of their own.
+        held, fp16 = dict(module.named_parameters()), dtype == torch.float16
+        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16, keeps_gradients=True)
         self._begin_micro_step(0)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ class DdpEngine:
             # Of weights with sides of 1, whose bytes have one order by any strides; it is said once, and so here.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             for _ in range(2):
+                self.module.zero_grad()  # the first buckets are freed before the second ones are there
                 with self._autocast:
                     self._ddp(image).float().sum().backward()
-                self.module.zero_grad()
+        self.module.zero_grad(set_to_none=False)

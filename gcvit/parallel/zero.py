@@ -47,13 +47,6 @@ class ZeroEngine:
         num_micro_steps: int,
         dtype: torch.dtype,
     ):
-        if "nvme" in (zero.offload_optimizer, zero.offload_parameters):
-            raise UserError(
-                "offloading to nvme would leave on disk what checkpoints, EMA and initial weights must reach in memory",
-                got="zero.offload_optimizer or zero.offload_parameters = nvme",
-                allowed="cpu",
-                cure="set cpu, or start more processes: each holds a smaller share",
-            )
         if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
             raise UserError(
                 f"DeepSpeed does not compute in fp16 on this {world.device.type}",
