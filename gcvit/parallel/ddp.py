@@ -41,7 +41,7 @@ class DdpEngine:
         self._settle_buckets(img_size)  # before there are moments, in whose place its activations and buckets are
         # Gradients are views of buckets: forgotten, all micro-steps but the last would sum in memory of their own.
         held, fp16 = dict(module.named_parameters()), dtype == torch.float16
-        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16, keeps_gradients=True)
+        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16, keeps_gradients=num_micro_steps > 1)
         self._begin_micro_step(0)
 
     def __call__(self, images: Tensor) -> Tensor:
