@@ -98,6 +98,29 @@ def test_refused_steps_are_counted_and_said(config, world, capsys):
     assert "refused" not in second.lower()
 
 
+def test_an_interval_of_nothing_but_refused_steps_is_null(config, world, capsys):
+    """In strict JSON; the images per second are known all the same."""
+    metrics = begin(config, world)
+    metrics.log_step(1, 1e-3, add(metrics, world, 1.0, applied=False))
+    metrics.close()
+    (row,) = rows(config)
+    assert (row["loss"], row["grad_norm"], row["refused_steps"]) == (None, None, 1)
+    assert row["images_per_second"] > 0
+    assert "loss nan" in capsys.readouterr().err
+    tags = EventAccumulator(str(config.run_dir)).Reload().Tags()["scalars"]
+    assert "train/refused_steps" in tags
+    assert "train/loss" not in tags
+
+
+def test_a_checkpoint_is_a_row_with_its_stall(config, world, capsys):
+    metrics = begin(config, world)
+    found = {"stall_seconds": 0.25, "write_seconds": 2.5, "bytes": 1_234_000_000}
+    metrics.log_checkpoint(10, found)
+    metrics.close()
+    assert rows(config) == [{"step": 10, "kind": "checkpoint", **found}]
+    assert capsys.readouterr().err == "step 10/20  saved 1.23 GB in 2.5 s  training stopped for 0.25 s\n"
+
+
 def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, clock):
     metrics = begin(config, world)
     clock.now += 4
