@@ -264,7 +264,7 @@ def test_full_checkpointing_computes_forward_again_and_the_same_gradients(drop_p
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
 def test_checkpointing_works_in_every_engine(name, mode, world):
     plain, full = (
         build(name, world, "model.drop_path=0.3", f"activation_checkpointing={mode}") for mode in ("none", mode)
