@@ -23,17 +23,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gcvit.errors import UserError
-from gcvit.flat_dcp import FileRecord, HashedFiles, read_fragments, write_fragments
+from gcvit.flat_dcp import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
 from gcvit.parallel.engine import Counters, Fragment, Fragments
 from gcvit.parallel.world import World
 
 STATE_FILE = "state.json"
 FORMAT = 2
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -219,7 +221,8 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
         )
     if not checkpoint.is_checked:
         check(checkpoint, world)
-    read_fragments(checkpoint.path, wanted, world.host_group)
+    metadata = _together(world, lambda: read_metadata(checkpoint.path, wanted))  # DCP would hide what is raised
+    read_fragments(checkpoint.path, wanted, metadata, world.host_group)
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
@@ -228,7 +231,7 @@ def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
     prefix = f"{kind}."
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     whole = {name: Fragment(torch.empty(shape.numel()), 0, shape) for name, shape in shapes.items()}
-    read_fragments(checkpoint.path, whole, None)
+    read_fragments(checkpoint.path, whole, read_metadata(checkpoint.path, whole), None)
     return {name.removeprefix(prefix): part.data.view(part.shape) for name, part in whole.items()}
 
 
@@ -311,13 +314,14 @@ def _naming(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _together(world: World, act: Callable[[], None]) -> None:
-    """Act on every rank; the `UserError` of any is raised on all, so that none waits for another."""
+def _together(world: World, act: Callable[[], T]) -> T:
+    """What `act` gives on each rank; the `UserError` of any is raised on all, so that none waits for another."""
     failure = None
     try:
-        act()
+        result = act()
     except UserError as error:
         failure = error
     failed = next((error for error in world.gather(failure) if error is not None), None)
     if failed is not None:
         raise failed
+    return result

@@ -198,6 +198,12 @@ class OptimConfig(Section):
     clip_norm: Positive | None = 5.0
     """Largest global gradient norm; null does not clip."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr:g} above lr={self.lr:g}, to which it falls: lower it")
+        return self
+
 
 class ScheduleConfig(Section):
     cosine: Duration
@@ -229,12 +235,10 @@ class FsdpConfig(Section):
 class ZeroConfig(Section):
     stage: Literal[1, 2, 3] = 2
     """1 shards the moments, 2 also the gradients, 3 also the parameters."""
-    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    offload_optimizer: Literal["cpu"] | None = None
     """Where masters and moments live and are updated; null is the device."""
-    offload_parameters: Literal["cpu", "nvme"] | None = None
+    offload_parameters: Literal["cpu"] | None = None
     """Where stage 3 keeps its shards of the parameters between uses; null is the device."""
-    nvme_path: str | None = None
-    """Folder of a local disk for what is offloaded to nvme."""
     extra: dict[str, Any] | None = None
     """Further keys of DeepSpeed's own configuration, merged into ours; refused where they contradict it."""
 
@@ -249,8 +253,6 @@ class ZeroConfig(Section):
     def _check(self) -> "ZeroConfig":
         if self.offload_parameters and self.stage != 3:
             raise ValueError("offload_parameters has no effect below stage 3, which alone shards them: remove it")
-        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
-            raise ValueError("nvme_path is the folder for what is offloaded to nvme: set both or neither")
         return self
 
 
@@ -295,7 +297,7 @@ class Config(Section):
     activation_checkpointing: Literal["none", "selective", "blocks", "full", "budget"] = "none"
     """What backward computes again: nothing, all but linear layers, blocks, all parts, or as many as a budget asks."""
     activation_budget_bytes: Count | None = None
-    """With "budget": most bytes of activations of a micro-batch on each device."""
+    """With "budget": most bytes that a micro-batch stores for backward on each device; recomputing takes more."""
     compile: bool = False
     """Compile each part of the model with torch.compile: faster steps after a start of minutes."""
     model: ModelConfig
@@ -312,6 +314,11 @@ class Config(Section):
         for name in ("fsdp", "zero"):
             if getattr(self, name) is not None and self.engine != name:
                 raise ValueError(f"{name}.* has no effect with engine={self.engine}: remove it or set engine={name}")
+        if self.compile and self.zero is not None and self.zero.stage == 3:
+            raise ValueError(
+                "compile=true cannot be had with zero.stage=3, which gathers weights inside of what would be compiled: "
+                "set compile=false, or take engine=fsdp, which shards as much"
+            )
         if (self.activation_checkpointing == "budget") != (self.activation_budget_bytes is not None):
             raise ValueError("activation_budget_bytes belongs to activation_checkpointing=budget: set both or neither")
         if self.augment.mix and self.global_batch_size % 2:

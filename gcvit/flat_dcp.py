@@ -73,9 +73,13 @@ def own_part(fragment: Fragment) -> Fragment:
     return Fragment(fragment.data[offset : offset + per_replica], fragment.start + offset, fragment.shape)
 
 
-def read_fragments(folder: Path, fragments: Mapping[str, Fragment], group: dist.ProcessGroup | None) -> None:
-    """Fill each fragment in place; `group` None is a single process. Errors: UserError for what cannot be read."""
-    metadata = _read_metadata(folder / METADATA_FILE, fragments)  # before the ranks talk: DCP hides what is raised
+def read_fragments(
+    folder: Path, fragments: Mapping[str, Fragment], metadata: Metadata, group: dist.ProcessGroup | None
+) -> None:
+    """Fill each fragment in place, by `read_metadata` of the same ones; `group` None is a single process.
+
+    Errors, on all ranks alike: UserError for what cannot be read.
+    """
     reader = _Reader(folder, metadata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
@@ -93,8 +97,9 @@ def read_fragments(folder: Path, fragments: Mapping[str, Fragment], group: dist.
             raise UserError(f"cannot read the tensors of {folder}", got=got, cure="use another checkpoint") from None
 
 
-def _read_metadata(path: Path, fragments: Mapping[str, Fragment]) -> Metadata:
-    cure = "use another checkpoint"
+def read_metadata(folder: Path, fragments: Mapping[str, Fragment]) -> Metadata:
+    """Where the fragments' tensors lie. Errors, on this rank: UserError where that cannot be read safely."""
+    path, cure = folder / METADATA_FILE, "use another checkpoint"
     try:
         with open(path, "rb") as file:
             metadata = _AllowListUnpickler(file).load()

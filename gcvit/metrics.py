@@ -140,16 +140,18 @@ class Metrics:
         elif self._world.is_first:
             print(text, file=sys.stderr, flush=True)
 
-    def _write(self, step: int, kind: str, row: dict[str, Any]) -> None:
-        self._append({"step": step, "kind": kind, **row})
+    def _write(self, step: int, kind: str, row: dict[str, float | int]) -> None:
+        """JSON has no word for what is not finite (of steps that were all refused): it gets null, TensorBoard none."""
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        self._append({"step": step, "kind": kind, **dict.fromkeys(row), **finite})
         if self._events is not None:
-            for name, value in row.items():
+            for name, value in finite.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def _append(self, row: dict[str, Any]) -> None:
         if self._rows is not None:
             with open(self._rows, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

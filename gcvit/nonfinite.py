@@ -146,7 +146,7 @@ class BadSteps:
         path = checkpoints_of(run.config.run_dir) / f"step_{state.step:08d}"
         run.saver.wait()
         if not run.world.on_first(path.exists):
-            save(run)
+            save(run, prunes=False)  # newer ones may lie within the row
             run.saver.wait()
         is_newest = run.world.on_first(lambda: latest(path.parent) == path)  # none was saved within the row
         raise UserError(

@@ -18,7 +18,8 @@ class Updater:
 
     `held` are this rank's fp32 tensors by parameter name, whole or in part, on the device or on the host; `shapes`
     those of the wholes. `group` are the ranks that hold the other parts, None where all are held whole. Gradients
-    are looked for in `held[name].grad`, times the loss scale where there is one.
+    are looked for in `held[name].grad`, times the loss scale where there is one; `keeps_gradients` is for those whose
+    memory is held for the whole run, and needed again.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Updater:
         *,
         fp16: bool,
         group: dist.ProcessGroup | None = None,
+        keeps_gradients: bool = False,
     ):
         self._held = held
         self._optimizer = build_adamw(((name, tuple(shapes[name]), tensor) for name, tensor in held.items()), optim)
@@ -37,6 +39,7 @@ class Updater:
         self._clip_norm = optim.clip_norm
         self._device = device
         self._group = group
+        self._keeps_gradients = keeps_gradients
         self._loss_scale = LossScale(device) if fp16 else None
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class Updater:
             norm = self._over_ranks(norm)
         scale = None if self._loss_scale is None else self._loss_scale.value.to(norm.device)
         result = clip_and_step(self._optimizer, grads, norm, self._clip_norm, lr, scale)
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         result = StepResult(result.grad_norm.to(self._device), result.applied.to(self._device))
         if self._loss_scale is not None:
             self._loss_scale.update(result.applied)

@@ -14,6 +14,7 @@ from gcvit.damage import DamageBudget
 from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.source import Source, num_local_ranks, open_source
 from gcvit.data.stream import Batch, check_world, num_micro_steps, train_stream
+from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.errors import UserError
 from gcvit.evaluator import evaluate
@@ -49,6 +50,7 @@ class Run:
     schedule: Schedule
     every: Intervals
     stream: Iterator[tuple[Batch, ...]]
+    augment: DeviceAugment
     engine: Engine
     ema: Ema | None
     state: RunState
@@ -136,6 +138,7 @@ def start(
             micro_batch_size=trainer.micro_batch_size,
             pin_memory=world.device.type == "cuda",
         )
+        augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
         if world.is_first:
             runfolder.write_config(config)
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps)
@@ -167,7 +170,9 @@ def start(
         saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints)
         metrics.say(saver.begin(state, all_fragments(engine, ema)))
         stack.push(saver)
-        yield Run(config, world, train, val, schedule, every, stream, engine, ema, state, saver, metrics, damage)
+        yield Run(
+            config, world, train, val, schedule, every, stream, augment, engine, ema, state, saver, metrics, damage
+        )
 
 
 def settle_damage(run: Run) -> None:
@@ -202,8 +207,8 @@ def evaluate_all(run: Run) -> bool:
     return True
 
 
-def save(run: Run) -> None:
-    """Begin to write a checkpoint, by all ranks together. Errors: as `Saver.save`."""
+def save(run: Run, *, prunes: bool = True) -> None:
+    """Begin to write a checkpoint, by all ranks together. `prunes` and errors: as `Saver.save`."""
     run.state.counters = run.engine.counters()
     run.state.ema_updates = run.ema.updates if run.ema else 0
     info = {
@@ -212,7 +217,7 @@ def save(run: Run) -> None:
         "world_size": run.world.size,
         "classes": list(run.train.classes),
     }
-    run.saver.save(run.state, all_fragments(run.engine, run.ema), info)
+    run.saver.save(run.state, all_fragments(run.engine, run.ema), info, prunes=prunes)
 
 
 def restore(

@@ -32,6 +32,7 @@ class _Write:
     """A write under way, or done when its thread has ended."""
 
     step: int
+    prunes: bool  # the ones before it
     stall_seconds: float  # for which it stopped the training
     num_bytes: int = 0
     seconds: float = 0.0
@@ -69,8 +70,10 @@ class Saver:
 
         return self._world.on_first(clear)
 
-    def save(self, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any]) -> None:
-        """Take a snapshot and begin to write it, once the write before it has ended.
+    def save(
+        self, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], *, prunes: bool = True
+    ) -> None:
+        """Take a snapshot and begin to write it, once the write before it has ended; then prune, if it `prunes`.
 
         Errors, on all ranks alike: UserError where that write failed or replicas differ; then nothing is begun.
         """
@@ -83,7 +86,7 @@ class Saver:
                 self._metrics.say(f"training waited {waited:.1f} s for the checkpoint of step {before} to be written")
         check_replicas(tensors, self._world)
         taken = self._snapshot.take(tensors)
-        write = _Write(state.step, time.perf_counter() - begin)
+        write = _Write(state.step, prunes, time.perf_counter() - begin)
         work = (write, replace(state), taken, dict(info))
         # A daemon: a second Ctrl-C ends the wait for it.
         self._thread = threading.Thread(target=self._run, args=work, name="checkpoint", daemon=True)
@@ -146,7 +149,8 @@ class Saver:
         world = self._writers
         try:
             path = checkpoint.save(self._folder, state, tensors, info, world)
-            world.on_first(lambda: checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step))
+            if write.prunes:
+                world.on_first(lambda: checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step))
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0
         except UserError as error:
             write.failure = error

@@ -57,10 +57,9 @@ def train(run: Run) -> None:
 def take_step(run: Run, batches: tuple[Batch, ...]) -> Step:
     """The update that follows `state.step` finished ones."""
     config, world, engine, step = run.config, run.world, run.engine, run.state.step
-    augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
     engine.module.train()
     all_losses, loss_sum = [], torch.zeros((), device=world.device)
-    for micro_step, (images, targets) in enumerate(on_device(batches, augment, step, config, world)):
+    for micro_step, (images, targets) in enumerate(on_device(batches, run.augment, step, config, world)):
         seed_drop_path(config.seed, step, micro_step, world.rank)
         losses = soft_target_loss(engine(images), targets)
         engine.backward(poison_nonfinite(losses).sum())

@@ -6,7 +6,6 @@ import torch
 
 from gcvit.config import Config, FsdpConfig, ModelConfig, ZeroConfig
 from gcvit.data.assignment import micro_batch_capacity
-from gcvit.errors import UserError
 from gcvit.model import GCViT, create_model
 from gcvit.parallel.budget import Compute, recompute_within
 from gcvit.parallel.compiled import compile_parts
@@ -35,12 +34,6 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
 
     What was chosen for the user is added to `notices`. Errors: UserError for options that cannot be had here.
     """
-    if config.compile and config.zero is not None and config.zero.stage == 3:
-        raise UserError(
-            "zero.stage=3 gathers the weights of each layer inside of what would be compiled",
-            got="compile=true, zero.stage=3",
-            cure="set compile=false, or take engine=fsdp, which shards as much",
-        )
     # On meta a model is only shapes: an engine that shards never holds the whole.
     with torch.device("meta"):
         module = build_model(config.model)

@@ -35,12 +35,15 @@ class DdpEngine:
         self.world = world
         self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
-        held, fp16 = dict(module.named_parameters()), dtype == torch.float16
-        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16)
         self._loss_factor = world.size / global_batch_size  # DDP averages over ranks
         self._num_micro_steps = num_micro_steps
         self._autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-        self._settle_buckets(img_size)
+        # Gradients are views of buckets: forgotten, all micro-steps but the last would sum in memory of their own.
+        keeps_gradients = num_micro_steps > 1
+        # Before there are moments, in whose place its activations and buckets are.
+        self._settle_buckets(img_size, keeps_gradients)
+        held, fp16 = dict(module.named_parameters()), dtype == torch.float16
+        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16, keeps_gradients=keeps_gradients)
         self._begin_micro_step(0)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class DdpEngine:
         # What `no_sync()` sets, without a context that would have to span forward and backward.
         self._ddp.require_backward_grad_sync = micro_step == self._num_micro_steps - 1
 
-    def _settle_buckets(self, img_size: int) -> None:
+    def _settle_buckets(self, img_size: int, keeps_gradients: bool) -> None:
         """Let DDP rebuild its buckets before the first step.
 
         It does so after the first backward, in the order in which gradients came: a resumed run would reduce its
@@ -96,6 +99,8 @@ class DdpEngine:
             # Of weights with sides of 1, whose bytes have one order by any strides; it is said once, and so here.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             for _ in range(2):
+                self.module.zero_grad()  # the first buckets are freed before the second ones are there
                 with self._autocast:
                     self._ddp(image).float().sum().backward()
-                self.module.zero_grad()
+        # As every step leaves them: DDP divides by the number of ranks where they are there, multiplies where not.
+        self.module.zero_grad(set_to_none=not keeps_gradients)

@@ -67,6 +67,11 @@ class FsdpEngine:
             reshard = fsdp.reshard_after_forward and unit is not units[-1]
             fully_shard(unit, reshard_after_forward=reshard, **common)
         fully_shard(module, **common)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                # Summed over ranks: the loss is divided instead, which costs nothing.
+                part.set_force_sum_reduction_for_comms(True)
+                part.set_gradient_divide_factor(1.0)
         module.to_empty(device="cpu" if fsdp.cpu_offload else world.device)
         module.init_buffers()
         self.module = module
@@ -82,7 +87,7 @@ class FsdpEngine:
             fp16=dtype == torch.float16,
             group=mesh.get_group("shard") if shard_size > 1 else None,
         )
-        self._loss_factor = world.size / global_batch_size  # FSDP2 averages over all ranks
+        self._loss_factor = 1 / global_batch_size
         self._num_micro_steps = num_micro_steps
         self._begin_micro_step(0)
 
@@ -133,12 +138,15 @@ class FsdpEngine:
 
 def _units(module: GCViT, num_parameters: int) -> list[list[nn.Module]]:
     """Neighbouring cut points in groups of at least so many parameters: small ones cost a message, not bytes."""
-    units: list[list[nn.Module]] = [[]]
+    units: list[list[nn.Module]] = []
+    unit: list[nn.Module] = []
     for name in module.cut_points():
-        if sum(p.numel() for part in units[-1] for p in part.parameters()) >= num_parameters:
-            units.append([])
-        units[-1].append(module.get_submodule(name))
-    return units
+        unit.append(module.get_submodule(name))
+        if sum(p.numel() for part in unit for p in part.parameters()) >= num_parameters:
+            units.append(unit)
+            unit = []
+    # What is left is too small for a unit, and is gathered with the one before.
+    return [*units[:-1], units[-1] + unit] if units else [unit]
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -70,6 +70,8 @@ def join_world(deterministic: bool = False) -> Iterator[World]:
     a world of one (which still has a process group: FSDP2 and DeepSpeed want one). With `deterministic` it takes
     kernels that give the same bits in every run, and fails at an operation that has none.
     """
+    # PyTorch's default for convolutions of fp32, which it would round to 10 bits; its products are exact by default.
+    torch.backends.cudnn.allow_tf32 = False
     if deterministic:
         # Read when the first product is launched: with a workspace of its own, cuBLAS does not choose by what is free.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

@@ -47,13 +47,6 @@ class ZeroEngine:
         num_micro_steps: int,
         dtype: torch.dtype,
     ):
-        if "nvme" in (zero.offload_optimizer, zero.offload_parameters):
-            raise UserError(
-                "offloading to nvme would leave on disk what checkpoints, EMA and initial weights must reach in memory",
-                got="zero.offload_optimizer or zero.offload_parameters = nvme",
-                allowed="cpu",
-                cure="set cpu, or start more processes: each holds a smaller share",
-            )
         if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
             raise UserError(
                 f"DeepSpeed does not compute in fp16 on this {world.device.type}",
@@ -81,8 +74,8 @@ class ZeroEngine:
         self._stage = zero.stage
         self._shapes = shapes
         self.world = world
-        # DeepSpeed averages over ranks and divides by the number of micro-steps.
-        self._loss_factor = world.size * num_micro_steps / global_batch_size
+        # DeepSpeed divides by the number of micro-steps, and at stage 3 by that of ranks.
+        self._loss_factor = num_micro_steps * (world.size if zero.stage == 3 else 1) / global_batch_size
         self._num_micro_steps, self._micro_step = num_micro_steps, 0
         self._dtype = dtype
         # On the host: DeepSpeed wants it there, and has waited for the device when it is known.

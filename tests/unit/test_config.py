@@ -174,6 +174,13 @@ def test_a_wrong_value_says_what_got_allowed(path, override, got):
         (["global_batch_size=63"], ["global_batch_size", "even"]),
         (["augment.scale=[0.9, 0.1]"], ["scale", "low"]),
         (["augment.affine.scale=[1.5, 0.5]"], ["scale", "low"]),
+        (["engine=zero", "zero.stage=3", "compile=true"], ["compile=true", "zero.stage=3", "engine=fsdp"]),
+        (["optim.min_lr=0.1"], ["min_lr", "above lr", "lower it"]),
+        (["engine=zero", "zero.offload_optimizer=nvme"], ["offload_optimizer", "cpu"]),
+        (["engine=zero", "zero.stage=0"], ["stage 0", "engine=ddp"]),
+        (["engine=zero", "zero.offload_parameters=cpu"], ["offload_parameters", "no effect", "stage 3"]),
+        (["activation_checkpointing=budget"], ["activation_budget_bytes", "both or neither"]),
+        (["activation_budget_bytes=1000"], ["activation_budget_bytes", "both or neither"]),
     ],
 )
 def test_a_knob_without_effect_and_knobs_that_contradict(path, overrides, words):
@@ -274,7 +281,7 @@ def test_a_bad_batch_in_the_file_may_be_overridden(tmp_path):
 @example(lr=5e-6, seed=0, tag="1e5", directory="0E0", ema=True, stage=None)  # texts that look like numbers
 def test_a_dump_reads_back_to_an_equal_config(tmp_path_factory, lr, seed, tag, directory, ema, stage):
     tree = parse_yaml(MINIMAL) | {"tag": tag, "seed": seed, "data": {"dir": directory}}
-    tree["optim"] = {"lr": lr}
+    tree["optim"] = {"lr": lr, "min_lr": 0.0}
     tree["ema"] = {"half_life": "5 steps"} if ema else None
     if stage:
         tree |= {"engine": "zero", "zero": {"stage": stage}}

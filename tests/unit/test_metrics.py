@@ -1,13 +1,7 @@
 """What a run says of itself: rows, TensorBoard events and lines or a bar, in a world of one."""
 
 import json
-import os
-import pty
-import subprocess
-import sys
-import termios
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +14,7 @@ from gcvit.config_file import load_config
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World, join_world
-from tests.integration.launching import ROOT, environment
+from tests.integration.launching import ROOT
 
 BATCH_SIZE = 32  # of golden.yaml
 TOTAL_STEPS = 20
@@ -98,6 +92,29 @@ def test_refused_steps_are_counted_and_said(config, world, capsys):
     assert "refused" not in second.lower()
 
 
+def test_an_interval_of_nothing_but_refused_steps_is_null(config, world, capsys):
+    """In strict JSON; the images per second are known all the same."""
+    metrics = begin(config, world)
+    metrics.log_step(1, 1e-3, add(metrics, world, 1.0, applied=False))
+    metrics.close()
+    (row,) = rows(config)
+    assert (row["loss"], row["grad_norm"], row["refused_steps"]) == (None, None, 1)
+    assert row["images_per_second"] > 0
+    assert "loss nan" in capsys.readouterr().err
+    tags = EventAccumulator(str(config.run_dir)).Reload().Tags()["scalars"]
+    assert "train/refused_steps" in tags
+    assert "train/loss" not in tags
+
+
+def test_a_checkpoint_is_a_row_with_its_stall(config, world, capsys):
+    metrics = begin(config, world)
+    found = {"stall_seconds": 0.25, "write_seconds": 2.5, "bytes": 1_234_000_000}
+    metrics.log_checkpoint(10, found)
+    metrics.close()
+    assert rows(config) == [{"step": 10, "kind": "checkpoint", **found}]
+    assert capsys.readouterr().err == "step 10/20  saved 1.23 GB in 2.5 s  training stopped for 0.25 s\n"
+
+
 def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, clock):
     metrics = begin(config, world)
     clock.now += 4
@@ -172,58 +189,3 @@ def test_tensorboard_reads_what_stands_in_the_rows(config, world):
         wanted = [(row["step"], row[key]) for row in written if row["kind"] == kind]
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted], name
-
-
-# ---- lines or a bar ------------------------------------------------------------------------------
-
-STEPS = """
-import sys, torch
-from gcvit.config_file import load_config
-from gcvit.metrics import Metrics
-from gcvit.parallel.engine import StepResult
-from gcvit.parallel.world import join_world
-
-config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])
-config.run_dir.mkdir()
-result = StepResult(torch.tensor(0.5), torch.tensor(1.0))
-with join_world() as world:
-    metrics = Metrics(config, world, first_step=5, total_steps=20)
-    metrics.say("a word")
-    for step in range(6, 21):
-        metrics.add(torch.tensor(64.0), result)
-    metrics.log_step(20, 1e-3, result)
-    metrics.close()
-"""
-
-
-def run_steps(tmp_path: Path, stderr: int) -> None:
-    command = [sys.executable, "-c", STEPS, str(tmp_path)]
-    on_cpu = environment(CUDA_VISIBLE_DEVICES="")  # the script's tensors are there
-    subprocess.run(command, cwd=ROOT, env=on_cpu, stderr=stderr, check=True, timeout=120)
-
-
-def test_a_log_file_gets_lines_without_control_characters(tmp_path):
-    path = tmp_path / "log"
-    with open(path, "wb") as file:
-        run_steps(tmp_path, file.fileno())
-    text = path.read_bytes().decode()
-    assert all(character == "\n" or character.isprintable() for character in text), text
-    said = [line for line in text.splitlines() if line == "a word" or line.startswith("step ")]
-    assert said[0] == "a word"
-    assert said[1].startswith("step 20/20  loss 2.0000  lr 0.001  norm 0.5  ")
-
-
-def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path):
-    terminal, stderr = pty.openpty()
-    termios.tcsetwinsize(stderr, (24, 120))
-    try:
-        run_steps(tmp_path, stderr)  # so little that it fits the terminal's buffer
-        text = os.read(terminal, 65536).decode()
-    finally:
-        os.close(stderr)
-        os.close(terminal)
-    assert "\r" in text
-    assert "| 5/20" in text
-    assert "| 20/20" in text
-    assert "a word" in text
-    assert "step 20/20  loss 2.0000" in text

@@ -133,7 +133,7 @@ def test_where_every_sample_is_well_that_is_said(images, world, tmp_path, monkey
     [
         ({2, 3, 4}, 2, 90, 2, [1]),  # a row that is seen in parts
         ({1, 2, 3}, 1, 90, 1, [0]),  # from the beginning
-        ({3, 4, 5}, 1, 2, 3, [2, 4]),  # a checkpoint from before is there, and one within the row
+        ({3, 4, 5}, 1, 2, 3, [2, 4]),  # one checkpoint is kept: from before, though one within the row was saved
         ({2, 3, 4}, 8, 2, 2, [1, 2]),  # seen in time, though nothing is logged
         ({1, 2, 4, 5, 7, 8}, 1, 90, None, [8]),  # never three in a row
         ({2, 3, 4}, 8, 90, None, [8]),  # a row that is over when it is seen
@@ -143,7 +143,7 @@ def test_a_row_of_bad_steps_ends_the_run(
     images, world, tmp_path, monkeypatch, bad, log_every, save_every, first, saved
 ):
     knobs = [f"trainer.log_every={log_every} steps", f"trainer.save_every={save_every} steps"]
-    with begin(images, tmp_path, world, *knobs, "trainer.max_bad_steps=3") as run:
+    with begin(images, tmp_path, world, *knobs, "trainer.max_bad_steps=3", "trainer.keep_checkpoints=1") as run:
         break_losses(monkeypatch, run, bad, num_rows=1)
         if first is None:
             trainer.train(run)

@@ -1,58 +1,11 @@
 """The run's folder: one writer at a time, and which checkpoint is meant."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gcvit import checkpoint, runfolder
 from gcvit.errors import UserError
-from tests.integration.launching import ROOT, environment, python
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from gcvit.errors import run_main
-from gcvit.runfolder import locked
-
-def main():
-    with locked(Path(sys.argv[1])):
-        print("held", flush=True)
-        time.sleep(float(sys.argv[2]))
-
-run_main(main)
-"""
-
-
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "-c", HOLD, str(run_dir), "100"]
-    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
-        holder = json.loads((run_dir / "lock").read_text())
-        assert holder["pid"] == first.pid
-
-        second = python("-c", HOLD, run_dir, 0, timeout=60)
-        assert (second.returncode, second.stdout) == (2, "")
-        assert second.stderr.startswith("error: the run folder is in use by a live run: got ")
-        assert str(first.pid) in second.stderr
-        assert "cure: " in second.stderr
-        assert len(second.stderr.splitlines()) == 1
-        assert json.loads((run_dir / "lock").read_text()) == holder, "the loser must not sign the winner's lock"
-
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-        with runfolder.locked(run_dir):
-            assert json.loads((run_dir / "lock").read_text())["pid"] == os.getpid()
-    finally:
-        first.kill()
-        first.wait()
 
 
 def test_the_lock_is_free_again_after_an_error(tmp_path):

@@ -1,8 +1,6 @@
 import hashlib
 import itertools
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -363,22 +361,3 @@ def test_another_world_goes_on_with_the_same_sequence(sizes, num_pairs, worlds, 
 
 def hash_of(sequence: list[list[int]]) -> str:
     return hashlib.sha256(np.array(list(itertools.chain(*sequence)), dtype="<i8").tobytes()).hexdigest()
-
-
-def test_a_step_of_many_pieces_takes_few_file_descriptors(source):
-    """A recipe's step on one GPU is 64 micro-batches of 8 pieces; the usual limit is 1024 descriptors."""
-    script = """
-import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-from pathlib import Path
-from gcvit.data.source import open_source
-from tests.unit.data.streaming import make_config, take_steps
-
-if __name__ == "__main__":
-    source = open_source(Path({root!r}), "train")
-    (step,) = take_steps(source, make_config(128, num_workers=4), 1, micro_batch_size=4)
-    assert len(step) == 32 and sum(len(batch.labels) for batch in step) == 128
-"""
-    root = str(source.root.parent)
-    done = subprocess.run([sys.executable, "-c", script.format(root=root)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]

@@ -196,6 +196,26 @@ def test_micro_steps_add_up(name, world):
     torch.testing.assert_close(norms[0], expected, rtol=1e-5, atol=0)
 
 
+def test_fp32_is_no_tf32(world):
+    """In which a GPU would compute: what `join_world` has to say of it."""
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_ddp_has_one_memory_for_gradients(world):
+    """That of the buckets, from the first micro-step of the first step on."""
+    engine = build("ddp", world, num_micro_steps=2)
+    engine.module.train()
+    images, targets = draw_batch()
+    places = [[p.grad.data_ptr() for p in engine.module.parameters()]]
+    for _ in range(2):
+        for _ in range(2):
+            engine.backward(soft_target_loss(engine(images), targets).sum())
+            places.append([p.grad.data_ptr() for p in engine.module.parameters()])
+        engine.step(1e-3)
+    assert all(later == places[0] for later in places)
+
+
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_the_count_of_updates_can_be_set(name, world):
     """Adam's bias correction follows it: after many updates a first step of fresh moments is a tenth of lr or

@@ -14,7 +14,9 @@ from tests.unit.parallel.test_engines import world as world  # the fixture
 APPLIED, REFUSED = torch.tensor(1.0), torch.tensor(0.0)
 OFFLOADED = ["fsdp.cpu_offload=true"]
 each_engine = pytest.mark.parametrize(
-    ("name", "overrides"), [("ddp", []), ("fsdp", []), ("fsdp", OFFLOADED)], ids=["ddp", "fsdp", "fsdp offloaded"]
+    ("name", "overrides"),
+    [("ddp", []), ("fsdp", []), pytest.param("fsdp", OFFLOADED, marks=pytest.mark.slow)],
+    ids=["ddp", "fsdp", "fsdp offloaded"],
 )
 
 

@@ -82,18 +82,6 @@ def test_what_deepspeed_refuses_is_the_users_to_mend(extra, world):  # noqa: F81
         build_engine(config, world, num_micro_steps=1)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "cure"),
-    [
-        (["zero.offload_optimizer=nvme", "zero.nvme_path=/nowhere"], "set cpu"),
-        (["compile=true"], "compile=false"),
-    ],
-)
-def test_what_cannot_be_had_is_refused(overrides, cure, world):  # noqa: F811
-    with pytest.raises(UserError, match=cure):
-        build_engine(configure("zero3", *overrides), world, num_micro_steps=1)
-
-
 def test_buckets_follow_the_model():
     small, large = (settings(module=nn.Linear(n, 1000, device="meta"), stage=3) for n in (10_000, 100_000))
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters"):

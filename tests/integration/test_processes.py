@@ -1,0 +1,126 @@
+"""What shows only in processes of their own: a held lock, a log file and a terminal, the limit of open files."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from gcvit import runfolder
+from tests.integration.launching import ROOT, environment, python, succeed
+from tests.unit.data.conftest import write_images
+from tests.unit.data.streaming import NUM_TRAIN
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gcvit.errors import run_main
+from gcvit.runfolder import locked
+
+def main():
+    with locked(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+
+run_main(main)
+"""
+
+STEPS = """
+import sys, torch
+from gcvit.config_file import load_config
+from gcvit.metrics import Metrics
+from gcvit.parallel.engine import StepResult
+from gcvit.parallel.world import join_world
+
+config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])
+config.run_dir.mkdir()
+result = StepResult(torch.tensor(0.5), torch.tensor(1.0))
+with join_world() as world:
+    metrics = Metrics(config, world, first_step=5, total_steps=20)
+    metrics.say("a word")
+    for step in range(6, 21):
+        metrics.add(torch.tensor(64.0), result)
+    metrics.log_step(20, 1e-3, result)
+    metrics.close()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(run_dir), "100"]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        holder = json.loads((run_dir / "lock").read_text())
+        assert holder["pid"] == first.pid
+
+        second = python("-c", HOLD, run_dir, 0, timeout=60)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert second.stderr.startswith("error: the run folder is in use by a live run: got ")
+        assert str(first.pid) in second.stderr
+        assert "cure: " in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        assert json.loads((run_dir / "lock").read_text()) == holder, "the loser must not sign the winner's lock"
+
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        with runfolder.locked(run_dir):
+            assert json.loads((run_dir / "lock").read_text())["pid"] == os.getpid()
+    finally:
+        first.kill()
+        first.wait()
+
+
+def run_steps(tmp_path: Path, stderr: int) -> None:
+    command = [sys.executable, "-c", STEPS, str(tmp_path)]
+    on_cpu = environment(CUDA_VISIBLE_DEVICES="")  # the script's tensors are there
+    subprocess.run(command, cwd=ROOT, env=on_cpu, stderr=stderr, check=True, timeout=120)
+
+
+def test_a_log_file_gets_lines_without_control_characters(tmp_path):
+    path = tmp_path / "log"
+    with open(path, "wb") as file:
+        run_steps(tmp_path, file.fileno())
+    text = path.read_bytes().decode()
+    assert all(character == "\n" or character.isprintable() for character in text), text
+    said = [line for line in text.splitlines() if line == "a word" or line.startswith("step ")]
+    assert said[0] == "a word"
+    assert said[1].startswith("step 20/20  loss 2.0000  lr 0.001  norm 0.5  ")
+
+
+def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path):
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))
+    try:
+        run_steps(tmp_path, stderr)  # so little that it fits the terminal's buffer
+        text = os.read(terminal, 65536).decode()
+    finally:
+        os.close(stderr)
+        os.close(terminal)
+    assert "\r" in text
+    assert "| 5/20" in text
+    assert "| 20/20" in text
+    assert "a word" in text
+    assert "step 20/20  loss 2.0000" in text
+
+
+def test_a_step_of_many_pieces_takes_few_file_descriptors(tmp_path):
+    """A recipe's step on one GPU is 64 micro-batches of 8 pieces; the usual limit is 1024 descriptors."""
+    write_images(tmp_path / "train", NUM_TRAIN)
+    script = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+from pathlib import Path
+from gcvit.data.source import open_source
+from tests.unit.data.streaming import make_config, take_steps
+
+if __name__ == "__main__":
+    source = open_source(Path({root!r}), "train")
+    (step,) = take_steps(source, make_config(128, num_workers=4), 1, micro_batch_size=4)
+    assert len(step) == 32 and sum(len(batch.labels) for batch in step) == 128
+"""
+    succeed(python("-c", script.format(root=str(tmp_path))))
