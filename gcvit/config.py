@@ -76,6 +76,8 @@ class ModelConfig(Section):
     """Height and width of the input in pixels."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Stochastic depth of the last block, rising linearly from 0; null takes the variant's published value."""
+    attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+    """How windows are attended with: plainly, by PyTorch's fused attention, by our kernel, or the quickest of them."""
     overrides: OverridesConfig | None = None
     """What of the variant's architecture is replaced; null is nothing."""
 
@@ -191,6 +193,10 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices and convolutions; vectors have none."""
     decay_bias_tables: bool = True
     """Whether relative-position bias tables decay too: the published runs do it, timm does not."""
+    layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fine-tuning: each layer, from the head back to the stem, learns at this share of the next one's rate; null is 1."""
+    frozen_backbone: Length | None = None
+    """Fine-tuning: the head alone moves for so long at the start, the rest only gathers its moments; null is never."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's first and second moment per step."""
     eps: Positive = 1e-8

@@ -1,6 +1,7 @@
-"""AdamW in two groups, with and without weight decay; clipping and stepping without a word to the host."""
+"""AdamW in groups, by weight decay and by layer; clipping and stepping without a word to the host."""
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ class Updater:
     """The updates of an engine: AdamW over what this rank holds, clipping, the loss scale of fp16, and the counters.
 
     `held` are this rank's fp32 tensors by parameter name, whole or in part, on the device or on the host; `shapes`
-    those of the wholes. `group` are the ranks that hold the other parts, None where all are held whole. Gradients
+    those of the wholes, `layers` as for `build_adamw`. `group` are the ranks that hold the other parts, None where all are held whole. Gradients
     are looked for in `held[name].grad`, times the loss scale where there is one; `keeps_gradients` is for those whose
     memory is held for the whole run, and needed again.
     """
@@ -26,6 +27,7 @@ class Updater:
         self,
         held: Mapping[str, Tensor],
         shapes: Mapping[str, torch.Size],
+        layers: Mapping[str, int],
         optim: OptimConfig,
         device: torch.device,
         *,
@@ -34,7 +36,8 @@ class Updater:
         keeps_gradients: bool = False,
     ):
         self._held = held
-        self._optimizer = build_adamw(((name, tuple(shapes[name]), tensor) for name, tensor in held.items()), optim)
+        parameters = ((name, tuple(shapes[name]), tensor) for name, tensor in held.items())
+        self._optimizer = build_adamw(parameters, optim, layers)
         create_moments(self._optimizer)
         self._clip_norm = optim.clip_norm
         self._device = device
@@ -46,14 +49,15 @@ class Updater:
         """The loss as backward wants it."""
         return loss if self._loss_scale is None else loss * self._loss_scale.value
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, *, head_only: bool = False) -> StepResult:
         """Clip, update or refuse, and forget the gradients."""
         grads = [tensor.grad for tensor in self._held.values() if tensor.grad is not None]
         norm = global_norm(grads)
         if self._group is not None:
             norm = self._over_ranks(norm)
         scale = None if self._loss_scale is None else self._loss_scale.value.to(norm.device)
-        result = clip_and_step(self._optimizer, grads, norm, self._clip_norm, lr, scale)
+        set_lr(self._optimizer, lr, head_only=head_only)
+        result = clip_and_step(self._optimizer, grads, norm, self._clip_norm, scale)
         self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         result = StepResult(result.grad_norm.to(self._device), result.applied.to(self._device))
         if self._loss_scale is not None:
@@ -95,22 +99,43 @@ def decays(name: str, shape: Iterable[int], *, decay_bias_tables: bool) -> bool:
     return len(tuple(shape)) > 1 and not name.endswith(".bias")
 
 
+class Group(NamedTuple):
+    """What parameters have in common that AdamW treats alike."""
+
+    lr_scale: float
+    """Factor on the schedule's learning rate."""
+    is_head: bool
+    """Always True where the head is never alone in moving."""
+    decays: bool
+
+
 def build_adamw(
-    parameters: Iterable[tuple[str, tuple[int, ...], torch.Tensor]], optim: OptimConfig
+    parameters: Iterable[tuple[str, tuple[int, ...], torch.Tensor]], optim: OptimConfig, layers: Mapping[str, int]
 ) -> torch.optim.AdamW:
     """Fused AdamW over (name, whole shape, tensor); the tensor may be any shard of the parameter.
 
-    The whole shape decides about decay: a shard stored flat has lost it. The learning rate is set at every step
-    from the schedule.
+    The whole shape decides about decay: a shard stored flat has lost it. `layers` is the depth of each of the model's
+    parameters, the head being the last: of two neighbours the first learns at `optim.layer_decay` of the other's rate
+    (Bao et al., BEiT, 2021). The learning rate is set at every step by `set_lr`.
     """
-    groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    head = max(layers.values())
+    groups: dict[Group, list[torch.Tensor]] = {}
     for name, shape, tensor in parameters:
-        groups[decays(name, shape, decay_bias_tables=optim.decay_bias_tables)].append(tensor)
+        group = Group(
+            lr_scale=(optim.layer_decay or 1.0) ** (head - layers[name]),
+            is_head=optim.frozen_backbone is None or layers[name] == head,
+            decays=decays(name, shape, decay_bias_tables=optim.decay_bias_tables),
+        )
+        groups.setdefault(group, []).append(tensor)
     return torch.optim.AdamW(
         [
-            {"params": groups[decay], "weight_decay": optim.weight_decay if decay else 0.0}
-            for decay in (True, False)
-            if groups[decay]
+            {
+                "params": groups[group],
+                "weight_decay": optim.weight_decay if group.decays else 0.0,
+                "lr_scale": group.lr_scale,
+                "is_head": group.is_head,
+            }
+            for group in sorted(groups, reverse=True)
         ],
         lr=optim.lr,
         betas=optim.betas,
@@ -146,7 +171,6 @@ def clip_and_step(
     grads: list[Tensor],
     norm: Tensor,
     clip_norm: float | None,
-    lr: float,
     loss_scale: Tensor | None = None,
 ) -> StepResult:
     """Clip `grads` in place to `clip_norm` by their global `norm`, then update, without waiting for the device.
@@ -164,12 +188,12 @@ def clip_and_step(
         factor = clip if factor is None else clip * factor
     if factor is not None:
         torch._foreach_mul_(grads, factor)
-    set_lr(optimizer, lr)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.step()
     return StepResult(norm, 1.0 - found_inf)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, *, head_only: bool = False) -> None:
+    """Set the schedule's learning rate, by each group's factor; with `head_only` the rest neither learns nor decays."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"] if group["is_head"] or not head_only else 0.0

@@ -36,6 +36,7 @@ def replay(
     step: int,
     resume: str = "auto",
     init_from: str | None = None,
+    reset_head: bool = False,
 ) -> None:
     """Print what step number `step` (counted as in the log, from 1) of the run that `config` names computes.
 
@@ -54,7 +55,7 @@ def replay(
     with ExitStack() as stack:
         folder = world.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
         scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None})
-        run = stack.enter_context(start(scratch, world, sources, chosen, init_from, notices))
+        run = stack.enter_context(start(scratch, world, sources, chosen, init_from, reset_head, notices))
         if not run.state.step < step <= run.schedule.total_steps:
             raise UserError(
                 "there is no such step to replay",

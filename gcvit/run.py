@@ -20,6 +20,7 @@ from gcvit.errors import UserError
 from gcvit.evaluator import evaluate
 from gcvit.metrics import Metrics
 from gcvit.model import VARIANTS, weights
+from gcvit.model.fitting import fit
 from gcvit.model.variants import fetch_weights
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
@@ -86,11 +87,13 @@ def start(
     sources: tuple[Source, Source],
     resume: str = "auto",
     init_from: str | None = None,
+    reset_head: bool = False,
     notices: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Build a run, or bring it back from its checkpoint, and hold the lock of its folder while it lasts.
 
-    Every rank calls it. `resume` and `init_from` are the flags of `train.py`. Errors: UserError, on all ranks alike.
+    Every rank calls it. `resume`, `init_from` and `reset_head` are the flags of `train.py`. Errors: UserError, on all
+    ranks alike.
     """
     train, val = sources
     for source in sources:
@@ -105,11 +108,16 @@ def start(
         world.on_first(lambda: stack.enter_context(runfolder.locked(config.run_dir)))
         found, damaged = runfolder.open_sound(config.run_dir, resume, world)
         notices = list(notices)
+        if config.optim.frozen_backbone and not found and not init_from:
+            raise UserError(
+                "optim.frozen_backbone would freeze initial weights",
+                cure="give weights to fine-tune with --init-from, or set it to null",
+            )
         engine = build_engine(config, world, num_micro_steps=micro_steps, notices=notices)
         if init_from and found:
             notices.append(f"--init-from is not needed: the run goes on from {found.path}")
         elif init_from:
-            notices.append(f"initial weights: {load_weights(engine, init_from)}")
+            notices.append(f"initial weights: {load_weights(engine, init_from, reset_head, config.seed)}")
         ema = None
         if config.ema:
             half_life = to_samples(config.ema.half_life, **length)
@@ -286,23 +294,25 @@ def restore(
     ]
 
 
-def load_weights(engine: Engine, source: str) -> str:
+def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: int = 0) -> str:
     """Start from given weights (`--init-from`) and say what was found; moments, EMA and schedule start afresh.
 
     `source` is a file of any layout, a run folder or checkpoint of ours (its EMA where it has one), or the name of a
-    variant, whose published weights are fetched. Errors: UserError for what is none of these, or another model.
+    variant, whose published weights are fetched. Bias tables of other windows are resampled. With `reset_head` the
+    head keeps the seed's initial weights, so that it may have other classes. Errors: UserError for what is none of
+    these, or another model.
     """
+    module, change = engine.module, {"reset_head": reset_head, "resample": True}
     if Path(source).is_dir():
         found = engine.world.on_first(lambda: checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source))))
         kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
-        parts = engine.fragments()[MODEL]
-        checkpoint.load(found, {kind: parts}, engine.world)
-        description = f"{found.path}: {kind}"
+        state, changes = fit(checkpoint.read_tensors(found, kind), module, found.path, **change)
+        description = ", ".join([f"{found.path}: {kind}", *changes])
     else:
         path = fetch_weights(source) if source in VARIANTS else source
-        state, description = weights.read_fitting(engine.module, path)
+        state, description = weights.read_fitting(module, path, **change)
         description += " (published under CC-BY-NC-SA-4.0: not for commercial use)" if source in VARIANTS else ""
-        fill(engine.fragments()[MODEL], lambda name: state[name])
+    fill(engine.fragments()[MODEL], lambda name: state[name] if name in state else module.initial_value(name, seed))
     engine.refresh()
     return description
 

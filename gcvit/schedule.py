@@ -35,6 +35,8 @@ class Schedule:
     warmup_steps: int
     cosine_steps: int
     cooldown_steps: int
+    frozen_steps: int = 0
+    """The first ones, in which the head alone moves."""
 
     @property
     def total_steps(self) -> int:
@@ -54,9 +56,9 @@ def build_schedule(
     schedule: ScheduleConfig, optim: OptimConfig, *, global_batch_size: int, samples_per_epoch: int
 ) -> Schedule:
     """Resolve the recipe's durations for a data set. Errors: UserError where nothing would be trained."""
-    warmup, cosine, cooldown = (
+    warmup, cosine, cooldown, frozen = (
         to_steps(duration, global_batch_size=global_batch_size, samples_per_epoch=samples_per_epoch)
-        for duration in (schedule.warmup, schedule.cosine, schedule.cooldown)
+        for duration in (schedule.warmup, schedule.cosine, schedule.cooldown, optim.frozen_backbone or "0 steps")
     )
     if cosine < 1:
         raise UserError(
@@ -66,7 +68,13 @@ def build_schedule(
         )
     if warmup > cosine:
         raise UserError("schedule.warmup is longer than schedule.cosine", got=f"{warmup} > {cosine} steps")
-    return Schedule(optim.lr, optim.warmup_lr, optim.min_lr, warmup, cosine, cooldown)
+    if frozen >= cosine + cooldown:
+        raise UserError(
+            "optim.frozen_backbone is as long as the run",
+            got=f"{frozen} of {cosine + cooldown} steps",
+            cure="shorten it, or lengthen schedule.cosine",
+        )
+    return Schedule(optim.lr, optim.warmup_lr, optim.min_lr, warmup, cosine, cooldown, frozen)
 
 
 def is_time(step: int, every_steps: int, total_steps: int) -> bool:

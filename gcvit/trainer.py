@@ -66,7 +66,8 @@ def take_step(run: Run, batches: tuple[Batch, ...]) -> Step:
         all_losses.append(losses.detach())
         loss_sum += losses.detach().sum()
     lr = run.schedule.lr(step)
-    return Step(lr, all_losses, loss_sum, engine.step(lr))
+    result = engine.step(lr, head_only=step < run.schedule.frozen_steps)
+    return Step(lr, all_losses, loss_sum, result)
 
 
 def on_device(

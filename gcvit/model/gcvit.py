@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -227,6 +228,15 @@ class GCViT(nn.Module):
             (r"^norm", (99999,)),  # timm's mark for "with the previous group"
         ]
         return {"stem": r"^stem", "blocks": blocks}
+
+    def find_layers(self) -> dict[str, int]:
+        """The layer of each parameter, by `group_matcher`: the stem is 0, the head comes last.
+
+        Works whatever has become of the parameters: on meta, sharded or partitioned.
+        """
+        shapes = [(name, law.shape) for name, law in self.initial_laws.items()]
+        layers = group_with_matcher(shapes, self.group_matcher(), reverse=True)
+        return {name: int(layer) for name, layer in layers.items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of every cut point during training."""

@@ -195,10 +195,9 @@ def _imagine(model: GCViT, compute: Compute, num_images: int) -> Iterator[tuple[
             for name, p in model.named_parameters()
         }
         with StorageTracker(weights.values()) as tracker, compute.context():
-            side = model.img_size
             # Made in sight of the tracker: else they would count as the first part's, which does not free them.
             images = torch.empty(
-                num_images, model.in_chans, side, side, dtype=compute.weights_dtype, device=compute.device
+                num_images, *model.input_size, dtype=compute.weights_dtype, device=compute.device
             )
             yield tracker, lambda: torch.func.functional_call(model.train(), weights, (images,))
 

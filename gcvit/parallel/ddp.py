@@ -42,8 +42,9 @@ class DdpEngine:
         keeps_gradients = num_micro_steps > 1
         # Before there are moments, in whose place its activations and buckets are.
         self._settle_buckets(img_size, keeps_gradients)
-        held, fp16 = dict(module.named_parameters()), dtype == torch.float16
-        self._updater = Updater(held, self._shapes, optim, world.device, fp16=fp16, keeps_gradients=keeps_gradients)
+        held, layers = dict(module.named_parameters()), module.find_layers()
+        options = {"fp16": dtype == torch.float16, "keeps_gradients": keeps_gradients}
+        self._updater = Updater(held, self._shapes, layers, optim, world.device, **options)
         self._begin_micro_step(0)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -55,9 +56,9 @@ class DdpEngine:
         self._updater.scaled(loss_sum * self._loss_factor).backward()
         self._begin_micro_step(self._micro_step + 1)
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, *, head_only: bool = False) -> StepResult:
         assert self._micro_step == self._num_micro_steps, f"step after {self._micro_step} micro-steps"
-        result = self._updater.step(lr)
+        result = self._updater.step(lr, head_only=head_only)
         self._begin_micro_step(0)
         return result
 

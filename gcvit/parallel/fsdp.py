@@ -82,6 +82,7 @@ class FsdpEngine:
         self._updater = Updater(
             self._held,
             {name: p.shape for name, p in self._parameters.items()},
+            module.find_layers(),
             optim,
             world.device,
             fp16=dtype == torch.float16,
@@ -98,12 +99,12 @@ class FsdpEngine:
         self._updater.scaled(loss_sum * self._loss_factor).backward()
         self._begin_micro_step(self._micro_step + 1)
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, *, head_only: bool = False) -> StepResult:
         assert self._micro_step == self._num_micro_steps, f"step after {self._micro_step} micro-steps"
         for name, shard in self._held.items():
             shard.grad = _local(self._parameters[name].grad)
         self.module.zero_grad()
-        result = self._updater.step(lr)
+        result = self._updater.step(lr, head_only=head_only)
         self._begin_micro_step(0)
         return result
 

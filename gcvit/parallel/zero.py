@@ -66,7 +66,8 @@ class ZeroEngine:
         else:
             module.to_empty(device=world.device)
         module.init_buffers()
-        optimizer = build_adamw(((n, tuple(shapes[n]), p) for n, p in module.named_parameters()), optim)
+        parameters = ((name, tuple(shapes[name]), p) for name, p in module.named_parameters())
+        optimizer = build_adamw(parameters, optim, module.find_layers())
         with _zero_in_bf16_too():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = module
@@ -95,10 +96,10 @@ class ZeroEngine:
         if self._micro_step < self._num_micro_steps:
             self._engine.step()  # only counts: DeepSpeed wants it after every micro-step
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, *, head_only: bool = False) -> StepResult:
         """DeepSpeed clips, refuses non-finite gradients (which waits for the device) and updates."""
         assert self._micro_step == self._num_micro_steps, f"step after {self._micro_step} micro-steps"
-        set_lr(self._zero.optimizer, lr)
+        set_lr(self._zero.optimizer, lr, head_only=head_only)
         self._engine.step()
         self._micro_step = 0
         norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.world.device)

@@ -30,7 +30,7 @@ from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.model import create_model, weights
 from gcvit.model.gcvit import GCViT
-from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm
+from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
 from gcvit.parallel.engine import Fragment
 from gcvit.schedule import build_schedule
 from tests.unit.data.streaming import whole_batch
@@ -86,7 +86,8 @@ def draw_batch(step: int) -> Batch:
 class Ours:
     def __init__(self, model: GCViT):
         self.model, self.parameters = model, dict(model.named_parameters())
-        self.optimizer = build_adamw(((n, tuple(p.shape), p) for n, p in self.parameters.items()), OPTIM)
+        parameters = ((n, tuple(p.shape), p) for n, p in self.parameters.items())
+        self.optimizer = build_adamw(parameters, OPTIM, model.find_layers())
         create_moments(self.optimizer)
         self.schedule = build_schedule(SCHEDULE, OPTIM, global_batch_size=BATCH_SIZE, samples_per_epoch=1000)
         half_life = BATCH_SIZE * np.log(0.5) / np.log(EMA_DECAY)
@@ -99,7 +100,8 @@ class Ours:
         loss = soft_target_loss(self.model(images.double()), targets).sum() / BATCH_SIZE
         loss.backward()
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        clip_and_step(self.optimizer, grads, global_norm(grads), OPTIM.clip_norm, self.schedule.lr(step))
+        set_lr(self.optimizer, self.schedule.lr(step))
+        clip_and_step(self.optimizer, grads, global_norm(grads), OPTIM.clip_norm)
         self.optimizer.zero_grad()
         self.ema.update()
         return loss.item(), self.optimizer.param_groups[0]["lr"]

@@ -23,6 +23,7 @@ TRAIN_FLAGS = [
     (("--resume",), "runs/a/checkpoints/step_00000010", "resume", "runs/a/checkpoints/step_00000010"),
     (("--resume",), "none", "resume", "none"),
     (("--init-from", "--init_from"), "gc_vit_tiny", "init_from", "gc_vit_tiny"),
+    (("--reset-head", "--reset_head"), None, "reset_head", True),
     (("--replay",), "7", "replay", 7),
     (("--local_rank", "--local-rank"), "3", "local_rank", "3"),
 ]
@@ -102,6 +103,7 @@ def test_what_is_left_out_is_absent(parse):
         "model_ema": False,
         "resume": "auto",
         "init_from": None,
+        "reset_head": False,
         "replay": None,
         "local_rank": None,
         "overrides": [],

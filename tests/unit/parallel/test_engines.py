@@ -283,3 +283,40 @@ def test_checkpointing_works_in_every_engine(name, mode, world):
         assert counts[1] > 1.2 * counts[0]
     expected = copy_all(plain)
     assert all(torch.equal(tensor, expected[n]) for n, tensor in copy_all(full).items())
+
+
+def named(tensors: dict[str, Tensor], *, of_head: bool) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if (".head." in name) == of_head}
+
+
+@each_engine
+def test_the_head_alone_moves(name, world):
+    """The rest keeps its bits but gathers its moments, and goes on with them."""
+    engine = build(name, world, "optim.frozen_backbone=1 step", "optim.layer_decay=0.8")
+    before = copy_all(engine)
+    images, targets = draw_batch()
+    engine.module.train()
+    engine.backward(soft_target_loss(engine(images), targets).sum())
+    assert engine.step(1e-3, head_only=True).applied.item() == 1
+    after = copy_all(engine)
+    assert all(torch.equal(t, before[n]) for n, t in named(after, of_head=False).items() if n.startswith(MODEL))
+    assert not any(torch.equal(t, before[n]) for n, t in named(after, of_head=True).items())
+    assert sum(after[n].any().item() for n in named(after, of_head=False) if n.startswith(EXP_AVG + ".")) > 160
+    train_step(engine)
+    later = copy_all(engine)
+    moved = [n for n in named(later, of_head=False) if n.startswith(MODEL) and not torch.equal(later[n], after[n])]
+    assert len(moved) > 160
+
+
+@each_kind
+def test_each_layer_learns_at_its_own_rate(name, world):
+    """AdamW's first update is the learning rate, times the gradient's sign: it shows each parameter's rate."""
+    engine = build(name, world, "optim.layer_decay=0.5", "optim.weight_decay=0", "optim.eps=1e-20")
+    layers, before = engine.module.find_layers(), copy_all(engine)
+    train_step(engine, lr=1e-3)
+    after = copy_all(engine)
+    for n, layer in layers.items():
+        moved = (after[f"{MODEL}.{n}"] - before[f"{MODEL}.{n}"]).abs()
+        if after[f"{EXP_AVG}.{n}"].any():
+            expected = 1e-3 * 0.5 ** (max(layers.values()) - layer)
+            assert moved.max().item() == pytest.approx(expected, rel=1e-2, abs=1e-7), n
