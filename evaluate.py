@@ -49,7 +49,7 @@ def main() -> None:
     with join_world() as world:
         model.eval().to(world.device)
         options = {"batch_size": arguments.batch_size, "skip_damaged": arguments.skip_damaged}
-        result = evaluate(model, source, data, world, img_size=model.img_size, **options)
+        result = evaluate(model, source, data, world, img_size=model.input_size[-1], **options)
         if world.is_first:
             print(json.dumps(result.as_dict()), flush=True)
 

@@ -194,7 +194,7 @@ class OptimConfig(Section):
     decay_bias_tables: bool = True
     """Whether relative-position bias tables decay too: the published runs do it, timm does not."""
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fine-tuning: each layer, from the head back to the stem, learns at this share of the next one's rate; null is 1."""
+    """Fine-tuning: each layer, from the head back to the stem, learns at this share of the next one's rate; null: 1."""
     frozen_backbone: Length | None = None
     """Fine-tuning: the head alone moves for so long at the start, the rest only gathers its moments; null is never."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

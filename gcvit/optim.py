@@ -18,9 +18,9 @@ class Updater:
     """The updates of an engine: AdamW over what this rank holds, clipping, the loss scale of fp16, and the counters.
 
     `held` are this rank's fp32 tensors by parameter name, whole or in part, on the device or on the host; `shapes`
-    those of the wholes, `layers` as for `build_adamw`. `group` are the ranks that hold the other parts, None where all are held whole. Gradients
-    are looked for in `held[name].grad`, times the loss scale where there is one; `keeps_gradients` is for those whose
-    memory is held for the whole run, and needed again.
+    those of the wholes, `layers` as for `build_adamw`. `group` are the ranks that hold the other parts, None where
+    all are held whole. Gradients are looked for in `held[name].grad`, times the loss scale where there is one;
+    `keeps_gradients` is for those whose memory is held for the whole run, and needed again.
     """
 
     def __init__(

@@ -196,9 +196,7 @@ def _imagine(model: GCViT, compute: Compute, num_images: int) -> Iterator[tuple[
         }
         with StorageTracker(weights.values()) as tracker, compute.context():
             # Made in sight of the tracker: else they would count as the first part's, which does not free them.
-            images = torch.empty(
-                num_images, *model.input_size, dtype=compute.weights_dtype, device=compute.device
-            )
+            images = torch.empty(num_images, *model.input_size, dtype=compute.weights_dtype, device=compute.device)
             yield tracker, lambda: torch.func.functional_call(model.train(), weights, (images,))
 
 

@@ -42,9 +42,15 @@ class DdpEngine:
         keeps_gradients = num_micro_steps > 1
         # Before there are moments, in whose place its activations and buckets are.
         self._settle_buckets(img_size, keeps_gradients)
-        held, layers = dict(module.named_parameters()), module.find_layers()
-        options = {"fp16": dtype == torch.float16, "keeps_gradients": keeps_gradients}
-        self._updater = Updater(held, self._shapes, layers, optim, world.device, **options)
+        self._updater = Updater(
+            dict(module.named_parameters()),
+            self._shapes,
+            module.find_layers(),
+            optim,
+            world.device,
+            fp16=dtype == torch.float16,
+            keeps_gradients=keeps_gradients,
+        )
         self._begin_micro_step(0)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ An engine owns the model, the optimizer and the way both are spread over the ran
 - `backward(loss_sum)` takes the *sum* of the losses of one micro-batch. The engine scales it so that the update is
   the gradient of the mean over the global batch, however many ranks and micro-steps there are. Gradients are
   exchanged in the last of `num_micro_steps` only, where the engine's sharding allows.
-- `step(lr, head_only=...)` clips by the global norm, refuses a non-finite gradient on all ranks alike, updates and zeroes. Its
-  result stays on the device: reading it is up to the loop, at logging steps.
+- `step(lr, head_only=...)` clips by the global norm, refuses a non-finite gradient on all ranks alike, updates and
+  zeroes. Its result stays on the device: reading it is up to the loop, at logging steps.
 - `fragments()` shows what this rank holds of parameters and moments: contiguous ranges of flattened tensors, in fp32,
   the live memory itself. Writing into them and calling `refresh()` sets the model. Initial weights, checkpoints
   and the EMA are all done through this one door, so they are the same for every engine and world size.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from gcvit.checkpoint import open_checkpoint, read_tensors
 from gcvit.config_file import load_config
@@ -186,6 +187,35 @@ def test_init_from_takes_the_weights_alone(images, trained, tmp_path):
         stored = read_tensors(found, kind)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(stored[name], parameter.detach(), rtol=0, atol=1e-9)
+
+
+def test_fine_tuning_of_weights_with_other_classes_and_windows(images, tmp_path):
+    """Weights of 64 pixels and seven classes, in timm's layout, sharded over two processes: windows follow, the head
+    is new and at first moves alone."""
+    shape = load_config(CONFIG)[0].model.overrides.model_dump(exclude_none=True) | {"windows": (8, 4, 4, 2)}
+    given = create_model("gc_vit_xxtiny", num_classes=7, img_size=64, **shape)
+    given.init_weights(seed=99)
+    path = tmp_path / "weights.safetensors"
+    save_file({n: t.contiguous() for n, t in weights.to_timm_state(given.state_dict()).items()}, path)
+    others = ["--init-from", str(path), "optim.frozen_backbone=5 steps", "optim.layer_decay=0.9", "optim.lr=1e-3"]
+    command = arguments(images, tmp_path, "fine", *others, "engine=fsdp", "ema=null")
+    refused = python(*command)
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert "another number of classes" in refused.stderr
+    done = succeed(torchrun(2, *command, "--reset-head"))
+    for words in ("timm layout", "bias tables resampled 2 -> 1 and 4 -> 2 and 8 -> 4", "without its head"):
+        assert words in done.stdout + done.stderr
+
+    with torch.device("meta"):
+        model = create_model("gc_vit_xxtiny", num_classes=4, img_size=32, **shape | {"windows": (4, 2, 2, 1)})
+    expected, _ = weights.read_fitting(model, path, reset_head=True, resample=True)
+    half, whole = (
+        read_tensors(open_checkpoint(tmp_path / f"fine/checkpoints/step_{step:08d}"), "model") for step in (5, 10)
+    )
+    assert expected.keys() | {"head.fc.weight", "head.fc.bias"} == half.keys()
+    assert all(torch.equal(half[name], tensor) for name, tensor in expected.items())
+    assert not torch.equal(half["head.fc.weight"], model.initial_value("head.fc.weight", seed=3))
+    assert sum(not torch.equal(whole[name], half[name]) for name in half) > 0.8 * len(half)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ RECIPES = {
     *(f"gc_vit_{size}" for size in SIZES),
     *(f"gc_vit_{size}_{engine}" for size in ("base", "large") for engine in ("fsdp", "zero")),
 }
+FINE_TUNING = {"gc_vit_large_finetune", "gc_vit_large_384", "gc_vit_large_512"}
+OWN_DATA = {"digits_demo", "gc_vit_xxtiny_finetune"}
 NUM_IMAGES = 1_281_167  # ImageNet-1K, train
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -53,7 +55,7 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def test_there_is_a_file_for_every_published_run():
-    assert {path.stem for path in FILES} == {*RECIPES, "gc_vit_large_384", "gc_vit_large_512", "digits_demo"}
+    assert {path.stem for path in FILES} == RECIPES | FINE_TUNING | OWN_DATA
 
 
 @each_file
@@ -91,14 +93,16 @@ def test_agrees_with_the_table_of_variants(path):
 
     config, _ = load_config(path)
     variant = VARIANTS[config.model.name]
-    if path.stem == "digits_demo":
+    if path.stem in OWN_DATA:
         return
     assert config.model.img_size == variant.img_size
     assert config.model.drop_path == variant.drop_path_rate
     assert config.data.crop_pct == variant.crop_pct
     assert config.data.eval_resize == {"center": "crop", "squash": "squash"}[variant.crop_mode]
     head = read_head(path)
-    assert f"Expected: {variant.published_top1} % top-1" in head
+    # The variants' table has what was trained on ImageNet-1K alone for this size.
+    top1 = 86.6 if path.stem == "gc_vit_large_finetune" else variant.published_top1
+    assert f"Expected: {top1} % top-1" in head
     assert "(published; we have not measured it)" in head
     assert f"({variant.num_params / 1e6:.1f} M parameters)" in head
 
@@ -107,7 +111,7 @@ def test_agrees_with_the_table_of_variants(path):
 def test_cost_is_the_arithmetic_it_says(path):
     from gcvit.model.variants import VARIANTS
 
-    if path.stem == "digits_demo":
+    if path.stem in OWN_DATA:
         return
     config, _ = load_config(path)
     schedule = build_schedule(config.schedule, config.optim, **sizes(config))
@@ -155,3 +159,13 @@ def test_the_demo_takes_every_engine():
     for engine, overrides in {"ddp": [], "fsdp": [], "zero": ["zero.stage=2"]}.items():
         config, _ = load_config(FOLDER / "digits_demo.yaml", [f"engine={engine}", *overrides])
         assert config.engine == engine
+
+
+@pytest.mark.parametrize("name", sorted(FINE_TUNING | {"gc_vit_xxtiny_finetune"}))
+def test_fine_tuning_begins_with_a_new_head(name):
+    """And with what suits given weights: the early layers learn slowly, and nothing but the head while it is random."""
+    config, _ = load_config(FOLDER / f"{name}.yaml")
+    assert re.search(r"--init-from \S+ --reset-head", read_head(FOLDER / f"{name}.yaml"))
+    assert config.optim.layer_decay == 0.9
+    schedule = build_schedule(config.schedule, config.optim, **sizes(config))
+    assert 0 < schedule.frozen_steps <= schedule.warmup_steps

@@ -284,3 +284,12 @@ def test_a_run_folder_in_use_by_a_live_run(images, finished):
             assert hashes(finished) == before
         finally:
             first.kill()
+
+
+def test_what_wants_given_weights_without_them(monkeypatch, images, tmp_path):
+    words = ["--config", CONFIG, "--data_dir", images, f"output_dir={tmp_path / 'runs'}", *SHORT]
+    message = refusal(train.main, monkeypatch, *words, "optim.frozen_backbone=1 step")
+    assert "optim.frozen_backbone" in message
+    assert "--init-from" in message
+    assert "--init-from" in refusal(train.main, monkeypatch, *words, "--reset-head")
+    assert not list((tmp_path / "runs").rglob("step_*"))

@@ -38,7 +38,6 @@ from tests.integration.launching import python, torchrun
         ("model.overrides.width=big", ["model.overrides.width", "integer"]),
         ("model.img_size=31", ["model.img_size", "greater than or equal to 32"]),
         ("optim.frozen_backbone=99 epochs", ["optim.frozen_backbone", "as long as the run"]),
-        ("optim.frozen_backbone=1 step", ["optim.frozen_backbone", "--init-from"]),
         ("augment.rand_augment=rand-x9", ["augment.rand_augment", "rand-x9"]),
         ("schedule.warmup=9 steps", ["schedule.warmup is longer"]),
         ("ema.half_life=0 steps", ["ema.half_life"]),
