@@ -7,7 +7,6 @@ seconds, all sizes bytes. `docs/scaling.md` states the assumptions.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,7 +190,7 @@ class Clock:
 
     links: Links
     compute: float = 0.0
-    free: Counter[bool] = field(default_factory=Counter)  # whether between nodes -> seconds
+    free: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})  # by whether between nodes
     messages: list[Message] = field(default_factory=list)
 
     def run(self, seconds: float, after: float = 0.0) -> None:
@@ -238,11 +237,11 @@ def play_step(engine: str, profile: Profile, setup: Setup, links: Links) -> Step
     for micro_step in range(setup.num_micro_steps):
         is_last = micro_step == setup.num_micro_steps - 1
         if engine == "ddp":
-            limits = setup.buckets if is_last else None
-            _compute_and_reduce(clock, profile, setup, world, limits)
+            first, limit = setup.buckets
+            _compute_and_reduce(clock, profile, setup, world, limit if is_last else None, first)
         elif engine == "zero2":
             size = setup.gradient_bytes * _sizes(2, profile.num_parameters)["reduce_bucket_size"]
-            _compute_and_reduce(clock, profile, setup, world, (size, size))
+            _compute_and_reduce(clock, profile, setup, world, size)
         elif engine == "zero3":
             _gather_parts(clock, profile, setup, world)
         else:
@@ -252,7 +251,8 @@ def play_step(engine: str, profile: Profile, setup: Setup, links: Links) -> Step
     if engine in ("fsdp", "hsdp"):
         clock.run(0.0, clock.send(Message("all_gather", 4 * shard.size, shard), clock.compute))
     elif engine != "ddp":
-        clock.run(0.0, clock.send(Message("all_reduce", 4, world), clock.compute))
+        for _ in range(2):  # and whether any rank met what is not finite
+            clock.run(0.0, clock.send(Message("all_reduce", 4, world), clock.compute))
     holders = 1 if engine == "ddp" else shard.size
     clock.run(setup.update_bytes * profile.num_parameters / holders / links.memory)
     if engine == "zero2":
@@ -267,23 +267,45 @@ def _seconds_per_flop(profile: Profile, setup: Setup) -> float:
     return setup.micro_seconds / (3 * profile.flops)  # backward computes twice as much as forward
 
 
+def fill_buckets(sizes: Sequence[Sequence[float]], limit: float, first: float | None = None) -> list[list[float]]:
+    """The buckets that are full after each part, given the sizes of its gradients in the order of backward.
+
+    DDP's (which have a `first` limit) are full when the limit is reached, DeepSpeed's before it would be exceeded.
+    """
+    full: list[list[float]] = []
+    waiting, room = 0.0, limit if first is None else first
+    for part in sizes:
+        full.append([])
+        for size in part:
+            if first is None and waiting and waiting + size > room:
+                full[-1].append(waiting)
+                waiting = 0.0
+            waiting += size
+            if first is not None and waiting >= room:
+                full[-1].append(waiting)
+                waiting, room = 0.0, limit
+    if waiting:
+        full[-1].append(waiting)
+    return full
+
+
 def _compute_and_reduce(
-    clock: Clock, profile: Profile, setup: Setup, world: Group, limits: tuple[float, float] | None
+    clock: Clock, profile: Profile, setup: Setup, world: Group, limit: float | None, first: float | None = None
 ) -> None:
-    """A micro-step of ddp or zero2: buckets are summed over all ranks while backward goes on; then it waits."""
+    """A micro-step of ddp or zero2: buckets are summed over all ranks while backward goes on; then it waits for them.
+
+    Without a limit nothing is sent.
+    """
     unit = _seconds_per_flop(profile, setup)
     clock.run(unit * profile.flops)
-    arrived = waiting = 0.0
-    limit, rest = limits or (math.inf, math.inf)
-    for part in reversed(profile.parts):
+    parts = profile.parts[::-1]
+    sizes = [[setup.gradient_bytes * math.prod(shape) for shape in reversed(part.shapes)] for part in parts]
+    buckets = fill_buckets(sizes, limit, first) if limit else [[] for _ in parts]
+    arrived = 0.0
+    for part, full in zip(parts, buckets, strict=True):
         clock.run(2 * unit * part.flops)
-        for shape in reversed(part.shapes):
-            waiting += setup.gradient_bytes * math.prod(shape)
-            if waiting >= limit:
-                arrived = clock.send(Message("all_reduce", waiting, world), clock.compute)
-                waiting, limit = 0.0, rest
-    if limits and waiting:
-        arrived = clock.send(Message("all_reduce", waiting, world), clock.compute)
+        for num_bytes in full:
+            arrived = clock.send(Message("all_reduce", num_bytes, world), clock.compute)
     clock.run(0.0, arrived)
 
 
@@ -350,23 +372,20 @@ def _gather_parts(clock: Clock, profile: Profile, setup: Setup, world: Group) ->
     unit = _seconds_per_flop(profile, setup)
     limit = setup.gradient_bytes * _sizes(3, profile.num_parameters)["reduce_bucket_size"]
     for passes, parts in ((1, profile.parts), (2, profile.parts[::-1])):  # forward, backward
-        sizes = [_pad_flat(part, world.size) for part in parts]
-        gathers = [Message("all_gather", setup.weight_bytes * size, world) for size in sizes]
+        sizes = [[_pad_flat(shape, world.size) for shape in part.shapes] for part in parts]
+        gathers = [Message("all_gather", setup.weight_bytes * sum(part), world) for part in sizes]
+        buckets = fill_buckets([[setup.gradient_bytes * size for size in part] for part in sizes], limit)
         arrived = clock.send(gathers[0], clock.compute)
-        waiting = 0.0
         for i, part in enumerate(parts):
             start = max(clock.compute, arrived)
             if i + 1 < len(parts):
                 arrived = clock.send(gathers[i + 1], start)
             clock.run(passes * unit * part.flops, start)
-            if passes == 2:
-                waiting += setup.gradient_bytes * sizes[i]
-                if waiting >= limit or i + 1 == len(parts):
-                    scattered = clock.send(Message("reduce_scatter", waiting, world), clock.compute)
-                    waiting = 0.0
+            for num_bytes in buckets[i] if passes == 2 else ():
+                scattered = clock.send(Message("reduce_scatter", num_bytes, world), clock.compute)
     clock.run(0.0, scattered)
 
 
-def _pad_flat(part: Part, num_shards: int) -> int:
-    """Elements that are sent of a part: DeepSpeed cuts each parameter flat, filling up the last rank's piece."""
-    return sum(-(-math.prod(shape) // num_shards) * num_shards for shape in part.shapes)
+def _pad_flat(shape: tuple[int, ...], num_shards: int) -> int:
+    """Elements that are sent of a parameter: DeepSpeed cuts it flat and fills up the last rank's piece."""
+    return -(-math.prod(shape) // num_shards) * num_shards
