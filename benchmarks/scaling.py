@@ -147,11 +147,11 @@ def print_traffic(rows: list[dict[str, Any]]) -> None:
 
 
 def print_storage(profile: Profile, rows: list[dict[str, Any]], links: Links, arguments: argparse.Namespace) -> None:
-    """For the fastest engine of each row."""
     size = STATE_BYTES * profile.num_parameters
-    print(f"\nread by all: images of {IMAGE_BYTES:,.0f} bytes; {IMAGES_PER_CORE} decoded a second on a core")
-    print(f"a checkpoint: {size / 1e9:.2f} GB, at {arguments.node_write_gbs:g} GB/s a node")
-    print(f"and {arguments.write_gbs:g} GB/s in all (ASSUMED)")
+    reading = f"images of {IMAGE_BYTES:,.0f} bytes, of which a core decodes {IMAGES_PER_CORE} a second"
+    print(f"\nwith the fastest engine; {reading};")
+    writing = f"{arguments.node_write_gbs:g} GB/s a node, {arguments.write_gbs:g} GB/s in all"
+    print(f"a checkpoint of {size / 1e9:.2f} GB, written at {writing} (ASSUMED)")
     print(f"{'GPUs':>5}{'img/s':>12}{'GB/s read':>11}{'a node':>8}{'cores a GPU':>13}{'epoch':>10}{'checkpoint':>12}")
     for row in rows:
         num_nodes = max(1, row["gpus"] // links.gpus_per_node)
@@ -203,8 +203,8 @@ def predict_nemo(preset: str, global_batch: int | None) -> list[float]:
 
 def check_published() -> tuple[dict[str, Any], list[str]]:
     """Print the arithmetic beside what was measured elsewhere; returns both, and the bars that were missed."""
-    print(f"\nViT-g/14 with NeMo, speed-up over one node of 8; measured: {NEMO_URL}")
-    print("".join(f"{cell:>22}" for cell in ("nodes", *NEMO_NODES)))
+    print(f"\nViT-g/14 with NeMo, speed-up over one node of 8 GPUs; measured:\n{NEMO_URL}")
+    print(f"{'nodes':>22}" + "".join(f"{num_nodes:8}" for num_nodes in NEMO_NODES))
     result: dict[str, Any] = {"nemo": {}}
     misses = []
     for preset, images in NEMO_IMAGES.items():
@@ -217,7 +217,9 @@ def check_published() -> tuple[dict[str, Any], list[str]]:
         result["nemo"][preset] = found
         for name, ups in found.items():
             error = ups[-1] / found["measured"][-1] - 1
-            print(f"{preset + ' ' + name:>22}" + "".join(f"{up:>22.2f}" for up in ups) + f"   {error:+.1%}")
+            print(
+                f"{preset + ' ' + name:>22}" + "".join(f"{up:8.2f}" for up in ups) + f"   {error:+.1%}" * (error != 0)
+            )
             if preset == "a100" and name[0].isdigit() and abs(error) > NEMO_BAR:
                 misses.append(f"NeMo's 16 nodes of A100, {name}: {error:+.1%}, bar {NEMO_BAR:.0%}")
     print("\ncollectives: measured, and by the arithmetic, in ms")

@@ -111,6 +111,9 @@ def collective_seconds(message: Message, links: Links) -> float:
         node_hop = protocol.node_hop if group.num_nodes == 1 else max(protocol.node_hop, links.post)
         latency = protocol.call + (num_hops - network_hops) * node_hop + network_hops * protocol.network_hop
         times.append(latency + message.sent / min(protocol.kept * bandwidth, protocol.most))
+    if group.num_nodes == 2:
+        # A tree of two nodes sends everything across once each way, a ring almost twice.
+        bandwidth = min(links.nvlink if group.per_node > 1 else math.inf, 2 * group.per_node * links.network)
     for protocol in TREES if reduces else ():
         hops = (group.per_node - 1) * protocol.node_hop + math.log2(group.num_nodes) * protocol.network_hop
         rate = min(protocol.kept * bandwidth, protocol.most)
@@ -151,12 +154,12 @@ class Profile:
 
 
 class _Operations(TorchDispatchMode):
-    """While entered, counts operations that are no views."""
+    """While entered, counts operations that compute something."""
 
     count = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not op.is_view
+        self.count += not (op.is_view or op._schema.name in ("aten::_unsafe_view", "aten::new_empty"))
         return op(*args, **(kwargs or {}))
 
 

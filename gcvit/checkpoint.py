@@ -20,13 +20,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from gcvit import progress
 from gcvit.errors import UserError
 from gcvit.flat_dcp import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
 from gcvit.parallel.engine import Counters, Fragment, Fragments
@@ -48,6 +49,7 @@ class RunState:
     ema_updates: int = 0
     best_top1: float = -1.0  # percent; the EMA's where there is one
     best_step: int = -1
+    evaluation_due: bool = False  # of this step: it was preempted before that, or meanwhile
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,28 @@ class DamagedError(UserError):
 
 
 def save(
-    folder: Path, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], world: World
+    folder: Path,
+    state: RunState,
+    tensors: Mapping[str, Fragments],
+    info: Mapping[str, Any],
+    world: World,
+    *,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `folder/step_N` by all ranks together, and return it once it is complete and on disk.
 
+    `check_lock` raises a UserError where the folder has become another's; then nothing there is touched any more.
     Errors, on all ranks alike: UserError that names the file which cannot be written or does not read back the same.
     """
     final = folder / f"step_{state.step:08d}"
     part = final.with_name(final.name + ".tmp")
     fragments = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
-    world.on_first(lambda: prepare(folder))
+
+    def begin() -> None:
+        check_lock()
+        prepare(folder)
+
+    world.on_first(begin)
     try:
         with _naming(part):
             written = write_fragments(part, fragments, world.host_group)
@@ -99,12 +113,25 @@ def save(
             "shapes": {name: shape for shapes in shapes_of_ranks for name, shape in shapes.items()},
             "files": {name: record for files in files_of_ranks for name, record in files.items()},
         }
-        world.on_first(lambda: _complete(part, final, content))
+        world.on_first(lambda: _complete(part, final, content, check_lock))
     except UserError:
         if world.is_first:
-            shutil.rmtree(part, ignore_errors=True)  # all have stopped; on a full disk others want the room
+            with suppress(UserError):
+                check_lock()
+                shutil.rmtree(part, ignore_errors=True)  # all have stopped; on a full disk others want the room
         raise
     return final
+
+
+def restate(path: Path, state: RunState) -> None:
+    """Replace what a complete checkpoint says of the run beside its tensors. Called by one rank. Errors: UserError."""
+    with _naming(path):
+        content = {**json.loads((path / STATE_FILE).read_bytes()), "state": asdict(state)}
+        del content["sha256"]
+        part = path / f"{STATE_FILE}.tmp"
+        _write_state(part, content)
+        os.rename(part, path / STATE_FILE)
+        sync(path)
 
 
 def prune(folder: Path, *, keep: int, best_step: int) -> None:
@@ -246,6 +273,7 @@ def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             record = _file_record(checkpoint.path / name)
         except OSError as error:
             raise DamagedError(checkpoint.path / name, got=str(error.strerror)) from None
+        progress.mark()
         if record != checkpoint.files[name]:
             raise DamagedError(checkpoint.path / name, got="another SHA-256 than when it was written")
 
@@ -260,6 +288,7 @@ def _file_record(path: Path) -> FileRecord:
 def _read_back(folder: Path, written: Mapping[str, FileRecord]) -> None:
     with _naming(folder):
         for name, record in written.items():
+            progress.mark()
             if _file_record(folder / name) != record:
                 raise UserError(
                     "the disk does not give back what was written to it",
@@ -268,19 +297,24 @@ def _read_back(folder: Path, written: Mapping[str, FileRecord]) -> None:
                 )
 
 
-def _complete(part: Path, final: Path, content: Mapping[str, Any]) -> None:
+def _complete(part: Path, final: Path, content: Mapping[str, Any], check_lock: Callable[[], None]) -> None:
     """Write `state.json` as the last file, and give the folder its name."""
     assert not final.exists(), f"{final} is there: a run goes on from its newest checkpoint"
     with _naming(part):
-        files = HashedFiles()
-        with files.create_stream(part / STATE_FILE, "wb") as stream:
-            stream.write(_to_json({**content, "sha256": _digest(content)}))
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_state(part / STATE_FILE, content)
         sync(part)
-        _read_back(part, files.records)
+        check_lock()
         os.rename(part, final)
         sync(final.parent)
+
+
+def _write_state(path: Path, content: Mapping[str, Any]) -> None:
+    files = HashedFiles()
+    with files.create_stream(path, "wb") as stream:
+        stream.write(_to_json({**content, "sha256": _digest(content)}))
+        stream.flush()
+        os.fsync(stream.fileno())
+    _read_back(path.parent, files.records)
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:

@@ -277,6 +277,8 @@ class TrainerConfig(Section):
     """Samples per device and step in evaluation."""
     max_bad_steps: Count = 10
     """Stop where so many steps in a row were refused for a loss or gradient that is not finite."""
+    hang_timeout: Positive | None = 1800.0
+    """Seconds without a step, after which a process shows where it hangs and ends; null waits (in a debugger, say)."""
     deterministic: bool = False
     """On a GPU, take kernels that give the same bits in every run, some of them slower; a CPU always does."""
 

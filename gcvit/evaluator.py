@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gcvit import checkpoint, runfolder
+from gcvit import checkpoint, progress, runfolder
 from gcvit.config import Config, DataConfig
 from gcvit.config_file import parse_config
 from gcvit.data.source import Source
@@ -67,10 +67,12 @@ def evaluate(
     img_size: int,
     batch_size: int,
     skip_damaged: bool = False,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Result:
     """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks.
 
-    Errors: UserError for a damaged sample, unless `skip_damaged` leaves it out and counts it.
+    `on_batch` is called after each step, equally often on all ranks. Errors: what it raises, and UserError for a
+    damaged sample, unless `skip_damaged` leaves it out and counts it.
     """
     if batch_size < 1:
         raise UserError("--batch-size", got=batch_size, allowed="1 or more")
@@ -98,6 +100,8 @@ def evaluate(
         counts[3] += len(batch.damaged)
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
         loss += torch.where(valid, losses, 0.0).sum()
+        progress.mark()
+        on_batch()
     world.sum(counts)
     world.sum(loss)
     num_samples, correct_top1, correct_top5, num_skipped = counts.tolist()

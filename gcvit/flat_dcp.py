@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from gcvit import progress
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment
 
@@ -152,6 +153,7 @@ class _HashedFile(io.FileIO):
         assert num_bytes is not None  # it is no pipe
         self.sha256.update(memoryview(content)[:num_bytes])
         self.num_bytes += num_bytes
+        progress.mark()
         return num_bytes
 
 

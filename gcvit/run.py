@@ -1,6 +1,6 @@
 """A run: all that a training consists of, how it starts, is evaluated, saved and resumed. The loop is `trainer.py`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from gcvit.data.stream import Batch, check_world, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.errors import UserError
-from gcvit.evaluator import evaluate
+from gcvit.evaluator import Result, evaluate
 from gcvit.metrics import Metrics
 from gcvit.model import VARIANTS, weights
 from gcvit.model.fitting import fit
@@ -25,6 +25,7 @@ from gcvit.model.variants import fetch_weights
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
 from gcvit.parallel.world import World
+from gcvit.runlock import RunLock
 from gcvit.saver import Saver
 from gcvit.schedule import Schedule, build_schedule, to_samples, to_steps
 
@@ -95,6 +96,8 @@ def start(
     Every rank calls it. `resume`, `init_from` and `reset_head` are the flags of `train.py`. Errors: UserError, on all
     ranks alike.
     """
+    if reset_head and not init_from:
+        raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: a new head is initial")
     train, val = sources
     for source in sources:
         check_world(source, world.size)  # before anything is built or written
@@ -105,7 +108,8 @@ def start(
     paired = config.augment.mix is not None
     micro_steps = num_micro_steps(config.global_batch_size, world.size, trainer.micro_batch_size, paired)
     with ExitStack() as stack:
-        world.on_first(lambda: stack.enter_context(runfolder.locked(config.run_dir)))
+        lock = RunLock(config.run_dir)
+        world.on_first(lambda: stack.enter_context(lock) and None)
         found, damaged = runfolder.open_sound(config.run_dir, resume, world)
         notices = list(notices)
         if config.optim.frozen_backbone and not found and not init_from:
@@ -175,7 +179,7 @@ def start(
             )
         damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
         folder = runfolder.checkpoints_of(config.run_dir)
-        saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints)
+        saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints, check_lock=lock.check)
         metrics.say(saver.begin(state, all_fragments(engine, ema)))
         stack.push(saver)
         yield Run(
@@ -189,16 +193,19 @@ def settle_damage(run: Run) -> None:
     run.damage.check()
 
 
-def evaluate_all(run: Run) -> bool:
-    """Evaluate the weights and their EMA on val; true where the best so far (the EMA's, if there is one) is beaten."""
+def evaluate_all(run: Run, on_batch: Callable[[], None]) -> bool:
+    """Evaluate the weights and their EMA on val; true where the best so far (the EMA's, if there is one) is beaten.
+
+    `on_batch` is called on all ranks alike, equally often; what it raises leaves the run as it was.
+    """
     run.engine.module.eval()
-    top1 = 0.0
+    results: dict[str, Result] = {}
     for name, place in (
         ("weights", nullcontext()),
         *((("ema", run.ema.swapped_in(run.engine)),) if run.ema else ()),
     ):
         with place:
-            result = evaluate(
+            results[name] = evaluate(
                 run.engine,
                 run.val,
                 run.config.data,
@@ -206,13 +213,26 @@ def evaluate_all(run: Run) -> bool:
                 img_size=run.config.model.img_size,
                 batch_size=run.config.trainer.eval_batch_size,
                 skip_damaged=True,  # said and counted; an error here would throw away what was just trained
+                on_batch=on_batch,
             )
+    for name, result in results.items():
         run.metrics.log_evaluation(run.state.step, name, result.as_dict())
-        top1 = result.top1
+    run.state.evaluation_due = False
+    top1 = results["ema" if run.ema else "weights"].top1
     if top1 <= run.state.best_top1:
         return False
     run.state.best_top1, run.state.best_step = top1, run.state.step
     return True
+
+
+def evaluate_late(run: Run, on_batch: Callable[[], None]) -> None:
+    """Do the evaluation that a preemption put off, and note it in the checkpoint that the run went on from."""
+    is_best = evaluate_all(run, on_batch)
+    path = runfolder.checkpoints_of(run.config.run_dir) / f"step_{run.state.step:08d}"
+    if run.world.on_first(path.exists):
+        run.world.on_first(lambda: checkpoint.restate(path, run.state))
+    elif is_best:  # that one lies in another run's folder
+        save(run)
 
 
 def save(run: Run, *, prunes: bool = True) -> None:

@@ -1,12 +1,6 @@
-"""The folder of a run: `runs/TAG` with config.yaml, checkpoints/, metrics and a lock against a second writer."""
+"""The folder of a run: `runs/TAG` with config.yaml, checkpoints/, metrics and a lock (`runlock.py`)."""
 
-import fcntl
-import json
-import os
-import socket
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from gcvit import checkpoint
@@ -19,41 +13,6 @@ from gcvit.parallel.world import World
 
 def checkpoints_of(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock while inside. The system frees it when the process ends, however it ends.
-
-    Errors: UserError where a live run holds it.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / "lock", "a+")  # noqa: SIM115  (closed below; closing frees the lock)
-    except OSError as error:
-        raise UserError(
-            "cannot write the run folder", got=f"{run_dir} ({error.strerror})", cure="set output_dir"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                "the run folder is in use by a live run",
-                got=f"{run_dir}, held by {file.read().strip() or 'a run that is just starting'}",
-                cure="wait for it, stop it, or choose another --tag",
-            ) from None
-        except OSError as error:
-            raise UserError(
-                "the file system of the run folder has no locks",
-                got=f"{run_dir} ({error.strerror})",
-                cure="mount it with flock, or set output_dir to one that has them",
-            ) from None
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
-        file.flush()
-        yield
 
 
 def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:

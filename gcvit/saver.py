@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from gcvit import checkpoint
+from gcvit import checkpoint, progress
 from gcvit.checkpoint import RunState
 from gcvit.errors import UserError
 from gcvit.flat_dcp import own_part
@@ -43,14 +43,16 @@ class _Write:
 class Saver:
     """Writes and prunes the checkpoints of one run in `folder`. Every rank has one and makes the same calls.
 
-    A context manager: leaving it waits for the write under way.
+    `check_lock` is asked on rank 0 before files are touched and before a checkpoint gets its name. A context manager:
+    leaving it waits for the write under way.
     """
 
-    def __init__(self, folder: Path, world: World, metrics: Metrics, *, keep: int):
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
+    def __init__(
+        self, folder: Path, world: World, metrics: Metrics, *, keep: int, check_lock: Callable[[], None] = lambda: None
+    ):
         self._folder, self._world, self._metrics, self._keep = folder, world, metrics, keep
-        self._writers = replace(world, host_group=group)
+        self._check_lock = check_lock
+        self._writers = replace(world, host_group=world.new_host_group())
         self._snapshot = _Snapshot()
         self._thread: threading.Thread | None = None
         self._write: _Write | None = None
@@ -148,7 +150,8 @@ class Saver:
         begin = time.perf_counter()
         world = self._writers
         try:
-            path = checkpoint.save(self._folder, state, tensors, info, world)
+            path = checkpoint.save(self._folder, state, tensors, info, world, check_lock=self._check_lock)
+            progress.mark()
             if write.prunes:
                 world.on_first(lambda: checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step))
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0

@@ -8,14 +8,17 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from gcvit import progress
 from gcvit.config import Config
 from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
+from gcvit.errors import Preempted
 from gcvit.loss import soft_target_loss
 from gcvit.nonfinite import BadSteps, poison_nonfinite
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World
-from gcvit.run import Run, evaluate_all, save, settle_damage
+from gcvit.preemption import Preemption
+from gcvit.run import Run, evaluate_all, evaluate_late, save, settle_damage
 from gcvit.schedule import is_time
 
 
@@ -30,9 +33,27 @@ class Step:
 
 
 def train(run: Run) -> None:
-    """Train to the schedule's end. Every rank calls it."""
+    """Train to the schedule's end. Every rank calls it. Errors: Preempted, once what was trained is saved."""
+    first_step, bad_steps, preemption = run.state.step, BadSteps(run), Preemption(run.world)
+    try:
+        take_steps(run, bad_steps, preemption)
+    except Preempted:
+        run.metrics.say(f"told to leave after step {run.state.step}; the same command goes on from there")
+        if run.state.step > first_step:
+            settle_damage(run)
+            bad_steps.settle()
+            save(run)
+            run.saver.wait()
+        raise
+    preemption.close()
+
+
+def take_steps(run: Run, bad_steps: BadSteps, preemption: Preemption) -> None:
+    """The loop. Errors: Preempted, with a state that is worth saving: after a step, with or without its evaluation."""
     state, last = run.state, run.schedule.total_steps
-    bad_steps = BadSteps(run)
+    preemption.look()
+    if state.evaluation_due:
+        evaluate_late(run, preemption.look)
     for batches in islice(run.stream, last - state.step):
         step = take_step(run, batches)
         if run.ema:
@@ -42,13 +63,16 @@ def train(run: Run) -> None:
         bad_steps.add(batches, step.losses, step.result)
 
         state.step, state.samples = state.step + 1, state.samples + run.config.global_batch_size
+        progress.mark_step(state.step)
         if is_time(state.step, run.every.log, last):
             run.metrics.log_step(state.step, step.lr, step.result)
             settle_damage(run)
             bad_steps.settle()
             run.saver.poll()
+        state.evaluation_due = is_time(state.step, run.every.evaluate, last)
+        preemption.look()
         with run.metrics.off_the_clock():
-            is_best = is_time(state.step, run.every.evaluate, last) and evaluate_all(run)
+            is_best = state.evaluation_due and evaluate_all(run, preemption.look)
             if is_best or is_time(state.step, run.every.save, last):
                 bad_steps.settle()  # a hopeless run is not saved without a word
                 save(run)

@@ -1,8 +1,10 @@
 """Where loader processes come from. Importing this module loads neither torch nor timm."""
 
 import multiprocessing
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+
+from gcvit import notice
 
 
 def loader_context() -> ForkServerContext:
@@ -10,9 +12,12 @@ def loader_context() -> ForkServerContext:
 
     Fork would copy a process that runs threads of gloo, DeepSpeed and CUDA. A fork server is a fresh one, which
     imports what loaders need once (some seconds), however many are then forked from it. Called early, it does that
-    while this process imports and builds its own.
+    while this process imports and builds its own. A notice to leave, which SLURM gives to all processes of a job, does
+    not reach these.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gcvit.data.stream"])
-    forkserver.ensure_running()
+    for server in (resource_tracker, forkserver):
+        with notice.held_back():  # once for each: the tracker lets SIGTERM through again on its way
+            server.ensure_running()
     return context

@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from gcvit import notice
 from gcvit.config import Config, DataConfig
 from gcvit.data.assignment import (
     cut_micro_batches,
@@ -308,6 +309,8 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group: the main process ends its workers, they need not each say so.
     # torch has set one thread a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So does the notice to leave, of which they take none (notice.py): they load what the last steps need.
+    signal.pthread_sigmask(signal.SIG_BLOCK, notice.SIGNALS)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 
@@ -316,7 +319,15 @@ def _start_worker(worker: int) -> None:
         trainer.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    def obey() -> None:
+        # A worker that does not stop of itself is ended by the trainer, with SIGTERM.
+        while True:
+            sent = signal.sigwaitinfo(notice.SIGNALS)
+            if (sent.si_signo, sent.si_pid) == (signal.SIGTERM, trainer.pid):
+                os._exit(1)
+
+    for watch in (follow, obey):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _raise_error(items: Iterator[Loaded | UserError]) -> Iterator[Loaded]:

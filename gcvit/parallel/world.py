@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from gcvit.errors import UserError
+from gcvit.watchdog import watchdog
 
 T = TypeVar("T")
 
@@ -22,6 +24,7 @@ class World:
     size: int
     device: torch.device
     host_group: dist.ProcessGroup  # gloo: host-side words between ranks must not queue behind kernels
+    timeout: timedelta | None = None  # of a collective; None is torch's
 
     @property
     def is_first(self) -> bool:
@@ -61,14 +64,25 @@ class World:
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
 
+    def new_host_group(self) -> dist.ProcessGroup:
+        """One more like `host_group`, for another thread or purpose. Every rank calls it."""
+        return _new_host_group(self.timeout)
+
+
+def _new_host_group(timeout: timedelta | None) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
 
 @contextmanager
-def join_world(deterministic: bool = False) -> Iterator[World]:
+def join_world(deterministic: bool = False, hang_timeout: float | None = None) -> Iterator[World]:
     """Start the process group named by the environment, and leave it in the end.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them this process is
     a world of one (which still has a process group: FSDP2 and DeepSpeed want one). With `deterministic` it takes
-    kernels that give the same bits in every run, and fails at an operation that has none.
+    kernels that give the same bits in every run, and fails at an operation that has none. With `hang_timeout`, in
+    seconds, a watchdog ends it where it hangs; collectives may wait for longer, since its stacks tell more than they.
     """
     # PyTorch's default for convolutions of fp32, which it would round to 10 bits; its products are exact by default.
     torch.backends.cudnn.allow_tf32 = False
@@ -94,12 +108,12 @@ def join_world(deterministic: bool = False) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device_id)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-    host_group = dist.new_group(backend="gloo")
-    assert isinstance(host_group, dist.ProcessGroup)
-    yield World(rank, size, device, host_group)
-    # Not after an error: the other ranks may be inside a collective, and leaving the group would wait for them.
-    dist.destroy_process_group()
+    timeout = None if hang_timeout is None else timedelta(seconds=5 * hang_timeout + 600)
+    with watchdog(hang_timeout):
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        yield World(rank, size, device, _new_host_group(timeout), timeout)
+        # Not after an error: the other ranks may be inside a collective, and leaving the group would wait for them.
+        dist.destroy_process_group()

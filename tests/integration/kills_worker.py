@@ -1,17 +1,29 @@
 """Starts trainings quickly: torch is imported once, and each process of a training is forked from this one.
 
-Reads a line of JSON from stdin for each training: {"ranks": N, "words": [arguments of train.py], "log": FILE}. Answers
-with a line of its processes' ids, and with one of their exit codes when all have ended (negative: the signal).
+Its arguments are more modules to import. Reads a line of JSON from stdin for each training: {"ranks": N, "words":
+[arguments of train.py], "log": FILE}, and where wanted "environment": {...}, "slow": {PLACE: seconds} and "hang":
+{"rank": R, "step": S}. PLACE is "step", "evaluate" or "write": the training tells of it in its log, and takes so long
+for each. Answers with a line of its processes' ids, and with one of their exit codes when all have ended (negative:
+the signal).
 """
 
+import importlib
 import json
 import os
 import socket
 import sys
+import time
+from types import ModuleType
 
 import train
-from gcvit import run, trainer  # noqa: F401  (what train.py loads when it has read its arguments)
+from gcvit import checkpoint, evaluator, run, trainer  # noqa: F401  (what train.py loads when it has read its arguments)
 from gcvit.errors import run_main
+
+PLACES = {
+    "step": (trainer, "take_step"),
+    "evaluate": (evaluator, "rank_of_label"),
+    "write": (checkpoint, "write_fragments"),
+}
 
 
 def become_rank(rank: int, request: dict, port: int) -> None:
@@ -20,13 +32,40 @@ def become_rank(rank: int, request: dict, port: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"]}
-    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, **request.get("environment", {})}
     os.environ.update({name: str(value) for name, value in place.items()})
     sys.argv = ["train.py", *request["words"]]
+    for name, seconds in request.get("slow", {}).items():
+        slow_down(*PLACES[name], name, seconds)
+    hang = request.get("hang", {})
+    if hang.get("rank") == rank:
+        hang_at(hang["step"])
     try:
         run_main(train.main)
     except SystemExit as end:
         os._exit(int(end.code or 0))  # the rest of the exit is this copy's of the worker, and takes seconds
+
+
+def slow_down(module: ModuleType, function: str, name: str, seconds: float) -> None:
+    right = getattr(module, function)
+
+    def slow(*arguments, **options):
+        print(f"now: {name}", flush=True)
+        time.sleep(seconds)
+        return right(*arguments, **options)
+
+    setattr(module, function, slow)
+
+
+def hang_at(step: int) -> None:
+    right = trainer.take_step
+
+    def hanging(run, batches):
+        while run.state.step == step - 1:
+            time.sleep(1)
+        return right(run, batches)
+
+    trainer.take_step = hanging
 
 
 def free_port() -> int:
@@ -36,6 +75,10 @@ def free_port() -> int:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a module says when it is imported is no answer
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     for line in sys.stdin:
         request, port = json.loads(line), free_port()
         children = []
@@ -44,8 +87,9 @@ def main() -> None:
             if child == 0:
                 become_rank(rank, request, port)
             children.append(child)
-        print(json.dumps(children), flush=True)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+        print(json.dumps(children), file=answers, flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,78 +5,35 @@ disk (a folder appears, a file grows, a name changes), until they are done. A ki
 ends, and what it leaves is compared to the bit with one that was not disturbed.
 """
 
-import json
 import os
 import random
-import select
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gcvit.checkpoint import complete_ones, has_kind, latest, open_checkpoint, read_tensors, step_of
-from tests.integration.launching import ROOT, environment
+from tests.integration.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_small_images
 
 STEPS = 6
-KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")
 OVERRIDES = [
     f"schedule.cosine={STEPS} steps",
     *("trainer.save_every=1 step", "trainer.eval_every=3 steps", "trainer.keep_checkpoints=2", "global_batch_size=8"),
 ]
 
 
-class Trainings:
-    """Trainings from one process that has torch loaded."""
-
-    def __init__(self, data: Path, log: Path):
-        self._data, self._log = data, log
-        command = [sys.executable, str(ROOT / "tests/integration/kills_worker.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.worker = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
-
-    def start(self, run_dir: Path, ranks: int) -> list[int]:
-        """The ids of the processes of a training that has begun."""
-        words = ["--config", "tests/integration/golden.yaml", "--data_dir", self._data, "--tag", run_dir.name]
-        words += [f"output_dir={run_dir.parent}", *OVERRIDES]
-        request = {"ranks": ranks, "words": [str(word) for word in words], "log": str(self._log)}
-        self.worker.stdin.write(json.dumps(request) + "\n")
-        self.worker.stdin.flush()
-        return json.loads(self.worker.stdout.readline())
-
-    def has_ended(self) -> bool:
-        return bool(select.select([self.worker.stdout], [], [], 0)[0])
-
-    def exit_codes(self) -> list[int]:
-        """Of the last training's processes, once all have ended."""
-        return json.loads(self.worker.stdout.readline())
-
-    def end_of_log(self) -> str:
-        return self._log.read_text()[-4000:]
-
-
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory) -> Iterator[Trainings]:
     root = tmp_path_factory.mktemp("kills")
-    rng = np.random.default_rng(0)
-    for split, per_class in (("train", 8), ("val", 2)):
-        for label in range(4):
-            folder = root / split / f"class_{label}"
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    write_small_images(root)
     started = Trainings(root, root / "log")
     yield started
-    started.worker.stdin.close()
-    started.worker.wait(60)
+    started.close()
 
 
 # ---- moments -------------------------------------------------------------------------------------
@@ -158,7 +115,7 @@ MOMENTS: dict[str, Callable[[Sight], bool]] = {
 def train_and_kill(trainings: Trainings, run_dir: Path, ranks: int, moment: str, random: random.Random) -> bool:
     """Start a training and kill it at this moment, or a little later; false where it has ended before."""
     sight = Sight(run_dir)
-    processes = trainings.start(run_dir, ranks)
+    processes = trainings.start(run_dir, ranks, *OVERRIDES)
     begin = time.monotonic()
     # A leftover of the last kill is not this training's doing: it is cleared when the training begins.
     stale = {path.name for path in sight.parts()}
@@ -188,21 +145,17 @@ def train_and_kill(trainings: Trainings, run_dir: Path, ranks: int, moment: str,
 
 
 def finish(trainings: Trainings, run_dir: Path, ranks: int) -> None:
-    trainings.start(run_dir, ranks)
+    trainings.start(run_dir, ranks, *OVERRIDES)
     assert trainings.exit_codes() == [0] * ranks, trainings.end_of_log()
 
 
 def read_result(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict, set[str], list[tuple[int, float]]]:
     """Tensors, state, names of all files but TensorBoard's, and the losses by step."""
     found = open_checkpoint(run_dir / "checkpoints" / f"step_{STEPS:08d}")
-    tensors = {f"{kind}.{n}": t for kind in KINDS for n, t in read_tensors(found, kind).items()}
+    tensors = read_tensors_of(run_dir, STEPS)
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if "tfevents" not in path.name}
     losses = [(row["step"], row["loss"]) for row in read_rows(run_dir) if row["kind"] == "train"]
     return tensors, vars(found.state), files, losses
-
-
-def read_rows(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def kill_again_and_again(trainings: Trainings, root: Path, num_kills: int) -> Counter[str]:

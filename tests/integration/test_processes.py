@@ -9,7 +9,7 @@ import sys
 import termios
 from pathlib import Path
 
-from gcvit import runfolder
+from gcvit.runlock import RunLock
 from tests.integration.launching import ROOT, environment, python, succeed
 from tests.unit.data.conftest import write_images
 from tests.unit.data.streaming import NUM_TRAIN
@@ -18,10 +18,10 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from gcvit.errors import run_main
-from gcvit.runfolder import locked
+from gcvit.runlock import RunLock
 
 def main():
-    with locked(Path(sys.argv[1])):
+    with RunLock(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(float(sys.argv[2]))
 
@@ -68,7 +68,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
 
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-        with runfolder.locked(run_dir):
+        with RunLock(run_dir):
             assert json.loads((run_dir / "lock").read_text())["pid"] == os.getpid()
     finally:
         first.kill()

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 # engines stand on the optimizer and the evaluator on parallel.build, hence a floor between them; the contract of
 # the engines names the model, which knows nothing of them.
 FLOORS = [
-    ("gcvit", "gcvit.errors"),
-    ("gcvit.config", "gcvit.config_file", "gcvit.schedule"),
+    ("gcvit", "gcvit.errors", "gcvit.outcome", "gcvit.progress", "gcvit.notice", "gcvit.watchdog"),
+    ("gcvit.config", "gcvit.config_file", "gcvit.schedule", "gcvit.runlock"),
     ("gcvit.model", "gcvit.model.*"),
     (
         *("gcvit.data", "gcvit.data.manifest", "gcvit.data.folder", "gcvit.data.source"),
@@ -46,7 +46,7 @@ FLOORS = [
     ("gcvit.parallel.build",),
     (
         *("gcvit.evaluator", "gcvit.checkpoint", "gcvit.export", "gcvit.metrics", "gcvit.report"),
-        *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage", "gcvit.replicas", "gcvit.saver"),
+        *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage", "gcvit.replicas", "gcvit.saver", "gcvit.preemption"),
     ),
     ("gcvit.run", "gcvit.plan", "gcvit.nonfinite"),
     ("gcvit.trainer", "gcvit.replay"),

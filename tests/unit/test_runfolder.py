@@ -6,11 +6,12 @@ import pytest
 
 from gcvit import checkpoint, runfolder
 from gcvit.errors import UserError
+from gcvit.runlock import RunLock
 
 
 def test_the_lock_is_free_again_after_an_error(tmp_path):
     for _ in range(2):
-        with pytest.raises(RuntimeError), runfolder.locked(tmp_path):
+        with pytest.raises(RuntimeError), RunLock(tmp_path):
             raise RuntimeError
 
 
@@ -18,7 +19,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match="cannot write the run folder"),
-        runfolder.locked(tmp_path / "file" / "run"),
+        RunLock(tmp_path / "file" / "run"),
     ):
         pass
 

@@ -256,8 +256,8 @@ def test_other_data_than_the_checkpoints(monkeypatch, images, shards, finished):
 HOLD = """
 import sys, time
 from pathlib import Path
-from gcvit.runfolder import locked
-with locked(Path(sys.argv[1])):
+from gcvit.runlock import RunLock
+with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(200)
 """

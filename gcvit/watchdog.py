@@ -1,0 +1,77 @@
+"""Ends a process that hangs, with the stacks of all its threads in the log."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gcvit import outcome, progress
+
+_PATIENCE_BEFORE_FIRST_STEP = 4  # times the limit: compilation, first reads
+_SECONDS_TO_TELL = 20
+
+
+@contextmanager
+def watchdog(seconds: float | None) -> Iterator[None]:
+    """While inside, end this process when it shows no progress for so long; None does nothing.
+
+    It exits with 76, after the stacks and its report. The ranks that wait for one that hangs do not move either, so
+    that all of them tell where they are.
+    """
+    if seconds is None:
+        yield
+        return
+    is_over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(seconds, is_over), name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _watch(seconds: float, is_over: threading.Event) -> None:
+    tick = min(seconds / 20, 10.0)
+    idle, seen, before = 0.0, progress.num_marks(), time.monotonic()
+    while not is_over.wait(tick):
+        now = time.monotonic()
+        idle += min(now - before, 2 * tick)  # a process that was stopped, and this thread with it, does not hang
+        before = now
+        if progress.num_marks() != seen:
+            idle, seen = 0.0, progress.num_marks()
+        limit = seconds if progress.last_step() is not None else _PATIENCE_BEFORE_FIRST_STEP * seconds
+        if idle >= limit and not _is_at_breakpoint():
+            _end(idle)
+
+
+def _is_at_breakpoint() -> bool:
+    """Whether a person sits at pdb's prompt."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame:
+        if frame.f_globals.get("__name__") == "pdb":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _end(idle: float) -> None:
+    # What makes us hang, a dead file system say, may make the telling hang too: then the system ends us, with 1.
+    faulthandler.dump_traceback_later(_SECONDS_TO_TELL, exit=True)
+    step = progress.last_step()
+    what = f"no progress for {idle:.0f} s " + ("before the first step" if step is None else f"after step {step}")
+    lines = [f"hung: {what}; the stacks of all threads:", *_read_stacks().splitlines()]
+    with open(2, "wb", closefd=False) as stderr:  # in one piece, and not through a lock that another thread may hold
+        stderr.write("".join(f"[{outcome.here()}] {line}\n" for line in lines).encode())
+    outcome.report(outcome.HUNG, what)
+    os._exit(outcome.HUNG)
+
+
+def _read_stacks() -> str:
+    with os.fdopen(os.memfd_create("stacks"), "w+", errors="replace") as memory:
+        faulthandler.dump_traceback(memory, all_threads=True)
+        memory.seek(0)
+        return memory.read()
