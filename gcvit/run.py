@@ -109,7 +109,7 @@ def start(
     micro_steps = num_micro_steps(config.global_batch_size, world.size, trainer.micro_batch_size, paired)
     with ExitStack() as stack:
         lock = RunLock(config.run_dir)
-        world.on_first(lambda: stack.enter_context(lock) and None)
+        world.on_first(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
         found, damaged = runfolder.open_sound(config.run_dir, resume, world)
         notices = list(notices)
         if config.optim.frozen_backbone and not found and not init_from:

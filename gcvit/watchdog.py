@@ -44,15 +44,15 @@ def _watch(seconds: float, is_over: threading.Event) -> None:
         if progress.num_marks() != seen:
             idle, seen = 0.0, progress.num_marks()
         limit = seconds if progress.last_step() is not None else _PATIENCE_BEFORE_FIRST_STEP * seconds
-        if idle >= limit and not _is_at_breakpoint():
+        if idle >= limit and not _is_debugged():
             _end(idle)
 
 
-def _is_at_breakpoint() -> bool:
-    """Whether a person sits at pdb's prompt."""
+def _is_debugged() -> bool:
+    """Whether the training runs in pdb, where a person may sit at the prompt."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
-        if frame.f_globals.get("__name__") == "pdb":
+        if frame.f_globals.get("__name__") == "bdb":
             return True
         frame = frame.f_back
     return False

@@ -1,10 +1,10 @@
 """Starts trainings quickly: torch is imported once, and each process of a training is forked from this one.
 
 Its arguments are more modules to import. Reads a line of JSON from stdin for each training: {"ranks": N, "words":
-[arguments of train.py], "log": FILE}, and where wanted "environment": {...}, "slow": {PLACE: seconds} and "hang":
-{"rank": R, "step": S}. PLACE is "step", "evaluate" or "write": the training tells of it in its log, and takes so long
-for each. Answers with a line of its processes' ids, and with one of their exit codes when all have ended (negative:
-the signal).
+[arguments of train.py], "log": FILE}, and where wanted "environment": {...}, "slow": {PLACE: seconds} and "fault":
+{"kind": "hang" or "raise", "rank": R, "step": S}. PLACE is "step", "evaluate" or "write": the training tells of it in
+its log, and takes so much longer for each. Answers with a line of its processes' ids, and with one of their exit codes
+when all have ended (negative: the signal).
 """
 
 import importlib
@@ -16,7 +16,7 @@ import time
 from types import ModuleType
 
 import train
-from gcvit import checkpoint, evaluator, run, trainer  # noqa: F401  (what train.py loads when it has read its arguments)
+from gcvit import checkpoint, evaluator, trainer  # what train.py loads when it has read its arguments
 from gcvit.errors import run_main
 
 PLACES = {
@@ -37,9 +37,9 @@ def become_rank(rank: int, request: dict, port: int) -> None:
     sys.argv = ["train.py", *request["words"]]
     for name, seconds in request.get("slow", {}).items():
         slow_down(*PLACES[name], name, seconds)
-    hang = request.get("hang", {})
-    if hang.get("rank") == rank:
-        hang_at(hang["step"])
+    fault = request.get("fault", {})
+    if fault.get("rank") == rank:
+        fail_at(fault["step"], fault["kind"])
     try:
         run_main(train.main)
     except SystemExit as end:
@@ -57,15 +57,17 @@ def slow_down(module: ModuleType, function: str, name: str, seconds: float) -> N
     setattr(module, function, slow)
 
 
-def hang_at(step: int) -> None:
+def fail_at(step: int, kind: str) -> None:
     right = trainer.take_step
 
-    def hanging(run, batches):
-        while run.state.step == step - 1:
-            time.sleep(1)
+    def failing(run, batches):
+        if run.state.step == step - 1:
+            if kind == "raise":
+                raise MemoryError("no room left")
+            time.sleep(1000)
         return right(run, batches)
 
-    trainer.take_step = hanging
+    trainer.take_step = failing
 
 
 def free_port() -> int:

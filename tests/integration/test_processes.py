@@ -124,3 +124,30 @@ if __name__ == "__main__":
     assert len(step) == 32 and sum(len(batch.labels) for batch in step) == 128
 """
     succeed(python("-c", script.format(root=str(tmp_path))))
+
+
+def test_a_loader_takes_no_notice_and_yet_obeys_its_trainer(tmp_path):
+    """SLURM tells every process of a job to leave; the last steps still need the loaders."""
+    write_images(tmp_path / "train", NUM_TRAIN)
+    script = """
+import multiprocessing, subprocess
+from pathlib import Path
+from gcvit.data.source import open_source
+from gcvit.data.stream import train_stream
+from tests.unit.data.streaming import make_config
+
+if __name__ == "__main__":
+    source, config = open_source(Path({root!r}), "train"), make_config(8, num_workers=1)
+    place = dict(start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
+    stream = train_stream(source, config, **place)
+    next(stream)
+    (loader,) = multiprocessing.active_children()
+    for name in ("-USR1", "-TERM"):
+        subprocess.run(["kill", name, str(loader.pid)], check=True)
+    for _ in range(20):
+        next(stream)
+    loader.terminate()
+    loader.join(60)
+    assert loader.exitcode == 1, loader.exitcode
+"""
+    succeed(python("-c", script.format(root=str(tmp_path))))

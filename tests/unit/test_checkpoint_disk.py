@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
-from gcvit.checkpoint import RunState, save
+from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, prepare, read_tensors, restate, save
 from gcvit.errors import UserError
 from gcvit.parallel.world import World, join_world
 from tests.unit.test_checkpoint import INFO, STATE, draw_tensors, whole
@@ -103,3 +104,47 @@ def test_a_file_that_vanishes_while_it_is_written(world, saved, monkeypatch, fil
     message = refused_save(saved.parent, world)
     assert file in message
     assert "No such file" in message
+
+
+def test_what_was_learnt_later_is_stated_and_the_tensors_stay(saved):
+    before, info = read_tensors(open_checkpoint(saved), "model"), open_checkpoint(saved).info
+    state = RunState(**vars(STATE) | {"best_top1": 99.5, "best_step": STATE.step})
+    restate(saved, state)
+    found = open_checkpoint(saved)
+    assert found.state == state
+    assert found.info == info
+    after = read_tensors(found, "model")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("file", ["state.json.tmp", "step_00000012"])
+def test_a_statement_that_cannot_be_written_leaves_a_whole_checkpoint(saved, monkeypatch, file):
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_fsync(monkeypatch, file, fail)
+    with pytest.raises(UserError, match="Input/output error"):
+        restate(saved, RunState(step=STATE.step, best_step=7))
+    assert open_checkpoint(saved).state.step == STATE.step
+
+
+# ---- a run that was outbid -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_checks", [0, 1])
+def test_a_writer_that_was_outbid_touches_nothing_more(world, saved, num_checks):
+    """Told before it clears what it takes for leftovers, or before the rename: both are the other run's by then."""
+    checks, other = iter(range(num_checks)), saved.with_name("step_00000030.tmp")
+
+    def check_lock() -> None:
+        if next(checks, None) is None:
+            prepare(saved.parent)  # the other run begins, and writes
+            other.mkdir()
+            (saved.with_name("step_00000020.tmp")).mkdir()
+            raise UserError("taken over")
+
+    with pytest.raises(UserError, match="taken over"):
+        save(saved.parent, RunState(step=20), whole(draw_tensors(2)), INFO, world, check_lock=check_lock)
+    assert complete_ones(saved.parent) == [saved]
+    assert other.exists()
+    assert saved.with_name("step_00000020.tmp").exists()
