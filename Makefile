@@ -1,12 +1,13 @@
 # make demo [ENGINE=fsdp|zero|ddp]   real images to shards, to a trained GC ViT, to its exact accuracy
 # make test                          everything that is not slow; make test-slow for the rest
+# make test-slurm                    launch/ on a real SLURM of three nodes on this machine; as root, with SLURM installed
 # make install                       the virtual environment in .venv; the other targets do it where needed
 # make clean                         remove what the demo, the tests and the linters wrote; .venv stays
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL:
-.PHONY: install lint test test-unit test-parity test-integration test-slow demo clean
+.PHONY: install lint test test-unit test-parity test-integration test-slow test-slurm demo clean
 
 BIN := .venv/bin
 # One thread per process: two processes share the cores of a small machine, and sums keep their order.
@@ -48,7 +49,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck --external-sources .ci/run $(wildcard launch/*.sh launch/*.sbatch) \
+	    tests/integration/slurm/cluster.sh
 
 test: test-unit test-parity test-integration
 
@@ -59,11 +61,15 @@ test-parity: $(INSTALLED)
 	$(PYTEST) tests/parity -m 'not slow' $(TWO)
 
 test-integration: $(INSTALLED)
-	$(PYTEST) tests/integration -m 'not slow'
+	$(PYTEST) tests/integration -m 'not slow' --ignore tests/integration/slurm
 
 # pytest exits with 5 where it selects no test; no slow test is no failure.
 test-slow: $(INSTALLED)
 	$(PYTEST) tests -m slow --timeout 1800 || test $$? -eq 5
+
+# They start daemons and take all cores: no part of `make test`. Without SLURM or root they are skipped, and say so.
+test-slurm: $(INSTALLED)
+	$(PYTEST) tests/integration/slurm --timeout 600 --durations 10
 
 # ---- demo -----------------------------------------------------------------------------------------------------
 

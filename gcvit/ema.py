@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from gcvit.errors import Preempted
 from gcvit.parallel.engine import Engine, Fragments
 
 
@@ -39,13 +40,18 @@ class Ema:
     @contextmanager
     def swapped_in(self, engine: Engine) -> Iterator[None]:
         """Let the engine compute with the average; the weights wait in its place, and no second copy is made."""
-        self._exchange()
-        engine.refresh()
+        self._swap(engine)
         try:
             yield
-        finally:
-            self._exchange()
-            engine.refresh()
+        except Preempted:  # which all ranks raise alike
+            self._swap(engine)
+            raise
+        # Not after another error: to refresh is a collective, and the other ranks may be inside another.
+        self._swap(engine)
+
+    def _swap(self, engine: Engine) -> None:
+        self._exchange()
+        engine.refresh()
 
     @torch.no_grad()
     def _exchange(self) -> None:

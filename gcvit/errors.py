@@ -32,6 +32,9 @@ class UserError(ValueError):
 class Preempted(Exception):
     """The run leaves before its end, because it was told to; all ranks alike. A restart goes on."""
 
+    def __init__(self) -> None:
+        super().__init__("told to leave by SIGUSR1 or SIGTERM")
+
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point and exit: 0 when it returns, 2 with one line on stderr for a `UserError`, 75 if `Preempted`.

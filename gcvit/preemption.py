@@ -4,6 +4,7 @@ Each look begins an all-reduce of the flag on a gloo group of its own, and reads
 it went on beside the training, which never waits for it.
 """
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,14 +22,20 @@ class Preemption:
             self._group = world.new_host_group()
             self._begin()
 
-    def look(self) -> None:
-        """Errors: Preempted, on all ranks alike, where any of them had the notice at the look before."""
-        if not self._is_alone:
-            self._pending.wait()
-        if notice.is_given() if self._is_alone else self._flag.item():
-            raise Preempted("told to leave by SIGUSR1 or SIGTERM")
-        if not self._is_alone:
+    def is_agreed(self) -> bool:
+        """Whether any rank had the notice at the look before; the same on all. Nobody looks again once it is true."""
+        if self._is_alone:
+            return notice.is_given()
+        self._pending.wait()
+        agreed = bool(self._flag[0])
+        if not agreed:
             self._begin()
+        return agreed
+
+    def look(self) -> None:
+        """Errors: Preempted where it is agreed."""
+        if self.is_agreed():
+            raise Preempted
 
     def close(self) -> None:
         """The training is finished: a notice has no effect any more."""
@@ -38,7 +45,7 @@ class Preemption:
             dist.destroy_process_group(self._group)
 
     def _begin(self) -> None:
-        self._flag = torch.tensor([notice.is_given()], dtype=torch.int32)
-        pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._flag = np.array([notice.is_given()], dtype=np.int32)
+        pending = dist.all_reduce(torch.from_numpy(self._flag), op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert pending is not None
         self._pending = pending

@@ -96,8 +96,6 @@ def start(
     Every rank calls it. `resume`, `init_from` and `reset_head` are the flags of `train.py`. Errors: UserError, on all
     ranks alike.
     """
-    if reset_head and not init_from:
-        raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: a new head is initial")
     train, val = sources
     for source in sources:
         check_world(source, world.size)  # before anything is built or written
@@ -112,6 +110,8 @@ def start(
         world.on_first(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
         found, damaged = runfolder.open_sound(config.run_dir, resume, world)
         notices = list(notices)
+        if reset_head and not init_from:
+            raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: heads begin anew")
         if config.optim.frozen_backbone and not found and not init_from:
             raise UserError(
                 "optim.frozen_backbone would freeze initial weights",

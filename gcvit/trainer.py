@@ -34,23 +34,22 @@ class Step:
 
 def train(run: Run) -> None:
     """Train to the schedule's end. Every rank calls it. Errors: Preempted, once what was trained is saved."""
-    first_step, bad_steps, preemption = run.state.step, BadSteps(run), Preemption(run.world)
+    first_step, preemption = run.state.step, Preemption(run.world)
     try:
-        take_steps(run, bad_steps, preemption)
+        take_steps(run, preemption)
     except Preempted:
         run.metrics.say(f"told to leave after step {run.state.step}; the same command goes on from there")
         if run.state.step > first_step:
-            settle_damage(run)
-            bad_steps.settle()
             save(run)
             run.saver.wait()
         raise
     preemption.close()
 
 
-def take_steps(run: Run, bad_steps: BadSteps, preemption: Preemption) -> None:
-    """The loop. Errors: Preempted, with a state that is worth saving: after a step, with or without its evaluation."""
+def take_steps(run: Run, preemption: Preemption) -> None:
+    """The loop. Errors: Preempted, on all ranks alike, after a step, with or without its evaluation."""
     state, last = run.state, run.schedule.total_steps
+    bad_steps = BadSteps(run)
     preemption.look()
     if state.evaluation_due:
         evaluate_late(run, preemption.look)
@@ -64,17 +63,21 @@ def take_steps(run: Run, bad_steps: BadSteps, preemption: Preemption) -> None:
 
         state.step, state.samples = state.step + 1, state.samples + run.config.global_batch_size
         progress.mark_step(state.step)
-        if is_time(state.step, run.every.log, last):
+        evaluates, saves = (is_time(state.step, every, last) for every in (run.every.evaluate, run.every.save))
+        leaves = preemption.is_agreed()
+        # What is counted between rows is in no checkpoint: a row ends where a resume begins. And a hopeless run is
+        # neither evaluated nor saved without a word.
+        if evaluates or saves or leaves or is_time(state.step, run.every.log, last):
             run.metrics.log_step(state.step, step.lr, step.result)
             settle_damage(run)
             bad_steps.settle()
             run.saver.poll()
-        state.evaluation_due = is_time(state.step, run.every.evaluate, last)
-        preemption.look()
+        state.evaluation_due = evaluates
+        if leaves:
+            raise Preempted
         with run.metrics.off_the_clock():
-            is_best = state.evaluation_due and evaluate_all(run, preemption.look)
-            if is_best or is_time(state.step, run.every.save, last):
-                bad_steps.settle()  # a hopeless run is not saved without a word
+            is_best = evaluates and evaluate_all(run, preemption.look)
+            if is_best or saves:
                 save(run)
 
 

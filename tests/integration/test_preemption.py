@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from gcvit.checkpoint import open_checkpoint
-from tests.integration.launching import ROOT, environment
+from tests.integration.launching import ROOT, environment, python, succeed
 from tests.integration.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_small_images
 
 STEPS = 8
@@ -247,6 +247,21 @@ def test_a_user_error_is_reported(trainings, tmp_path, reports):
     assert "optim.lrr" in report["what"]
 
 
+def test_a_run_that_is_taken_over_stops_and_the_restart_goes_on(trainings, tmp_path, reports):
+    """A node that was cut off trains on, while SLURM has started its job again elsewhere."""
+    words = [*ENGINES["ddp"], "schedule.cosine=60 steps", "trainer.save_every=3 steps", "trainer.eval_every=60 steps"]
+    here = {"GCVIT_REPORT_DIR": str(reports), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+    trainings.start(tmp_path / "run", 1, *words, environment=here, slow={"step": 0.5})
+    assert wait_for(lambda: newest_step(tmp_path / "run") > 0), trainings.end_of_log()
+    command = ["train.py", "--config", "tests/integration/golden.yaml", "--data_dir", trainings.data, "--tag", "run"]
+    succeed(python(*command, f"output_dir={tmp_path}", *words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"))
+    assert trainings.exit_codes() == [2], trainings.end_of_log()
+    (report,) = read_reports(reports)
+    assert report["what"].startswith("another run has taken this run's folder over: got ")
+    assert "job 7, restart 1, process " in report["what"]
+    assert newest_step(tmp_path / "run") == 60
+
+
 # ---- as the launchers start it -------------------------------------------------------------------
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--shutdown-timeout=60"]
@@ -254,7 +269,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
 
 def begin(trainings: Trainings, tmp_path: Path, launcher: list[str], reports: Path) -> subprocess.Popen[bytes]:
     """train.py with loaders, in processes that take no USR1 but where Python asks for it (torchrun would die of it)."""
-    words = ["train.py", "--config", "tests/integration/golden.yaml", "--data_dir", trainings._data, "--tag", "run"]
+    words = ["train.py", "--config", "tests/integration/golden.yaml", "--data_dir", trainings.data, "--tag", "run"]
     words += [f"output_dir={tmp_path}", *OVERRIDES, *ENGINES["ddp"], "data.num_workers=2"]
     command = ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", sys.executable, *launcher, *words]
     with open(tmp_path / "log", "ab") as log:

@@ -23,14 +23,14 @@ class Trainings:
     """Trainings from one process that has torch, and these modules, loaded."""
 
     def __init__(self, data: Path, log: Path, modules: Sequence[str] = ()):
-        self._data, self.log = data, log
+        self.data, self.log = data, log
         command = [sys.executable, str(ROOT / "tests/integration/kills_worker.py"), *modules]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.worker = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
 
     def start(self, run_dir: Path, ranks: int, *overrides: str, **request: Any) -> list[int]:
         """The ids of the processes of a training that has begun. `request`: see `kills_worker.py`."""
-        words = ["--config", "tests/integration/golden.yaml", "--data_dir", self._data, "--tag", run_dir.name]
+        words = ["--config", "tests/integration/golden.yaml", "--data_dir", self.data, "--tag", run_dir.name]
         words += [f"output_dir={run_dir.parent}", *overrides]
         request |= {"ranks": ranks, "words": [str(word) for word in words], "log": str(self.log)}
         self.worker.stdin.write(json.dumps(request) + "\n")

@@ -1,0 +1,77 @@
+"""How a job's processes ended, in one line; the exit code says what follows.
+
+    python launch/verdict.py REPORT_DIR PROCESSES_PER_NODE CODE_OF_SRUN NODE...
+
+0: all finished; 75: preempted, go on later; 2: a restart cannot cure it; 1: crashed, hung or killed, to be tried
+again. Every process leaves a report where it can; the cause is what was first. One that was killed, by the system for
+its memory say, leaves none, and the others' reports say only that they lost the connection to it.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+FINISHED, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
+# What a process meets when another one is gone.
+LOST = re.compile(r"connection|peer|gloo|nccl|DistBackendError|DistNetworkError|DistStoreError", re.IGNORECASE)
+
+
+def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
+    reports = {}
+    for path in folder.glob("rank_*.json"):
+        try:
+            report = json.loads(path.read_bytes())
+            reports[int(report["rank"])] = report
+        except (OSError, ValueError, KeyError):  # of a node that is dying
+            continue
+    return reports
+
+
+def judge(reports: dict[int, dict[str, Any]], num_processes: int, code: int, nodes: list[str]) -> tuple[int, str]:
+    """The code to exit with, and the line. `num_processes` is that of each node; `code` is srun's."""
+    size = num_processes * len(nodes)
+    silent = [rank for rank in range(size) if rank not in reports]
+    by_time = sorted(reports.values(), key=lambda report: float(report["time"]))
+    of = {
+        outcome: [report for report in by_time if report["outcome"] == outcome]
+        for outcome in ("user error", "failed", "hung", "preempted", "finished")
+    }
+    if len(of["finished"]) == size:
+        return FINISHED, f"finished: all {size} processes"
+    without = f"; no report of {describe_ranks(silent, num_processes, nodes)}" if silent else ""
+    if of["user error"]:
+        return USER_ERROR, f"not to be cured by a restart: {describe(of['user error'][0])}{without}"
+    if of["hung"]:
+        # One that was stopped finds no hang itself; the others wait for it, and find theirs at about the same time.
+        others = sorted({*range(size)} - {report["rank"] for report in of["hung"]})
+        suspects = f"; the cause may be {describe_ranks(others, num_processes, nodes)}, without such a report"
+        line = f"hung: {describe(of['hung'][0])} ({len(of['hung'])} of {size} processes say so)"
+        return FAILED, line + (suspects if others else "")
+    if of["failed"] and not (silent and LOST.search(of["failed"][0]["what"])):
+        return FAILED, f"crashed: {describe(of['failed'][0])}{without}"
+    if of["preempted"] and not of["failed"]:
+        return PREEMPTED, f"preempted: {describe(of['preempted'][0])}{without}"
+    where = describe_ranks(silent, num_processes, nodes)
+    cause = f"killed without a word: {where}; out of memory (see the node's kernel log), or its node died"
+    if len(silent) == size:
+        cause = f"no process left a report, srun ended with {code}: {where} did not start, or all were killed"
+    return FAILED, cause
+
+
+def describe(report: dict[str, Any]) -> str:
+    step = "" if report["step"] is None else f", after step {report['step']}"
+    return f"rank {report['rank']} on {report['host']}{step}: {report['what']}"
+
+
+def describe_ranks(ranks: list[int], num_processes: int, nodes: list[str]) -> str:
+    words = [f"rank {rank} on {nodes[rank // num_processes]}" for rank in ranks[:8]]
+    return ", ".join(words) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+if __name__ == "__main__":
+    folder, num_processes, code, *nodes = sys.argv[1:]
+    verdict, line = judge(read_reports(Path(folder)), int(num_processes), int(code), nodes)
+    print(line)
+    sys.exit(verdict)

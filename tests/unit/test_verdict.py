@@ -1,0 +1,58 @@
+"""launch/verdict.py: how a job's processes ended, and what follows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "launch/verdict.py"
+LOST = "RuntimeError: [gloo] Connection closed by peer [10.0.0.2]:1234"
+
+
+def judge(folder: Path, *outcomes: tuple[str, str] | None, code: int = 1) -> tuple[int, str]:
+    """Of two processes on each of n1 and n2, in the order of ranks; later ranks report first."""
+    words = {"rank": 0, "step": 7, "exit": 0}
+    for rank, outcome in enumerate(outcomes):
+        if outcome:
+            host = f"n{1 + rank // 2}"
+            report = words | {"rank": rank, "outcome": outcome[0], "what": outcome[1], "host": host, "time": 9.0 - rank}
+            (folder / f"rank_{rank}.json").write_text(json.dumps(report))
+    command = [sys.executable, "-S", str(SCRIPT), str(folder), "2", str(code), "n1", "n2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.strip()
+
+
+FINISHED, LEFT, BROKE = ("finished", ""), ("preempted", "told"), ("failed", LOST)
+CASES = [
+    ([FINISHED] * 4, 0, "finished: all 4 processes"),
+    ([LEFT] * 4, 75, "preempted: rank 3 on n2, after step 7: told"),
+    ([LEFT, LEFT, LEFT, None], 75, "preempted: rank 2 on n2, after step 7: told; no report of rank 3 on n2"),
+    ([LEFT, FINISHED, None, None], 75, "preempted: rank 0 on n1"),
+    ([BROKE, ("user error", "bad key: got x"), BROKE, BROKE], 2, "not to be cured by a restart: rank 1 on n1"),
+    ([BROKE, BROKE, BROKE, ("failed", "ValueError: 3")], 1, "crashed: rank 3 on n2, after step 7: ValueError: 3"),
+    ([BROKE, None, BROKE, BROKE], 1, "killed without a word: rank 1 on n1; out of memory"),
+    ([LEFT, BROKE, LEFT, None], 1, "killed without a word: rank 3 on n2; out of memory"),
+    ([("hung", "no progress"), None, BROKE, BROKE], 1, "hung: rank 0 on n1, after step 7: no progress (1 of 4"),
+    (
+        [("hung", "x")] * 3 + [BROKE],
+        1,
+        "hung: rank 2 on n2, after step 7: x (3 of 4 processes say so); the cause may be rank 3",
+    ),
+    ([FINISHED, FINISHED, FINISHED, None], 1, "killed without a word: rank 3 on n2"),
+    ([None] * 4, 1, "no process left a report, srun ended with 1: rank 0 on n1"),
+]
+
+
+@pytest.mark.parametrize(("outcomes", "code", "line"), CASES)
+def test_the_cause_and_what_follows(tmp_path, outcomes, code, line):
+    found = judge(tmp_path, *outcomes)
+    assert found[0] == code
+    assert found[1].startswith(line)
+
+
+def test_a_half_written_report_is_none(tmp_path):
+    (tmp_path / "rank_1.json").write_text("{")
+    assert judge(tmp_path, FINISHED, None, FINISHED, FINISHED)[1].startswith("killed without a word: rank 1 on n1")
