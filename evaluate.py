@@ -19,6 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", nargs="?", metavar="RUN_OR_CHECKPOINT", help="runs/TAG (its best) or a checkpoint in it")
     parser.add_argument("--model", metavar="NAME", help="a variant, for a --checkpoint without a run")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights in any layout, with --model")
+    parser.add_argument("--img-size", "--img_size", metavar="N", type=int, help="with --model; default: the variant's")
     parser.add_argument("--weights", choices=["ema", "model"], help="of a run; default: ema where there is one")
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder or URL with the split")
     parser.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
@@ -36,6 +37,8 @@ def main() -> None:
         arguments.checkpoint is None
     ):
         raise UserError("what to evaluate?", allowed="RUN_OR_CHECKPOINT, or --model NAME --checkpoint FILE")
+    if arguments.run and arguments.img_size:
+        raise UserError("a run has its own image size", got=f"--img-size {arguments.img_size}", cure="leave it out")
 
     from gcvit.data.source import open_source
     from gcvit.evaluator import evaluate, load_file, load_run  # loads torch: --help is quicker without
@@ -45,7 +48,8 @@ def main() -> None:
     if arguments.run:
         model, data = load_run(arguments.run, arguments.weights, num_classes=len(source.classes))
     else:
-        model, data = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
+        options = {"num_classes": len(source.classes), "img_size": arguments.img_size}
+        model, data = load_file(arguments.model, arguments.checkpoint, **options)
     with join_world() as world:
         model.eval().to(world.device)
         options = {"batch_size": arguments.batch_size, "skip_damaged": arguments.skip_damaged}

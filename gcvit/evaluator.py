@@ -149,9 +149,13 @@ def _check_classes(config: Config, path: str | Path, num_classes: int) -> None:
         )
 
 
-def load_file(name: str, path: str, *, num_classes: int) -> tuple[GCViT, DataConfig]:
-    """A variant with the weights in a file of any layout, and how the variant's card says data is prepared."""
-    model = create_model(name, num_classes)
-    weights.load(model, path)
+def load_file(name: str, path: str, *, num_classes: int, img_size: int | None = None) -> tuple[GCViT, DataConfig]:
+    """A variant with the weights in a file of any layout, and how the variant's card says data is prepared.
+
+    At another `img_size` than the variant's the bias tables are resampled. Errors: UserError for a file that does not
+    fit.
+    """
+    model = create_model(name, num_classes, img_size=img_size)
+    weights.load(model, path, resample=img_size is not None)
     card = VARIANTS[name]
     return model, DataConfig(crop_pct=card.crop_pct, eval_resize="squash" if card.crop_mode == "squash" else "crop")
