@@ -25,7 +25,7 @@ class Conv2d(nn.Conv2d):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate computed from the map's mean; the gate's hidden width is a quarter."""
+    """The gate of each channel, (B, 1, 1, C), computed from the map's mean; its hidden width is a quarter."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -33,8 +33,26 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Linear(dim // 4, dim, bias=False)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        hidden = F.gelu(self.fc1(x_bhwc.mean(dim=(1, 2), keepdim=True)))
-        return x_bhwc * self.fc2(hidden).sigmoid()
+        # Not `mean`, which makes a map of its gradient; a sum's is a view. Like `mean` it adds in fp32 or above.
+        total = x_bhwc.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x_bhwc.dtype, torch.float32))
+        mean = (total / (x_bhwc.shape[1] * x_bhwc.shape[2])).to(x_bhwc.dtype)
+        return self.fc2(F.gelu(self.fc1(mean))).sigmoid()
+
+
+class GatedPointwise(nn.Conv2d):
+    """1x1 convolution of a map (B, H, W, C) whose channels are scaled by a gate (B, 1, 1, C)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, kernel_size=1, bias=False)
+
+    def forward(self, x_bhwc: Tensor, gate_b11c: Tensor) -> Tensor:  # type: ignore[override]
+        num_images, height, width, dim = x_bhwc.shape
+        # Weights of its own for each image, where they are smaller than the map: a scaled map costs a pass over memory
+        # in forward, more in backward, and must be kept for it.
+        if height * width > dim:
+            weights_boi = self.weight.flatten(1) * gate_b11c.flatten(1, 2)
+            return (x_bhwc.flatten(1, 2) @ weights_boi.transpose(1, 2)).unflatten(1, (height, width))
+        return (x_bhwc * gate_b11c) @ self.weight.flatten(1).t()
 
 
 class FusedBlock(nn.Module):
@@ -44,10 +62,11 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.depthwise = Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
         self.squeeze_excite = SqueezeExcite(dim)
-        self.pointwise = Conv2d(dim, dim, kernel_size=1, bias=False)
+        self.pointwise = GatedPointwise(dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        return x_bhwc + self.pointwise(self.squeeze_excite(F.gelu(self.depthwise(x_bhwc))))
+        inner = F.gelu(self.depthwise(x_bhwc))
+        return x_bhwc + self.pointwise(inner, self.squeeze_excite(inner))
 
 
 class Downsample(nn.Module):
