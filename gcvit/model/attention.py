@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit.errors import UserError
+from gcvit.model import kernels
 
 PATHS = ("auto", "reference", "sdpa", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -163,12 +164,13 @@ class WindowAttention(nn.Module):
         if path == "triton":
             from gcvit.model.kernels.window_attention import window_attention
 
-            queries = None if queries is None else queries.to(parts.dtype)  # in fp32 under autocast
             return self.proj(window_attention(parts, queries, *settings))
         return self.proj(attend_windows(parts, queries, *settings, attend_fused if path == "sdpa" else attend))
 
     def choose_path(self, parts_bhwc: Tensor) -> str:
-        """The quickest path for these parts."""
-        if parts_bhwc.is_cuda and parts_bhwc.dtype != torch.float64:
-            return "triton" if HAS_TRITON else "sdpa"
-        return "reference"
+        """The quickest path for these parts, of those that serve them."""
+        if not parts_bhwc.is_cuda:
+            return "reference"
+        head_dim = self.proj.in_features // self.num_heads
+        serves = HAS_TRITON and parts_bhwc.dtype in kernels.DTYPES and head_dim in kernels.HEAD_DIMS
+        return "triton" if serves else "sdpa"

@@ -217,9 +217,10 @@ def fetch_weights(name: str) -> str:
         print(notice, file=sys.stderr, flush=True)
     try:
         return hf_hub_download(HUB_REPOSITORY, file)
-    except (OSError, ValueError) as error:  # what the hub's client raises for a network that is not there
+    except Exception as error:  # the hub's client lets those of its network library through, whichever it has
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot fetch the published weights of {name}",
-            got=str(error).splitlines()[0],
+            got=reason,
             cure=f"download {file} of {HUB_REPOSITORY} yourself, and give its path",
         ) from None

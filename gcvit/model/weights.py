@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def _write(target: Path, tensors: StateDict, layout: str) -> None:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         part.rename(target)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError("cannot write the weights", got=f"{target} ({error})", cure="give another place") from None
 
 

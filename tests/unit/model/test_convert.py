@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,23 @@ def build_on_meta(name: str, **arguments: Any) -> GCViT:
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(found) == list(expected)
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_variant() -> Iterator[None]:
+    """A row that is quick to build, in the place of the smallest one."""
+    row = replace(VARIANTS["gc_vit_xxtiny"], width=16, depths=(2, 2, 3, 2), num_heads=(1, 2, 4, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "gc_vit_xxtiny", row)
+        yield
+
+
 @pytest.fixture(scope="module")
-def model() -> GCViT:
+def model(small_variant: None) -> GCViT:
     return create_model("gc_vit_xxtiny", num_classes=3, img_size=64)
 
 
@@ -38,8 +48,7 @@ def model() -> GCViT:
 def test_there_and_back_every_bit_is_kept(
     model: GCViT, through: str, suffixes: tuple[str, str], tmp_path: Path
 ) -> None:
-    official = weights.to_official_state(model.half().state_dict())
-    model.float()
+    official = weights.to_official_state({name: tensor.half() for name, tensor in model.state_dict().items()})
     source = tmp_path / "published.pth.tar"
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in official.items()}, "epoch": 3}, source)
     there, back = (tmp_path / f"{step}{suffix}" for step, suffix in zip(("there", "back"), suffixes, strict=True))
@@ -76,48 +85,20 @@ def test_views_of_one_storage_become_whole_tensors(model: GCViT, tmp_path: Path)
         assert (tmp_path / name).stat().st_size < 1.1 * (tmp_path / "views.pth").stat().st_size
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_is_known_by_its_shapes(name: str) -> None:
-    row = VARIANTS[name]
-    model = build_on_meta(name)
-    for convert in weights.CONVERTERS.values():
-        found = weights.identify(convert(model.state_dict()), "file")
-        assert found == {"name": name, "num_classes": 1000, "img_size": row.img_size, "in_chans": 3}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"num_classes": 21841}, "gc_vit_large"),
-        ({"num_classes": 0}, "gc_vit_large"),
-        ({"img_size": 384}, "gc_vit_large_384"),  # the same weights
-        ({"img_size": 448, "in_chans": 1}, "gc_vit_large"),
-    ],
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_classes_sizes_and_channels_are_read_too(arguments: dict[str, Any], name: str, layout: str) -> None:
-    state = weights.CONVERTERS[layout](build_on_meta("gc_vit_large", **arguments).state_dict())
-    expected = {"name": name, "num_classes": 1000, "img_size": 224, "in_chans": 3} | arguments
-    assert weights.identify(state, "file") == expected
-    assert weights.identify(state, "file", "gc_vit_large_512") == expected | {"name": "gc_vit_large_512"}
-
-
 @pytest.mark.parametrize(("img_size", "found"), [(300, 304), (240, 240), (64, 64), ((600, 800), 608)])
 def test_of_the_sizes_with_the_same_windows_it_is_the_largest(img_size: Any, found: int) -> None:
-    model = build_on_meta("gc_vit_tiny", img_size=img_size)
+    model = build_on_meta("gc_vit_xxtiny", img_size=img_size)
     arguments = weights.identify(model.state_dict(), "file")
     assert arguments["img_size"] == found
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in build_on_meta(**arguments).state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize("name", ["gc_vit_tiny", None])
+@pytest.mark.parametrize("name", ["gc_vit_xxtiny", None])
 def test_an_architecture_that_is_no_variant(name: str | None, tmp_path: Path) -> None:
-    model = create_model("gc_vit_tiny", num_classes=3, img_size=64, width=16, num_heads=[1, 2, 4, 8])
+    model = create_model("gc_vit_xxtiny", num_classes=3, img_size=64, width=8)
     torch.save(model.state_dict(), tmp_path / "narrow.pth")
-    message = (
-        "is of another model" if name else "is of no known variant: got width 16, depths [3, 4, 19, 5]; allowed: gc"
-    )
+    message = "is of another model" if name else "is of no known variant: got width 8, depths [2, 2, 3, 2]; allowed: gc"
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         weights.convert(tmp_path / "narrow.pth", tmp_path / "out.pth", "timm", name)
     assert name or "--model NAME" in str(caught.value)
@@ -163,4 +144,6 @@ def test_a_model_is_built_as_its_file_says(model: GCViT, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(found.eval()(images), model.eval()(images))
     assert found.stages[0].blocks[0].attention.path == "reference"
-    assert said.endswith("timm layout, bare tensors, 226 tensors, gc_vit_xxtiny of 3 classes at 64 pixels")
+    assert said.endswith(
+        f"timm layout, bare tensors, {len(model.state_dict())} tensors, gc_vit_xxtiny of 3 classes at 64 pixels"
+    )

@@ -1,0 +1,235 @@
+"""The Triton kernels against the reference in float64. test_window_kernels.py runs this file in Triton's interpreter."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gcvit.model.attention import attend, attend_windows
+from gcvit.model.kernels import window_attention as host
+from gcvit.model.kernels.window_kernels import find_run
+
+# Of the largest value. What half precision rounds, q, k, v and the weights, it rounds to 2^-9 or 2^-12.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+PROGRAMS = ("FORWARD_PROGRAMS", "WHOLE_PROGRAMS", "PAIRS_PROGRAMS")
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory() -> Iterator[None]:
+    """What no program writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Case:
+    """Random inputs of one call, none too small to be noticed."""
+
+    def __init__(
+        self,
+        window: int,
+        sides: tuple[int, int],
+        *,
+        shared: bool,
+        dtype: torch.dtype = torch.float32,
+        num_images: int = 2,
+        num_heads: int = 1,
+        head_dim: int = 16,
+    ):
+        self.window, self.num_heads, self.scale = window, num_heads, head_dim**-0.5
+        generator = torch.Generator().manual_seed(window)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        dim = num_heads * head_dim
+        self.parts = randn(num_images, *sides, (2 if shared else 3) * dim)
+        self.queries = randn(num_images, window, window, dim) if shared else None
+        self.table = randn((2 * window - 1) ** 2, num_heads).float()
+        self.d_out = randn(num_images, *sides, dim)
+
+    def run(self) -> list[Tensor]:
+        """Output, and gradients of parts, table and queries, by the kernels."""
+        inputs = [x.detach().requires_grad_() for x in self.inputs]
+        settings_ = (self.window, self.num_heads, self.scale)
+        out = host.window_attention(inputs[0], inputs[2] if len(inputs) > 2 else None, inputs[1], *settings_)
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.d_out)]
+
+    def run_reference(self) -> list[Tensor]:
+        inputs = [x.detach().double().requires_grad_() for x in self.inputs]
+        settings_ = (self.window, self.num_heads, self.scale)
+        out = attend_windows(inputs[0], inputs[2] if len(inputs) > 2 else None, inputs[1], *settings_, attend)
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.d_out.double())]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self.parts, self.table] if self.queries is None else [self.parts, self.table, self.queries]
+
+    def check(self) -> None:
+        names = ("out", "d_parts", "d_table", "d_queries")
+        dtypes = [self.d_out.dtype, *(x.dtype for x in self.inputs)]
+        for name, dtype, ours, expected in zip(names, dtypes, self.run(), self.run_reference(), strict=False):
+            assert ours.dtype == dtype, name
+            assert ours.shape == expected.shape, name
+            error = (ours - expected).abs().max() / expected.abs().max()
+            assert error < TOLERANCES[self.parts.dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("window", "sides", "sizes"),
+    [
+        (7, (14, 14), {"num_heads": 2, "head_dim": 32}),
+        (12, (12, 12), {"head_dim": 32}),
+        (14, (14, 14), {"head_dim": 16}),
+        (16, (16, 16), {"num_images": 1, "head_dim": 64}),
+        pytest.param(14, (28, 28), {"num_images": 3, "num_heads": 2, "head_dim": 32}, marks=pytest.mark.slow),
+        pytest.param(24, (24, 24), {"head_dim": 32}, marks=pytest.mark.slow),
+        pytest.param(32, (32, 32), {"num_images": 1, "head_dim": 32}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value),
+)
+def test_the_published_windows(
+    window: int, sides: tuple[int, int], sizes: dict[str, int], dtype: torch.dtype, shared: bool
+) -> None:
+    Case(window, sides, shared=shared, dtype=dtype, **sizes).check()
+
+
+@pytest.mark.parametrize(("window", "shared"), [(24, False), (32, True)])
+def test_the_longest_windows(window: int, shared: bool) -> None:
+    Case(window, (window, window), shared=shared, dtype=torch.bfloat16, num_images=1).check()
+
+
+@given(
+    window=st.integers(1, 9),
+    sides=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    shared=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    num_images=st.integers(1, 3),
+    num_heads=st.integers(1, 2),
+    num_programs=st.integers(1, 24),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_map_window_and_number_of_programs(
+    window: int,
+    sides: tuple[int, int],
+    shared: bool,
+    dtype: torch.dtype,
+    num_images: int,
+    num_heads: int,
+    num_programs: int,
+) -> None:
+    case = Case(window, sides, shared=shared, dtype=dtype, num_images=num_images, num_heads=num_heads)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PROGRAMS:
+            patch.setattr(host, name, num_programs)
+        case.check()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+@pytest.mark.parametrize("window", [3, 6], ids=["one tile", "several tiles"])
+def test_images_do_not_hear_each_other(window: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(window, (2 * window, window + 1), shared=shared, num_images=3)
+    together = case.run()
+    for name in PROGRAMS:
+        monkeypatch.setattr(host, name, 1)  # one program serves all images, with one running sum
+    assert all(torch.equal(ours, other) for ours, other in zip(together[:2], case.run(), strict=False))
+    for image in range(3):
+        alone = Case(window, (2 * window, window + 1), shared=shared)
+        alone.parts, alone.table, alone.d_out = case.parts[[image]], case.table, case.d_out[[image]]
+        alone.queries = None if case.queries is None else case.queries[[image]]
+        for i, (ours, other) in enumerate(zip(together, alone.run(), strict=True)):
+            if i != 2:  # the table has a gradient of all images
+                assert torch.equal(ours[image], other[0]), i
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+def test_maps_of_any_strides(shared: bool) -> None:
+    case = Case(5, (7, 10), shared=shared)
+    expected, parts = case.run(), case.parts
+    num_channels = parts.shape[-1]
+    wider = torch.full((2, 9, 12, num_channels + 5), torch.nan)
+    wider[:, 1:8, 2:, 3 : 3 + num_channels] = parts
+    layouts = {
+        "part of a larger map": wider[:, 1:8, 2:, 3 : 3 + num_channels],
+        "width before height": parts.transpose(1, 2).contiguous().transpose(1, 2),
+        "images innermost": parts.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+        "channels first": parts.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    }
+    for name, layout in layouts.items():
+        assert not layout.is_contiguous(), name
+        assert torch.equal(layout, parts), name
+        case.parts = layout
+        for ours, other in zip(case.run(), expected, strict=True):
+            assert torch.equal(ours, other), name
+    case.parts = parts[:1].expand(2, -1, -1, -1)
+    assert torch.equal(case.run()[0][0], expected[0][0])
+    case.parts, case.d_out = parts, case.d_out[..., :1].expand_as(case.d_out)  # what a sum's gradient is
+    case.check()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+def test_two_runs_give_the_same_bits(shared: bool) -> None:
+    for window in (4, 7):  # one tile and several, in fp32
+        case = Case(window, (11, 9), shared=shared, num_heads=2)
+        assert all(torch.equal(*pair) for pair in zip(case.run(), case.run(), strict=True))
+
+
+def test_a_table_in_half_precision_has_such_a_gradient() -> None:
+    case = Case(4, (8, 8), shared=False, dtype=torch.bfloat16)
+    case.table = case.table.bfloat16()
+    case.check()
+
+
+def test_what_overflows_fp16_is_not_hidden() -> None:
+    case = Case(4, (8, 8), shared=True, dtype=torch.float16)
+    case.d_out *= 6e4 / case.d_out.abs().max()  # finite, as a loss scale too large leaves it
+    assert case.d_out.isfinite().all()
+    assert not case.run()[1].isfinite().all()
+
+
+def test_no_images_give_no_gradient() -> None:
+    out, d_parts, d_table = Case(4, (8, 8), shared=False, num_images=0).run()
+    assert out.shape == (0, 8, 8, 16)
+    assert d_parts.shape == (0, 8, 8, 48)
+    assert not d_table.any()
+
+
+@triton.jit
+def store_run(places, num_images, num_windows, images_per_run, runs_per_image):  # noqa: ANN001, ANN201
+    run = tl.program_id(0)
+    first, last = find_run(run, num_images, num_windows, images_per_run, runs_per_image)
+    tl.store(places + 2 * run, first)
+    tl.store(places + 2 * run + 1, last)
+
+
+@given(
+    num_images=st.integers(1, 3000),
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    max_programs=st.integers(1, 200),
+    programs_per_run=st.integers(1, 50),
+)
+@settings(max_examples=150, deadline=None)
+def test_runs_hold_every_window_once(
+    num_images: int, rows: int, columns: int, max_programs: int, programs_per_run: int
+) -> None:
+    problem = host.Problem(torch.empty(num_images, rows, columns, 3, device="meta"), None, window=1, num_heads=1)
+    images_per_run, runs_per_image, num_runs = problem.plan_runs(max_programs, programs_per_run)
+    assert min(images_per_run, runs_per_image) == 1
+    # Not more than twice as many programs as were asked for: images, or an image's parts, are not cut.
+    assert num_runs <= 2 * max(1, max_programs // programs_per_run)
+    places = torch.full((num_runs, 2), -1, dtype=torch.int32)
+    store_run[(num_runs,)](places, num_images, rows * columns, images_per_run, runs_per_image)
+    first, last = places.T
+    assert (first < last).all()  # an empty run would leave its sums unwritten
+    assert first[0] == 0
+    assert torch.equal(first[1:], last[:-1])
+    assert last[-1] == num_images * rows * columns
