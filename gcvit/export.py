@@ -119,10 +119,11 @@ def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, 
     }
 
 
-def load_export(folder: Path) -> tuple[GCViT, Config]:
+def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Config]:
     """The model of a folder that `export` wrote, and the config that it was trained with.
 
-    Errors: UserError for a file that is not of ours, or damaged.
+    `attention` is a path of `WindowAttention`, None takes the config's. Errors: UserError for a file that is not of
+    ours, or damaged.
     """
     path = folder / WEIGHTS_FILE
     try:
@@ -142,9 +143,19 @@ def load_export(folder: Path) -> tuple[GCViT, Config]:
     except ValueError as error:
         raise UserError("the file's config is damaged", got=f"{path} ({error})") from None
     config = parse_config(plain, source=str(path))
-    model = build_model(config.model)
+    model = build_model(config.model.model_copy(update={"attention": attention} if attention else {}))
     layouts.load(model, path)
     return model, config
+
+
+def read_label_names(folder: Path) -> list[str] | None:
+    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is damaged."""
+    path = folder / CONFIG_FILE
+    try:
+        names: list[str] | None = json.loads(path.read_text()).get("label_names")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError("cannot read the names of the classes", got=f"{path} ({error})") from None
+    return names
 
 
 def _without_places(config: Config) -> dict[str, Any]:

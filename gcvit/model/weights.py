@@ -71,17 +71,17 @@ def convert(source: Path, target: Path, layout: str, name: str | None = None) ->
         raise UserError("unknown kind of weights file", got=target, allowed=", ".join(f"*{end}" for end in SUFFIXES))
     if target.exists():
         raise UserError("something is there already", got=target, cure="give another name, or move it away")
-    model, found = read_model(source, name)
+    model, _, found = read_model(source, name)
     # Copied, since tensors of a file may be views of one storage, which would be written whole with each of them.
     tensors = {key: tensor.clone().contiguous() for key, tensor in CONVERTERS[layout](model.state_dict()).items()}
     _write(target, tensors, layout)
     return f"{found}\n{target}: {layout} layout, {len(tensors)} tensors"
 
 
-def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> tuple[GCViT, str]:
-    """The model that a file is of, with its weights as they are stored, and a line that says what was found.
+def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> tuple[GCViT, str, str]:
+    """The model that a file is of, with the weights as they are stored; its variant; a line that says what was found.
 
-    `name` is its variant, by default read from the shapes; `overrides` are of `create_model`. Errors: UserError for a
+    `name` is the variant, by default read from the shapes; `overrides` are of `create_model`. Errors: UserError for a
     file that is no GC ViT, or not of one of the variants.
     """
     checkpoint, container = read(path)
@@ -91,7 +91,8 @@ def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> t
     state, _ = fit(to_ours(checkpoint, model), model, path)
     model.load_state_dict(state, assign=True)
     found = f"{path}: {find_layout(checkpoint, model)} layout, {container}, {len(state)} tensors"
-    return model, f"{found}, {arguments['name']} of {model.num_classes} classes at {model.img_size} pixels"
+    name = arguments["name"]
+    return model, name, f"{found}, {name} of {model.num_classes} classes at {model.img_size} pixels"
 
 
 def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | None = None) -> dict[str, Any]:

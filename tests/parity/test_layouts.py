@@ -70,7 +70,7 @@ def test_round_trips_and_logits(name: str, tmp_path: Path) -> None:
     for number, (layout, suffix) in enumerate(steps):
         target = tmp_path / f"{number}.{suffix}"
         weights.convert(source, target, layout, name)
-        found, said = weights.read_model(target, name)
+        found, _, said = weights.read_model(target, name)
         assert f"{target}: {layout} layout" in said
         assert torch.equal(found.eval()(images), expected)
         source.unlink()

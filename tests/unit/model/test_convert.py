@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written(model: GCViT, tmp_path: Path) -> None:
 
 def test_a_model_is_built_as_its_file_says(model: GCViT, tmp_path: Path) -> None:
     torch.save(weights.to_timm_state(model.state_dict()), tmp_path / "timm.pth")
-    found, said = weights.read_model(tmp_path / "timm.pth", attention="reference")
+    found, _, said = weights.read_model(tmp_path / "timm.pth", attention="reference")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(found.eval()(images), model.eval()(images))
