@@ -10,7 +10,6 @@ img_size, crop_pct, eval_resize, mean, std (of pixels in [0, 1]) and classes. Ne
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import warnings
@@ -64,13 +63,13 @@ def export_onnx(classifier: Classifier, target: Path) -> str:
 
 def _write(classifier: Classifier, path: Path) -> int:
     model, data = classifier.model, classifier.data
-    # The exporter prints its progress and warns of its own future.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, of its own future
         program = torch.onnx.export(
             model,
             (torch.zeros(2, *model.input_size),),  # a batch of one would be taken for a constant
             dynamo=True,
+            verbose=False,
             dynamic_shapes=({0: Dim("batch")},),
             input_names=["images"],
             output_names=["logits"],
@@ -118,7 +117,8 @@ def main() -> None:
     parser.add_argument("--model", metavar="NAME", help="the variant of a file; default: read from the shapes")
     arguments = parser.parse_args()
     classifier = open_classifier(arguments.source, arguments.model, attention="reference")
-    print(f"{classifier.origin}\n{export_onnx(classifier, arguments.target)}", flush=True)
+    print(classifier.origin, flush=True)
+    print(export_onnx(classifier, arguments.target), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     q (B, n or 1, h, N, d), k and v (B, n, h, N, d), bias (h, N, N) or (n, h, N, N); returns (B, n, h, N, d) in v's
     dtype. Written to be obviously right: this is what every faster attention is compared with.
     """
-    scores = (q * scale) @ k.transpose(-2, -1) + bias
+    scores = (q * scale) @ k.transpose(-2, -1)
+    # In place where that rounds nothing: the scores are the largest tensor of a block, and memory is what takes time.
+    scores = scores.add_(bias) if bias.dtype == scores.dtype else scores + bias
     # In bf16 the sum over N weights would lose the small ones, so the softmax never runs below fp32.
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights.to(v.dtype) @ v

@@ -5,6 +5,7 @@ channels_last, so that the permutations around them are views.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class GatedPointwise(nn.Conv2d):
         super().__init__(dim, dim, kernel_size=1, bias=False)
 
     def forward(self, x_bhwc: Tensor, gate_b11c: Tensor) -> Tensor:  # type: ignore[override]
-        num_images, height, width, dim = x_bhwc.shape
+        height, width, dim = x_bhwc.shape[1:]
         # Weights of its own for each image, where they are smaller than the map: a scaled map costs a pass over memory
         # in forward, more in backward, and must be kept for it.
         if height * width > dim:
@@ -157,7 +158,10 @@ def _shares(length: int, size: int, like: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals, layer scale and drop path; (B, H, W, C) to the same."""
+    """Pre-norm attention and MLP with residuals, layer scale and drop path; (B, H, W, C) to the same.
+
+    With `drop_path_skips` what drop path drops in training is not computed, see `add_to_some`.
+    """
 
     def __init__(
         self,
@@ -169,6 +173,7 @@ class Block(nn.Module):
         mlp_ratio: float,
         layer_scale: float | None,
         drop_path_rate: float,
+        drop_path_skips: bool = False,
         attention: str = "auto",
     ):
         super().__init__()
@@ -179,10 +184,38 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path_rate)
+        self.drop_path_skips = drop_path_skips
 
     def forward(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-        x = x_bhwc + self.drop_path(self.scale1(self.attention(self.norm1(x_bhwc), queries_bwwc)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        x = self._add(self._attend, x_bhwc, queries_bwwc)
+        return self._add(self._transform, x)
+
+    def _attend(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
+        return self.scale1(self.attention(self.norm1(x_bhwc), queries_bwwc))
+
+    def _transform(self, x_bhwc: Tensor) -> Tensor:
+        return self.scale2(self.mlp(self.norm2(x_bhwc)))
+
+    def _add(self, branch: Callable[..., Tensor], x_bhwc: Tensor, *queries_bwwc: Tensor) -> Tensor:
+        if self.drop_path_skips and self.training:
+            return add_to_some(branch, self.drop_path.drop_prob, x_bhwc, *queries_bwwc)
+        return x_bhwc + self.drop_path(branch(x_bhwc, *queries_bwwc))
+
+
+def add_to_some(branch: Callable[..., Tensor], drop_rate: float, x: Tensor, *others: Tensor) -> Tensor:
+    """x + branch(x, *others) for some images, drawn anew, and x for those that drop path drops: these cost nothing.
+
+    The kept are a fixed number, the nearest to their share of the batch and at least one, so that shapes never change.
+    What is added to them is scaled by the inverse of what that number is of the batch, and the mean over many draws is
+    exactly x + branch(x, *others). In a batch too small for the rate to drop one image, none is. After DINOv2.
+    """
+    num_images = len(x)
+    num_kept = max(1, round(num_images * (1 - drop_rate)))
+    if num_kept == num_images:
+        return x + branch(x, *others)
+    kept = torch.randperm(num_images, device=x.device)[:num_kept]
+    added = branch(*(tensor.index_select(0, kept) for tensor in (x, *others)))
+    return x.index_add(0, kept, added.to(x.dtype), alpha=num_images / num_kept)
 
 
 class InitialLaw(NamedTuple):

@@ -48,7 +48,7 @@ FLOORS = [
         *("gcvit.evaluator", "gcvit.checkpoint", "gcvit.export", "gcvit.metrics", "gcvit.report"),
         *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage", "gcvit.replicas", "gcvit.saver"),
     ),
-    ("gcvit.run", "gcvit.plan", "gcvit.nonfinite"),
+    ("gcvit.run", "gcvit.plan", "gcvit.nonfinite", "gcvit.predict", "gcvit.export_onnx"),
     ("gcvit.trainer", "gcvit.replay"),
     ("train", "evaluate", "gcvit.__main__"),
 ]

@@ -77,34 +77,32 @@ class Case:
         for name, dtype, ours, expected in zip(names, dtypes, self.run(), self.run_reference(), strict=False):
             assert ours.dtype == dtype, name
             assert ours.shape == expected.shape, name
-            error = (ours - expected).abs().max() / expected.abs().max()
+            # A token alone in its window has exact zeros for gradients of what made its weight.
+            error = (ours - expected).abs().max() / expected.abs().max().clamp(min=0.1)
             assert error < TOLERANCES[self.parts.dtype], f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+FP32, BF16, FP16 = TOLERANCES
+LOCAL_AND_GLOBAL = pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+
+
+@LOCAL_AND_GLOBAL
 @pytest.mark.parametrize(
-    ("window", "sides", "sizes"),
-    [
-        (7, (14, 14), {"num_heads": 2, "head_dim": 32}),
-        (12, (12, 12), {"head_dim": 32}),
-        (14, (14, 14), {"head_dim": 16}),
-        (16, (16, 16), {"num_images": 1, "head_dim": 64}),
-        pytest.param(14, (28, 28), {"num_images": 3, "num_heads": 2, "head_dim": 32}, marks=pytest.mark.slow),
-        pytest.param(24, (24, 24), {"head_dim": 32}, marks=pytest.mark.slow),
-        pytest.param(32, (32, 32), {"num_images": 1, "head_dim": 32}, marks=pytest.mark.slow),
-    ],
-    ids=lambda value: None if isinstance(value, dict) else str(value),
+    ("window", "dtype", "head_dim"),
+    [(7, FP32, 32), (7, BF16, 32), (7, FP16, 32), (12, FP32, 32), (14, BF16, 32), (16, BF16, 64)],
 )
-def test_the_published_windows(
-    window: int, sides: tuple[int, int], sizes: dict[str, int], dtype: torch.dtype, shared: bool
-) -> None:
-    Case(window, sides, shared=shared, dtype=dtype, **sizes).check()
+def test_the_published_windows(window: int, dtype: torch.dtype, head_dim: int, shared: bool) -> None:
+    num_images = 2 if window == 7 else 1
+    Case(window, (window, window), shared=shared, dtype=dtype, num_images=num_images, head_dim=head_dim).check()
 
 
-@pytest.mark.parametrize(("window", "shared"), [(24, False), (32, True)])
-def test_the_longest_windows(window: int, shared: bool) -> None:
-    Case(window, (window, window), shared=shared, dtype=torch.bfloat16, num_images=1).check()
+@pytest.mark.slow
+@LOCAL_AND_GLOBAL
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("window", [7, 12, 14, 16, 24, 32])
+def test_the_published_windows_at_length(window: int, dtype: torch.dtype, shared: bool) -> None:
+    sides, num_heads = ((2 * window, window), 2) if window < 24 else ((window, window), 1)
+    Case(window, sides, shared=shared, dtype=dtype, num_heads=num_heads, head_dim=32).check()
 
 
 @st.composite
@@ -113,12 +111,12 @@ def cases(draw: st.DrawFn) -> Case:
     window = draw(st.integers(1, 7))
     sides = st.integers(1, 2 * window)
     sizes = {"num_images": draw(st.integers(1, 3)), "num_heads": draw(st.integers(1, 2))}
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    dtype = draw(st.sampled_from([FP32, BF16]))
     return Case(window, (draw(sides), draw(sides)), shared=draw(st.booleans()), dtype=dtype, **sizes)
 
 
 @given(case=cases(), num_programs=st.integers(1, 24))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_any_map_window_and_number_of_programs(case: Case, num_programs: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in PROGRAMS:
@@ -126,16 +124,17 @@ def test_any_map_window_and_number_of_programs(case: Case, num_programs: int) ->
         case.check()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+@LOCAL_AND_GLOBAL
 @pytest.mark.parametrize("window", [3, 6], ids=["one tile", "several tiles"])
 def test_images_do_not_hear_each_other(window: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(window, (2 * window, window + 1), shared=shared, num_images=3)
+    sides = (window, window + 1)
+    case = Case(window, sides, shared=shared, num_images=3)
     together = case.run()
     for name in PROGRAMS:
         monkeypatch.setattr(host, name, 1)  # one program serves all images, with one running sum
     assert all(torch.equal(ours, other) for ours, other in zip(together[:2], case.run(), strict=False))
     for image in range(3):
-        alone = Case(window, (2 * window, window + 1), shared=shared)
+        alone = Case(window, sides, shared=shared)
         alone.parts, alone.table, alone.d_out = case.parts[[image]], case.table, case.d_out[[image]]
         alone.queries = None if case.queries is None else case.queries[[image]]
         for i, (ours, other) in enumerate(zip(together, alone.run(), strict=True)):
@@ -143,15 +142,15 @@ def test_images_do_not_hear_each_other(window: int, shared: bool, monkeypatch: p
                 assert torch.equal(ours[image], other[0]), i
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+@LOCAL_AND_GLOBAL
 def test_maps_of_any_strides(shared: bool) -> None:
-    case = Case(5, (7, 10), shared=shared)
+    case = Case(4, (4, 7), shared=shared)
     expected, parts = case.run(), case.parts
     num_channels = parts.shape[-1]
-    wider = torch.full((2, 9, 12, num_channels + 5), torch.nan)
-    wider[:, 1:8, 2:, 3 : 3 + num_channels] = parts
+    wider = torch.full((2, 6, 9, num_channels + 5), torch.nan)
+    wider[:, 1:5, 2:, 3 : 3 + num_channels] = parts
     layouts = {
-        "part of a larger map": wider[:, 1:8, 2:, 3 : 3 + num_channels],
+        "part of a larger map": wider[:, 1:5, 2:, 3 : 3 + num_channels],
         "width before height": parts.transpose(1, 2).contiguous().transpose(1, 2),
         "images innermost": parts.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
         "channels first": parts.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
@@ -168,23 +167,22 @@ def test_maps_of_any_strides(shared: bool) -> None:
     case.check()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+@LOCAL_AND_GLOBAL
 def test_two_runs_give_the_same_bits(shared: bool) -> None:
-    for window in (4, 7):  # one tile and several, in fp32
-        case = Case(window, (11, 9), shared=shared, num_heads=2)
+    for window in (3, 6):  # one tile and several, in fp32
+        case = Case(window, (window, window), shared=shared)
         assert all(torch.equal(*pair) for pair in zip(case.run(), case.run(), strict=True))
 
 
 def test_a_table_in_half_precision_has_such_a_gradient() -> None:
-    case = Case(4, (8, 8), shared=False, dtype=torch.bfloat16)
+    case = Case(4, (8, 8), shared=False, dtype=BF16)
     case.table = case.table.bfloat16()
     case.check()
 
 
 def test_what_overflows_fp16_is_not_hidden() -> None:
-    case = Case(4, (8, 8), shared=True, dtype=torch.float16)
-    case.d_out *= 6e4 / case.d_out.abs().max()  # finite, as a loss scale too large leaves it
-    assert case.d_out.isfinite().all()
+    case = Case(4, (8, 8), shared=True, dtype=FP16)
+    case.d_out.fill_(6e4)  # finite, as a loss scale too large leaves it; some sums of it are not
     assert not case.run()[1].isfinite().all()
 
 
@@ -210,7 +208,7 @@ def store_run(places, num_images, num_windows, images_per_run, runs_per_image): 
     max_programs=st.integers(1, 200),
     programs_per_run=st.integers(1, 50),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_runs_hold_every_window_once(
     num_images: int, rows: int, columns: int, max_programs: int, programs_per_run: int
 ) -> None:

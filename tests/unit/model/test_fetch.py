@@ -1,10 +1,13 @@
 """Fetching published weights, with the hub's client replaced: what is asked for, and what its errors become."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gcvit.errors import UserError
-from gcvit.model import VARIANTS, variants
+from gcvit.model import VARIANTS, create_model, layouts, variants
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +68,22 @@ def test_the_licence_is_said_once_a_node(rank, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (rank != "3")
     assert all("gcvit_21k_large_512.pth.tar" in line and "CC-BY-NC-SA-4.0" in line for line in lines)
+
+
+def test_pretrained_fits_classes_and_size_and_no_other_model(monkeypatch, capsys, tmp_path):
+    row = replace(VARIANTS["gc_vit_tiny"], width=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+    monkeypatch.setitem(VARIANTS, "gc_vit_tiny", row)
+    published = create_model("gc_vit_tiny", img_size=64)
+    published.init_weights(seed=5)
+    torch.save({"state_dict_ema": layouts.to_official_state(published.state_dict())}, tmp_path / "tiny.pth.tar")
+    monkeypatch.setattr(variants, "fetch_weights", lambda name: tmp_path / "tiny.pth.tar")
+
+    same = create_model("gc_vit_tiny", img_size=64, pretrained=True)
+    assert all(torch.equal(tensor, published.state_dict()[name]) for name, tensor in same.state_dict().items())
+    assert "head" not in capsys.readouterr().err
+    other = create_model("gc_vit_tiny", num_classes=5, img_size=96, pretrained=True)
+    assert torch.equal(other.stem.conv.weight, published.stem.conv.weight)
+    assert torch.equal(other.head.fc.weight, create_model("gc_vit_tiny", num_classes=5, img_size=96).head.fc.weight)
+    assert "bias tables resampled 2 -> 3 and 4 -> 6, without its head" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is of another model"):
+        create_model("gc_vit_tiny", img_size=64, width=8, pretrained=True)
