@@ -103,17 +103,17 @@ def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | Non
     that is no variant.
     """
 
-    def find_shape(ours: str) -> torch.Size | None:
-        names = (translate(ours) for translate in LAYOUTS.values())
-        return next((checkpoint[theirs].shape for theirs in names if theirs in checkpoint), None)
+    def find_shape(ours: str, num_axes: int) -> torch.Size | None:
+        found = (checkpoint[name].shape for translate in LAYOUTS.values() if (name := translate(ours)) in checkpoint)
+        return next((shape for shape in found if len(shape) == num_axes), None)
 
-    stem, head = find_shape("stem.conv.weight"), find_shape(HEAD + "weight")
-    tables = [find_shape(f"stages.{i}.blocks.0{BIAS_TABLE}") for i in range(NUM_STAGES)]
+    stem, head = find_shape("stem.conv.weight", 4), find_shape(HEAD + "weight", 2)
+    tables = [find_shape(f"stages.{i}.blocks.0{BIAS_TABLE}", 2) for i in range(NUM_STAGES)]
     windows = tuple(window_of(table) for table in tables if table is not None)
     if stem is None or len(windows) < NUM_STAGES:
         raise foreign_file(checkpoint, path)
     depths = tuple(
-        next(j for j in itertools.count() if find_shape(f"stages.{i}.blocks.{j}.norm1.weight") is None)
+        next(j for j in itertools.count() if find_shape(f"stages.{i}.blocks.{j}.norm1.weight", 1) is None)
         for i in range(NUM_STAGES)
     )
     if name is None:

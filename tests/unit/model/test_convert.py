@@ -109,11 +109,18 @@ def write_resnet(path: Path) -> None:
     torch.save({"stem.conv.weight": torch.zeros(8, 3, 3, 3), "fc.weight": torch.zeros(3, 8)}, path)
 
 
+def write_flat(path: Path) -> None:
+    """A GC ViT's names with the shapes of parameters that an engine has flattened."""
+    state = create_model("gc_vit_xxtiny", num_classes=3, img_size=64).state_dict()
+    torch.save({name: tensor.flatten() for name, tensor in state.items()}, path)
+
+
 @pytest.mark.parametrize(
     ("prepare", "target", "message"),
     [
         (lambda folder: None, "out.pth", "no such weights file"),
         (lambda folder: write_resnet(folder / "in.pth"), "out.pth", "holds no GC ViT"),
+        (lambda folder: write_flat(folder / "in.pth"), "out.pth", "holds no GC ViT"),
         (lambda folder: (folder / "out.pth").touch(), "out.pth", "something is there already"),
         (lambda folder: write_resnet(folder / "in.pth"), "in.pth", "something is there already"),
         (lambda folder: None, "out.onnx", "allowed: *.safetensors, *.pth, *.pth.tar, *.pt"),

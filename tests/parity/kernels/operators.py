@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcvit.errors import UserError
 from gcvit.model import create_model
@@ -17,20 +16,13 @@ from gcvit.model.kernels.window_attention import run_backward, run_forward, wind
 from gcvit.model.layers import Block
 from gcvit.parallel.recompute import recompute
 
-FORWARD, BACKWARD = torch.ops.gcvit.window_attention.default, torch.ops.gcvit.window_attention_backward.default
+FORWARD, BACKWARD, LINEAR = "gcvit::window_attention", "gcvit::window_attention_backward", "aten::addmm"
 LOCAL_AND_GLOBAL = pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
 
 
-class CountOperations(TorchDispatchMode):
-    """How often each operation runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[Any, int] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[op] = self.counts.get(op, 0) + 1
-        return op(*args, **(kwargs or {}))
+def count_operations(profiler: torch.profiler.profile) -> dict[str, int]:
+    """How often each operation ran, in compiled code too."""
+    return {event.key: event.count for event in profiler.key_averages()}
 
 
 def make_inputs(shared: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -76,7 +68,7 @@ def test_operators_keep_their_word(shared: bool) -> None:
 
 @LOCAL_AND_GLOBAL
 def test_a_compiled_attention_is_one_graph(shared: bool) -> None:
-    attention, x, queries = make_attention(shared), torch.randn(2, 6, 5, 32), torch.randn(2, 3, 3, 32)
+    attention, x, queries = make_attention(shared), torch.randn(2, 3, 5, 32), torch.randn(2, 3, 3, 32)
     expected = run(attention, x, queries)
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -92,51 +84,47 @@ def test_a_checkpointed_block_attends_twice_and_gives_the_same(
     shared: bool, is_compiled: bool, keep_linear: bool
 ) -> None:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"mlp_ratio": 2.0, "layer_scale": None, "drop_path_rate": 0.5, "attention": "triton"}
+    sizes: dict[str, Any] = {"mlp_ratio": 2.0, "layer_scale": None, "drop_path_rate": 0.0, "attention": "triton"}
     block = Block(32, 2, 3, uses_global_queries=shared, **sizes)
     nn.init.normal_(block.attention.bias_table)
-    x, queries = torch.randn(2, 6, 5, 32), torch.randn(2, 3, 3, 32)
+    x, queries = torch.randn(2, 3, 5, 32), torch.randn(2, 3, 3, 32)
 
-    def run_counted() -> tuple[list[Tensor], dict[Any, int]]:
-        torch.manual_seed(1)
-        with CountOperations() as operations:
-            return run(block, x, queries), operations.counts
+    def run_counted() -> tuple[list[Tensor], dict[str, int]]:
+        with torch.profiler.profile() as profiler:
+            results = run(block, x, queries)
+        return results, count_operations(profiler)
 
     expected, before = run_counted()
-    assert (before[FORWARD], before[BACKWARD]) == (1, 1)
+    assert (before[FORWARD], before[BACKWARD], before[LINEAR]) == (1, 1, 4)
     recompute(nn.ModuleDict({"block": block}), ["block"], keep_linear=keep_linear)
     if is_compiled:
         torch._dynamo.reset()
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager", dynamic=False)
-        run_counted()  # compiles: not counted
-        # Compiled code draws other random numbers: none of them here.
+        run(block, x, queries)  # compiles
     ours, after = run_counted()
     assert is_close(ours, expected, 1e-6)
-    assert (after[FORWARD], after[BACKWARD]) == (2, 1)
-    # Linear layers: in "all" each is computed again, but for those whose output nobody asks for.
-    if keep_linear:
-        assert after[torch.ops.aten.addmm.default] == before[torch.ops.aten.addmm.default]
-    else:
-        assert after[torch.ops.aten.addmm.default] > before[torch.ops.aten.addmm.default]
+    # Attention is computed again, which needs what the first linear layer gives; the MLP's output nobody needs.
+    num_linear = 4 if keep_linear else 7
+    assert (after[FORWARD], after[BACKWARD], after[LINEAR]) == (2, 1, num_linear)
 
 
 @LOCAL_AND_GLOBAL
 def test_autocast(shared: bool) -> None:
     """Parts come in bf16, queries and bias table in fp32; so do their gradients go."""
-    x, queries = torch.randn(2, 6, 5, 32), torch.randn(2, 3, 3, 32)
+    x, queries = torch.randn(2, 3, 5, 32), torch.randn(2, 3, 3, 32)
     expected = run(make_attention(shared, "reference").double(), x.double(), queries.double())
     attention = make_attention(shared)
-    with torch.autocast("cpu", torch.bfloat16), CountOperations() as operations:
+    with torch.autocast("cpu", torch.bfloat16):
         ours = run(attention, x, queries)
-    assert (operations.counts[FORWARD], operations.counts[BACKWARD]) == (1, 1)
     assert [gradient.dtype for gradient in ours] == [torch.bfloat16, *[torch.float32] * (len(ours) - 1)]
     assert is_close([gradient.double() for gradient in ours], expected, 3e-2)
 
 
 def test_a_whole_model() -> None:
-    sizes: dict[str, Any] = {"width": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "num_classes": 5}
+    sizes: dict[str, Any] = {"width": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 1, 2, 4], "num_classes": 5}
+    sizes["windows"] = [5, 3, 2, 2]  # which end beyond most of the maps
     models = [
-        create_model("gc_vit_xxtiny", img_size=(64, 52), drop_path_rate=0.0, attention=path, **sizes)
+        create_model("gc_vit_xxtiny", img_size=(32, 52), drop_path_rate=0.0, attention=path, **sizes)
         for path in ("triton", "reference")
     ]
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +133,7 @@ def test_a_whole_model() -> None:
             if ours.ndim > 1:
                 ours.copy_(torch.randn(ours.shape, generator=generator) * ours[0].numel() ** -0.5)
             other.copy_(ours)
-    images = torch.randn(2, 3, 64, 52, generator=generator)
+    images = torch.randn(2, 3, 32, 52, generator=generator)
     results = []
     for model in models:
         logits = model(images)

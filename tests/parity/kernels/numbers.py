@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64. test_window_kernels.py runs this file in Triton's interpreter."""
+"""The Triton kernels against the reference in float64. test_window_kernels.py runs it in Triton's interpreter."""
 
 from collections.abc import Iterator
 
@@ -128,13 +128,13 @@ def test_any_map_window_and_number_of_programs(case: Case, num_programs: int) ->
 @pytest.mark.parametrize("window", [3, 6], ids=["one tile", "several tiles"])
 def test_images_do_not_hear_each_other(window: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = (window, window + 1)
-    case = Case(window, sides, shared=shared, num_images=3)
+    case = Case(window, sides, shared=shared)
     together = case.run()
     for name in PROGRAMS:
         monkeypatch.setattr(host, name, 1)  # one program serves all images, with one running sum
     assert all(torch.equal(ours, other) for ours, other in zip(together[:2], case.run(), strict=False))
-    for image in range(3):
-        alone = Case(window, sides, shared=shared)
+    for image in range(2):
+        alone = Case(window, sides, shared=shared, num_images=1)
         alone.parts, alone.table, alone.d_out = case.parts[[image]], case.table, case.d_out[[image]]
         alone.queries = None if case.queries is None else case.queries[[image]]
         for i, (ours, other) in enumerate(zip(together, alone.run(), strict=True)):
@@ -194,7 +194,7 @@ def test_no_images_give_no_gradient() -> None:
 
 
 @triton.jit
-def store_run(places, num_images, num_windows, images_per_run, runs_per_image):  # noqa: ANN001, ANN201
+def store_run(places, num_images, num_windows, images_per_run, runs_per_image):
     run = tl.program_id(0)
     first, last = find_run(run, num_images, num_windows, images_per_run, runs_per_image)
     tl.store(places + 2 * run, first)
@@ -205,10 +205,10 @@ def store_run(places, num_images, num_windows, images_per_run, runs_per_image): 
     num_images=st.integers(1, 3000),
     rows=st.integers(1, 12),
     columns=st.integers(1, 12),
-    max_programs=st.integers(1, 200),
+    max_programs=st.integers(1, 60),
     programs_per_run=st.integers(1, 50),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_runs_hold_every_window_once(
     num_images: int, rows: int, columns: int, max_programs: int, programs_per_run: int
 ) -> None:
