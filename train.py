@@ -12,7 +12,7 @@ import argparse
 from gcvit.config import EmaConfig
 from gcvit.config_file import load_config
 from gcvit.data.forkserver import loader_context
-from gcvit.errors import UserError, run_main
+from gcvit.errors import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model-ema", "--model_ema", action="store_true", help="average the weights (ema)")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
     parser.add_argument("--init-from", "--init_from", metavar="FILE|NAME", help="start from these weights")
-    parser.add_argument("--reset-head", "--reset_head", action="store_true", help="of those, all but the head")
+    parser.add_argument("--reset-head", "--reset_head", action="store_true", help="... of which the head is left out")
     parser.add_argument("--replay", metavar="STEP", type=int, help="do this step of the log again, to explain it")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any knob of the config")
@@ -34,13 +34,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.reset_head and not arguments.init_from:
-        raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: a new head is initial")
     knobs = {"data.dir": arguments.data_dir, "trainer.micro_batch_size": arguments.batch_size, "tag": arguments.tag}
     config, notices = load_config(arguments.config, arguments.overrides, knobs)
     if arguments.model_ema and config.ema is None:
         config = config.model_copy(update={"ema": EmaConfig()})
-
     if config.data.num_workers:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
 

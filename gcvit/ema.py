@@ -41,11 +41,10 @@ class Ema:
         """Let the engine compute with the average; the weights wait in its place, and no second copy is made."""
         self._exchange()
         engine.refresh()
-        try:
-            yield
-        finally:
-            self._exchange()
-            engine.refresh()
+        yield
+        # Not after an error: to refresh is a collective, and the other ranks may be inside another.
+        self._exchange()
+        engine.refresh()
 
     @torch.no_grad()
     def _exchange(self) -> None:

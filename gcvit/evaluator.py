@@ -4,6 +4,8 @@ All ranks take equally many steps of one fixed shape (a sharded model gathers it
 that stopped early would hang the others); padding is masked. Ranks sum integers, and one division comes last.
 """
 
+import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +47,13 @@ class Result:
         """Percent."""
         return 100 * self.correct_top5 / self.num_samples
 
+    def as_json(self) -> str:
+        """What `evaluate.py` prints. JSON has no word for the loss of a model that has diverged: null."""
+        row = {name: value if math.isfinite(value) else None for name, value in self.as_dict().items()}
+        return json.dumps(row, allow_nan=False)
+
     def as_dict(self) -> dict[str, float | int]:
-        """What `evaluate.py` prints."""
+        """The counts and what follows from them, as a row of metrics."""
         return {
             "top1": self.top1,
             "top5": self.top5,

@@ -54,7 +54,7 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
         )
     name = config.model.name if layout == "own" or timm_name is None else timm_name
     if out is None:
-        out = run / "export" if found.path != run else run.with_name(f"{run.name}-export")
+        out = run / "export" if found.path != run else run.resolve().with_name(f"{run.resolve().name}-export")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("something is there already", got=out, cure="give another --out, or move it away")
     tensors = checkpoint.read_tensors(found, kind)
@@ -173,6 +173,7 @@ def _has_timm(name: str) -> bool:
 
 
 def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    out = out.resolve()
     part = out.with_name(f"{out.name}.tmp")
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed

@@ -42,15 +42,17 @@ def train(run: Run) -> None:
         bad_steps.add(batches, step.losses, step.result)
 
         state.step, state.samples = state.step + 1, state.samples + run.config.global_batch_size
-        if is_time(state.step, run.every.log, last):
+        evaluates, saves = (is_time(state.step, every, last) for every in (run.every.evaluate, run.every.save))
+        # What is counted between rows is in no checkpoint: a row ends where a resume begins. And a hopeless run is
+        # neither evaluated nor saved without a word.
+        if evaluates or saves or is_time(state.step, run.every.log, last):
             run.metrics.log_step(state.step, step.lr, step.result)
             settle_damage(run)
             bad_steps.settle()
             run.saver.poll()
         with run.metrics.off_the_clock():
-            is_best = is_time(state.step, run.every.evaluate, last) and evaluate_all(run)
-            if is_best or is_time(state.step, run.every.save, last):
-                bad_steps.settle()  # a hopeless run is not saved without a word
+            is_best = evaluates and evaluate_all(run)
+            if is_best or saves:
                 save(run)
 
 

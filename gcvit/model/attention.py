@@ -145,8 +145,11 @@ class WindowAttention(nn.Module):
         super().__init__()
         if path not in PATHS:
             raise UserError("unknown attention", got=path, allowed=", ".join(PATHS))
-        if path == "triton" and not HAS_TRITON:
-            raise UserError("attention without its package", got=path, cure="install triton, or choose auto")
+        if path == "triton":
+            if not HAS_TRITON:
+                raise UserError("attention without its package", got=path, cure="install triton, or choose auto")
+            # Who counts FLOPs must know the operators before it begins.
+            import gcvit.model.kernels.window_attention  # noqa: F401
         self.num_heads, self.window, self.path = num_heads, window, path
         self.uses_global_queries = uses_global_queries
         # The published models hold d^-0.5 in fp32. Rounding it so changes nothing in fp32 or below, and is

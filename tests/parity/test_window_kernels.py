@@ -23,7 +23,9 @@ def run_tests(file: str, folder: Path, *, is_interpreted: bool, is_slow: bool) -
     }
     marker = "slow" if is_slow else "not slow"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, str(FOLDER / file)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert done.returncode == 0, done.stdout[-10_000:]
     assert " passed" in done.stdout
     assert " skipped" not in done.stdout

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # the engines names the model, which knows nothing of them.
 FLOORS = [
     ("gcvit", "gcvit.errors"),
-    ("gcvit.config", "gcvit.config_file", "gcvit.schedule"),
+    ("gcvit.config", "gcvit.config_file", "gcvit.schedule", "gcvit.model.kernels", "gcvit.model.kernels.*"),
     ("gcvit.model", "gcvit.model.*"),
     (
         *("gcvit.data", "gcvit.data.manifest", "gcvit.data.folder", "gcvit.data.source"),
