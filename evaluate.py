@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parse_arguments()
     given = tuple(value is not None for value in (arguments.run, arguments.model, arguments.checkpoint))
     if given not in ((True, False, False), (False, True, True)) or (arguments.run and arguments.img_size):
-        raise UserError("what to evaluate?", allowed="RUN_OR_CHECKPOINT, or --model NAME --checkpoint FILE [--img-size]")
+        raise UserError("what to evaluate?", allowed="RUN_OR_CHECKPOINT, or --model NAME --checkpoint FILE")
 
     from gcvit.data.source import open_source
     from gcvit.evaluator import evaluate, load_file, load_run  # loads torch: --help is quicker without

@@ -160,7 +160,7 @@ def test_a_row_of_bad_steps_ends_the_run(
 
 
 def test_a_hopeless_run_is_not_evaluated(images, world, tmp_path, monkeypatch):
-    """Else it would take the evaluation for its best one, whose checkpoint is never written, and prune the real best."""
+    """Else its best would be one whose checkpoint is never written, and the real best would be pruned."""
     evaluated = []
     monkeypatch.setattr(trainer, "evaluate_all", lambda run: evaluated.append(run.state.step) or True)
     knobs = ["trainer.log_every=8 steps", "trainer.eval_every=2 steps", "trainer.save_every=90 steps"]
