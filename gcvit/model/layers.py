@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from gcvit.model.attention import WindowAttention
@@ -155,6 +155,24 @@ def _shares(length: int, size: int, like: Tensor) -> Tensor:
     starts = torch.arange(length, dtype=dtype, device=like.device)
     overlaps = torch.minimum(ends[1:], starts + 1) - torch.maximum(ends[:-1], starts)
     return (overlaps.clamp(min=0) * (size / length)).to(like.dtype)
+
+
+class DropPath(nn.Module):
+    """In training, zero each image's map with probability `drop_prob`, and divide the others by 1 - drop_prob."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.drops = drop_prob > 0
+        # Read as a tensor, and `drop_prob` not at all, blocks that differ in their rate share what is compiled. No
+        # buffer: on the CPU wherever the map is, it is passed to kernels as a number.
+        self.share_kept = torch.tensor(1 - drop_prob, dtype=torch.float32, device="cpu")
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        if not (self.training and self.drops):
+            return x_bhwc
+        is_kept = torch.rand(len(x_bhwc), 1, 1, 1, device=x_bhwc.device) < self.share_kept
+        return x_bhwc * (is_kept / self.share_kept).to(x_bhwc.dtype)
 
 
 class Block(nn.Module):

@@ -21,6 +21,8 @@ def test_parts_are_compiled_whole_and_once(name, tmp_path):
     succeed(torchrun(num_processes, Path(__file__).with_name("compile_worker.py"), out, name, timeout=290))
     run = json.loads(out.read_text())[name]
     assert run["breaks"] == {}
-    # The golden model has 16 cut points: each has a graph, and training another one than evaluation.
-    assert run["graphs"] == [2 * 16] * NUM_ROUNDS
+    # The golden model has 16 cut points, and training has other graphs than evaluation. Two more blocks of a kind that
+    # is there add one: block 0 is never dropped, and has no drop path to share with block 2. Blocks 1 and 3 share all.
+    num_graphs = 2 * 16 + (name == "ddp deeper")
+    assert run["graphs"] == [num_graphs] * NUM_ROUNDS
     np.testing.assert_allclose(run["compiled losses"], run["losses"], rtol=1e-5)

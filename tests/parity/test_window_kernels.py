@@ -10,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent / "kernels"
 ROOT = FOLDER.parents[2]
+# Seconds, where other work shares the cores. The slow ones are many.
+TIMEOUT, SLOW_TIMEOUT = 900, 7200
+
+pytestmark = pytest.mark.timeout(TIMEOUT)
 
 
 def run_tests(file: str, folder: Path, *, is_interpreted: bool, is_slow: bool) -> None:
@@ -22,7 +27,8 @@ def run_tests(file: str, folder: Path, *, is_interpreted: bool, is_slow: bool) -
         "PYTEST_ADDOPTS": "",
     }
     marker = "slow" if is_slow else "not slow"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, str(FOLDER / file)]
+    options = ["-q", "-p", "no:cacheprovider", "-m", marker, f"--timeout={TIMEOUT}"]
+    command = [sys.executable, "-m", "pytest", *options, str(FOLDER / file)]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -41,6 +47,13 @@ def test_as_machine_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(SLOW_TIMEOUT)
 @pytest.mark.parametrize(("file", "is_interpreted"), [("numbers.py", True), ("machine_code.py", False)])
 def test_all_windows(file: str, is_interpreted: bool, tmp_path: Path) -> None:
     run_tests(file, tmp_path, is_interpreted=is_interpreted, is_slow=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("is_slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_a_gpu(is_slow: bool, tmp_path: Path) -> None:
+    run_tests("numbers.py", tmp_path, is_interpreted=False, is_slow=is_slow)

@@ -201,18 +201,19 @@ def run_forward(
     out, lse = allocate_outputs(parts, queries, bias_table, window, num_heads, scale)
     programs_per_run = problem.num_tiles * num_heads
     images_per_run, runs_per_image, num_runs = problem.plan_runs(FORWARD_PROGRAMS, programs_per_run)
-    kernels.attend_windows[(num_runs * programs_per_run,)](
-        *problem.inputs,
-        problem.expand_bias(bias_table),
-        out,
-        lse,
-        scale,
-        num_images,
-        *problem.sizes,
-        images_per_run,
-        runs_per_image,
-        **problem.constants,
-    )
+    with torch.cuda.device_of(parts):  # Triton launches where the process is, not where the tensors are
+        kernels.attend_windows[(num_runs * programs_per_run,)](
+            *problem.inputs,
+            problem.expand_bias(bias_table),
+            out,
+            lse,
+            scale,
+            num_images,
+            *problem.sizes,
+            images_per_run,
+            runs_per_image,
+            **problem.constants,
+        )
     return out, lse
 
 
@@ -241,39 +242,39 @@ def run_backward(
     """Gradients of parts, queries (an empty tensor where there are none) and bias table."""
     problem = make_problem(parts, queries, window, num_heads)
     kernels, (num_images, *_) = problem.kernels, parts.shape
-    inputs = (*problem.inputs, problem.expand_bias(bias_table), out, lse, d_out.contiguous())
-    d_parts = parts.new_empty(parts.shape)
-
     is_whole, num_tiles = problem.is_whole, problem.num_tiles
     programs_per_run = num_tiles**2 * num_heads
     max_programs = WHOLE_PROGRAMS if is_whole else PAIRS_PROGRAMS
     images_per_run, runs_per_image, num_runs = problem.plan_runs(max_programs, programs_per_run)
-    d_bias = parts.new_empty(num_runs, num_heads, problem.padded, problem.padded, dtype=torch.float32)
 
+    d_parts = parts.new_empty(parts.shape)
+    d_table = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
+    d_bias = parts.new_empty(num_runs, num_heads, problem.padded, problem.padded, dtype=torch.float32)
     # The shared queries' gradient is a sum over windows: in as many pieces as programs share an image.
     num_pieces = 0 if queries is None else runs_per_image if is_whole else problem.num_windows
     piece_dtype = parts.dtype if num_pieces <= 1 else torch.float32
     d_queries = parts.new_empty(num_images, num_pieces, problem.num_tokens, problem.num_channels, dtype=piece_dtype)
 
-    kernels.backward_pairs[(num_runs * programs_per_run,)](
-        *inputs,
-        d_parts,
-        d_queries,
-        d_bias,
-        scale,
-        num_images,
-        *problem.sizes,
-        images_per_run,
-        runs_per_image,
-        **problem.constants,
-    )
-    if not is_whole:
-        kernels.backward_tiles[(num_images * problem.num_windows * num_tiles * num_heads,)](
-            *inputs, d_parts, d_queries, scale, *problem.sizes, **problem.constants
+    with torch.cuda.device_of(parts):
+        inputs = (*problem.inputs, problem.expand_bias(bias_table), out, lse, d_out.contiguous())
+        kernels.backward_pairs[(num_runs * programs_per_run,)](
+            *inputs,
+            d_parts,
+            d_queries,
+            d_bias,
+            scale,
+            num_images,
+            *problem.sizes,
+            images_per_run,
+            runs_per_image,
+            **problem.constants,
         )
+        if not is_whole:
+            kernels.backward_tiles[(num_images * problem.num_windows * num_tiles * num_heads,)](
+                *inputs, d_parts, d_queries, scale, *problem.sizes, **problem.constants
+            )
+        problem.fold_bias_gradient(d_bias[0] if num_runs == 1 else d_bias.sum(0), d_table)
 
-    d_table = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
-    problem.fold_bias_gradient(d_bias[0] if num_runs == 1 else d_bias.sum(0), d_table)
     if queries is None:
         return d_parts, parts.new_empty(0), d_table
     d_queries = d_queries if num_pieces == 1 else d_queries.sum(1)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.model import GCViT, create_model
-from gcvit.model.layers import Block, GatedPointwise, SqueezeExcite, add_to_some
+from gcvit.model.layers import Block, DropPath, GatedPointwise, SqueezeExcite, add_to_some
 from gcvit.parallel.recompute import recompute_parts
 
 
@@ -32,6 +32,19 @@ def test_the_mean_of_a_large_map_does_not_overflow_in_fp16() -> None:
     x = torch.full((1, 112, 112, 8), 8.0)
     gate = squeeze_excite.half()(x.half())
     torch.testing.assert_close(gate.float(), squeeze_excite.float()(x), rtol=1e-2, atol=1e-2)
+
+
+def test_drop_path_drops_images_and_keeps_the_mean() -> None:
+    x = torch.randn(20_000, 1, 1, 2, dtype=torch.float64)
+    drop_path = DropPath(0.3)
+    torch.manual_seed(0)
+    factors = drop_path(x) / x
+    kept = 1 / (1 - 0.3)
+    assert torch.equal(factors[..., 0] > 0, factors[..., 1] > 0)
+    torch.testing.assert_close(factors, torch.where(factors > 0, kept, 0.0).double(), rtol=1e-6, atol=0)
+    # An image's factor has the standard deviation sqrt(3/7): of 20,000 the mean's is 0.005.
+    assert factors.mean().item() == pytest.approx(1, abs=0.02)
+    assert drop_path.eval()(x) is x
 
 
 def test_some_images_are_added_to_and_in_the_mean_all() -> None:
