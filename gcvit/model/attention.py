@@ -9,6 +9,7 @@ of a window, h heads, d channels of a head. Windows are image-major: the n windo
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +54,62 @@ def expand_bias_table(table_lh: Tensor, window: int) -> Tensor:
 
     Row (yi - yj + w - 1) * (2w - 1) + (xi - xj + w - 1) holds the bias of query (yi, xi) and key (yj, xj).
     """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return expand_apart(table_lh, window)
+    return _pairs_of(table_lh, window).reshape(-1, window**2, window**2)
+
+
+def _pairs_of(table_lh: Tensor, window: int) -> Tensor:
+    """A view of the table as (h, yi, xi, yj, xj)."""
     # The usual gather needs an N*N index (8 MB a block at w = 32) that must survive building on meta, and its
     # gradient adds with atomics. The same pairs are sliding windows over the table: a window at offset s
     # holds rows s + yi, and s = w - 1 - yj. No buffer, and a gradient summed in a fixed order.
     num_offsets = 2 * window - 1
     table_yxh = table_lh.view(num_offsets, num_offsets, -1)
     slices = table_yxh.unfold(0, window, 1).unfold(1, window, 1)  # (offset y, offset x, h, yi, xi)
-    return slices.flip(0, 1).permute(2, 3, 4, 0, 1).reshape(-1, window**2, window**2)
+    return slices.flip(0, 1).permute(2, 3, 4, 0, 1)
+
+
+@torch.library.custom_op("gcvit::expand_bias_table", mutates_args=())
+def expand_apart(table_lh: Tensor, window: int) -> Tensor:
+    """`expand_bias_table` as one operator, which a compiler cannot take apart.
+
+    It would look up the pairs anew for every window of every image, inside of the softmax.
+    """
+    bias = table_lh.new_empty(table_lh.shape[1], window**2, window**2)
+    bias.view(-1, window, window, window, window).copy_(_pairs_of(table_lh, window))
+    return bias
+
+
+@expand_apart.register_fake
+def _(table_lh: Tensor, window: int) -> Tensor:
+    return table_lh.new_empty(table_lh.shape[1], window**2, window**2)
+
+
+@torch.library.custom_op("gcvit::fold_bias_gradient", mutates_args=())
+def fold_apart(gradient_hnn: Tensor, window: int) -> Tensor:
+    """The adjoint of `expand_apart`: (h, N, N) to ((2w-1)^2, h), in the order of sums of the plain one."""
+    num_heads, num_offsets = len(gradient_hnn), 2 * window - 1
+    slices = gradient_hnn.view(-1, window, window, window, window).permute(3, 4, 0, 1, 2).flip(0, 1)
+    rows = torch.ops.aten.unfold_backward(slices, [window, num_offsets, num_heads, window], 1, window, 1)
+    table = torch.ops.aten.unfold_backward(rows, [num_offsets, num_offsets, num_heads], 0, window, 1)
+    return table.reshape(-1, num_heads)
+
+
+@fold_apart.register_fake
+def _(gradient_hnn: Tensor, window: int) -> Tensor:
+    return gradient_hnn.new_empty((2 * window - 1) ** 2, len(gradient_hnn))
+
+
+def _keep_window(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    _, ctx.window = inputs
+
+
+def _differentiate(ctx: Any, gradient_hnn: Tensor) -> tuple[Tensor, None]:
+    return fold_apart(gradient_hnn.contiguous(), ctx.window), None
+
+
+expand_apart.register_autograd(_differentiate, setup_context=_keep_window)
 
 
 def split_windows(x_bhwc: Tensor, window: int, num_heads: int, num_parts: int) -> tuple[Tensor, ...]:
