@@ -19,7 +19,7 @@ from torch import Tensor
 from gcvit.errors import UserError
 from gcvit.model.attention import WindowAttention, attend_windows, mask_missing, merge_windows
 from gcvit.model.gcvit import GCViT, Stage
-from gcvit.model.variants import VARIANTS, fetch_weights, find_variant
+from gcvit.model.variants import VARIANTS, Variant, fetch_weights, find_variant
 from gcvit.model.weights import read_model
 
 TILE, GAP, LINE = 224, 12, 22  # pixels; LINE is a line of text
@@ -43,11 +43,12 @@ def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
     `checkpoint` is a weights file of the variant `name`, or another variant's name; None are its published weights.
     Errors: UserError for a file that is no image, weights that do not fit, and a place that cannot be written.
     """
-    find_variant(name)
-    source = checkpoint or name
-    path = fetch_weights(source) if source in VARIANTS else source
+    variant, source, path = find_variant(name), checkpoint or name, checkpoint or name
+    if source in VARIANTS:
+        variant, path = VARIANTS[source], fetch_weights(source)
     model, _, found = read_model(path, name, attention="reference")
-    picture = open_image(image, model, VARIANTS[name].crop_mode == "squash")
+    model.float()  # weights may lie in half precision; pixels do not
+    picture = open_image(image, model, variant)
     drawing = draw(picture, find_attention(model, picture), f"{name}: {image.name}")
     try:
         drawing.save(out, format="PNG")
@@ -58,16 +59,21 @@ def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
     return f"{found}\n{out}: attention of {image}"
 
 
-def open_image(path: Path, model: GCViT, squash: bool) -> Image.Image:
-    """An image file in RGB at the model's input size: squashed, or scaled and cropped at the centre."""
+def open_image(path: Path, model: GCViT, variant: Variant) -> Image.Image:
+    """An image file in RGB at the model's input size, as the variant is evaluated: squashed, or cropped at the centre.
+
+    Errors: UserError for a file that is no image.
+    """
     _, height, width = model.input_size
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            # Pillow's own conversion clips 16-bit grey at 255.
+            is_deep = file.mode.startswith("I;16")
+            image = (Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)) if is_deep else file).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError("not an image that can be read", got=f"{path} ({error})") from None
-    if not squash:
-        scale = max(width / image.width, height / image.height)
+    if variant.crop_mode != "squash":
+        scale = max(width / image.width, height / image.height) / variant.crop_pct
         inner = (width / scale, height / scale)
         left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
         box = (left, top, left + inner[0], top + inner[1])
@@ -77,7 +83,7 @@ def open_image(path: Path, model: GCViT, squash: bool) -> Image.Image:
 
 @torch.no_grad()
 def find_attention(model: GCViT, image: Image.Image) -> list[AttentionMaps]:
-    """The maps of each stage, for an image of the model's input size. Any attention path; weights in fp32."""
+    """The maps of each stage, for an image of the model's input size. The model's weights are in fp32."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     pixels = (torch.from_numpy(np.array(image)).float() / 255 - mean) / std
     attentions = []
@@ -101,9 +107,11 @@ def _watched(attentions: list[WindowAttention]) -> Iterator[dict[WindowAttention
         received[attention] = receive(attention, *inputs)
 
     hooks = [attention.register_forward_pre_hook(see) for attention in attentions]
-    yield received
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield received
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def receive(attention: WindowAttention, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:

@@ -5,10 +5,11 @@
     python -m gcvit.model.summary gc_vit_tiny --attention cat.jpg --checkpoint gcvit_1k_tiny.pth.tar --out cat.png
 
 With --attention it draws where a picture's attention goes, see `gcvit.model.attention_maps`. Everything else is counted
-on a model without memory: any size takes seconds.
+on a model without memory: any size takes seconds. Each row is counted by itself, and the last one on the whole model.
 """
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.errors import run_main
+from gcvit.errors import UserError, run_main
 from gcvit.model.attention import WindowAttention
 from gcvit.model.gcvit import GCViT
 from gcvit.model.variants import VARIANTS, create_model
@@ -31,14 +32,14 @@ from gcvit.model.variants import VARIANTS, create_model
 
 @dataclass(frozen=True)
 class Row:
-    """A part of the model, in forward order; the last row is the whole."""
+    """A part of the model, in forward order; the last row is the whole. Rows of `parts` are contained in theirs."""
 
     name: str
     num_params: int
     gmacs: float
     """10^9 multiply-adds of an image's forward pass, in matrix products and convolutions."""
     activations: int
-    """Values that are kept for the backward pass of one image, without activation checkpointing."""
+    """Values that the reference attention keeps for one image's backward pass, without activation checkpointing."""
     map_size: tuple[int, int] | None = None
     """Height and width in positions; None where there is no map."""
     width: int | None = None
@@ -50,47 +51,52 @@ class Row:
     """Side in positions."""
     num_windows: int | None = None
     """Of an image."""
+    parts: tuple["Row", ...] = ()
+    """Of a stage: its downsampler, its query generator, its blocks together."""
 
 
 def summarize(model: GCViT) -> list[Row]:
     """A row for the stem, each stage, the head and the whole model, which lies on the meta device."""
-    parts: dict[str, nn.Module] = {"stem": model.stem}
-    parts |= {f"stages.{i}": stage for i, stage in enumerate(model.stages)}
+    names = [*model.cut_points(), "norm", "head"]
+    modules = {name: model.get_submodule(name) for name in names}
     image = torch.empty(1, *model.input_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
-    flops = {name: sum(of_part.values()) for name, of_part in counter.get_flop_counts().items()}
-    with count_activations(model, parts) as activations:
+    flops = {name: sum(of_module.values()) for name, of_module in counter.get_flop_counts().items()}
+    with count_activations(modules) as activations:
         model.train()(image)
-    counts = {
-        name: (
-            sum(p.numel() for p in part.parameters()),
-            flops[f"{type(model).__name__}.{name}"] / 2e9,
-            activations[name],
-        )
-        for name, part in parts.items()
-    }
-    whole = (sum(p.numel() for p in model.parameters()), flops["Global"] / 2e9, sum(activations.values()))
-    of_parts = [sum(column) for column in zip(*counts.values(), strict=True)]
-    head = tuple(total - parted for total, parted in zip(whole, of_parts, strict=True))
-    rows = [Row("stem", *counts["stem"], *_describe_map(model, 0))]
+
+    def count(row: str, *prefixes: str, **about: Any) -> Row:
+        """The sum over the modules whose names begin so."""
+        of_row = [name for name in names if name.startswith(prefixes)]
+        num_params = sum(p.numel() for name in of_row for p in modules[name].parameters())
+        gmacs = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name in of_row) / 2e9
+        return Row(row, num_params, gmacs, sum(activations[name] for name in of_row), **about)
+
+    size, num_channels = _describe_map(model, 0)
+    rows = [count("stem", "stem", map_size=size, width=num_channels)]
     for i, stage in enumerate(model.stages):
         attentions = [module for module in stage.modules() if isinstance(module, WindowAttention)]
-        (height, width), num_channels = _describe_map(model, i)
+        size, num_channels = _describe_map(model, i)
         window = attentions[0].window
-        rows.append(
-            Row(
-                f"stage {i + 1}",
-                *counts[f"stages.{i}"],
-                map_size=(height, width),
-                width=num_channels,
-                depth=len(attentions),
-                num_heads=attentions[0].num_heads,
-                window=window,
-                num_windows=math.ceil(height / window) * math.ceil(width / window),
-            )
-        )
-    return [*rows, Row("head", head[0], head[1], head[2], width=model.num_features), Row("all", *whole)]
+        parts = {
+            "downsample": f"stages.{i}.downsample",
+            "queries": f"stages.{i}.query_",
+            "blocks": f"stages.{i}.blocks.",
+        }
+        about = {
+            "map_size": size,
+            "width": num_channels,
+            "depth": len(attentions),
+            "num_heads": attentions[0].num_heads,
+            "window": window,
+            "num_windows": math.ceil(size[0] / window) * math.ceil(size[1] / window),
+            "parts": tuple(count(row, prefix) for row, prefix in parts.items() if i or row != "downsample"),
+        }
+        rows.append(count(f"stage {i + 1}", f"stages.{i}.", **about))
+    rows.append(count("head", "norm", "head", width=model.num_features))
+    num_params = sum(p.numel() for p in model.parameters())
+    return [*rows, Row("all", num_params, flops["Global"] / 2e9, sum(activations.values()))]
 
 
 def _describe_map(model: GCViT, stage: int) -> tuple[tuple[int, int], int]:
@@ -101,15 +107,15 @@ def _describe_map(model: GCViT, stage: int) -> tuple[tuple[int, int], int]:
 
 
 @contextmanager
-def count_activations(model: nn.Module, parts: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Count what autograd keeps of forward passes inside, by part, "" being the rest of the model.
+def count_activations(parts: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Count what autograd keeps of forward passes inside, by part, "" being what is kept outside all parts.
 
     A tensor that several keep counts once, where it is kept first; parameters do not count.
     """
     counts = dict.fromkeys([*parts, ""], 0)
     inside = [""]
     # A storage is known by its address, which lives as long as what was kept does.
-    seen = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen = {p.untyped_storage()._cdata for part in parts.values() for p in part.parameters()}
     kept = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -122,10 +128,12 @@ def count_activations(model: nn.Module, parts: dict[str, nn.Module]) -> Iterator
 
     hooks = [part.register_forward_pre_hook(partial(_enter, inside, name)) for name, part in parts.items()]
     hooks += [part.register_forward_hook(partial(_leave, inside)) for part in parts.values()]
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield counts
-    for hook in hooks:
-        hook.remove()
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _enter(inside: list[str], name: str, *_: Any) -> None:
@@ -138,16 +146,18 @@ def _leave(inside: list[str], *_: Any) -> None:
 
 def format_table(rows: list[Row]) -> str:
     """The rows for a terminal."""
-    titles = f"{'':8} {'map':>9} {'width':>6} {'depth':>6} {'heads':>6} {'windows':>16} {'params':>11} {'GMAC':>8} "
+    titles = f"{'':12} {'map':>9} {'width':>6} {'depth':>6} {'heads':>6} {'windows':>16} {'params':>11} {'GMAC':>8} "
     lines = [f"{titles}{'kept':>9}"]
-    for row in rows:
+    for row in itertools.chain.from_iterable((row, *row.parts) for row in rows):
         sides = "" if row.map_size is None else "{} x {}".format(*row.map_size)
         windows = "" if row.window is None else f"{row.num_windows} of {row.window} x {row.window}"
+        name = row.name if row in rows else f"  {row.name}"
         lines.append(
-            f"{row.name:8} {sides:>9} {row.width or '':>6} {row.depth or '':>6} {row.num_heads or '':>6} {windows:>16} "
+            f"{name:12} {sides:>9} {row.width or '':>6} {row.depth or '':>6} {row.num_heads or '':>6} {windows:>16} "
             f"{row.num_params:>11,} {row.gmacs:>8.3f} {row.activations / 1e6:>7.2f} M"
         )
-    return "\n".join([*lines, "kept: values for the backward pass of one image, all in fp32 and without recomputing"])
+    kept = "values for one image's backward pass, all in fp32, by the reference attention, without recomputing"
+    return "\n".join([*lines, f"kept: {kept}"])
 
 
 def main() -> None:
@@ -157,22 +167,37 @@ def main() -> None:
     )
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(VARIANTS)}")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="a side in pixels, or height and width")
-    parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="(1000)")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="(1000)")
     parser.add_argument("--json", action="store_true", help="the table for machines")
     parser.add_argument("--attention", type=Path, metavar="IMAGE", help="draw where this picture's attention goes")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights for that; default: the published ones")
-    parser.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG", help="(attention.png)")
+    parser.add_argument("--checkpoint", metavar="FILE|NAME", help="weights for that; default: the published ones")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="(attention.png)")
     arguments = parser.parse_args()
-    if arguments.attention:
+    draws = arguments.attention is not None
+    ignored = ("img_size", "num_classes", "json") if draws else ("checkpoint", "out")
+    given = [
+        f"--{option.replace('_', '-')}"
+        for option in ignored
+        if getattr(arguments, option) != parser.get_default(option)
+    ]
+    if given:
+        cure = "leave them out: the weights say it" if draws else "add --attention IMAGE"
+        kind = "drawing" if draws else "table"
+        raise UserError(f"options that the {kind} has no use for", got=", ".join(given), cure=cure)
+    if draws:
         from gcvit.model.attention_maps import draw_file
 
-        print(draw_file(arguments.attention, arguments.name, arguments.checkpoint, arguments.out))
+        out = arguments.out or Path("attention.png")
+        print(draw_file(arguments.attention, arguments.name, arguments.checkpoint, out))
         return
     sides = arguments.img_size
+    num_classes = 1000 if arguments.num_classes is None else arguments.num_classes
+    if num_classes < 0:
+        raise UserError("--num-classes", got=num_classes, allowed="0 (no head) or more")
     with torch.device("meta"):
         model = create_model(
             arguments.name,
-            num_classes=arguments.num_classes,
+            num_classes=num_classes,
             img_size=sides[0] if sides and len(sides) == 1 else sides,
             attention="reference",
         )

@@ -1,5 +1,7 @@
 """What is drawn is what the model attends with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gcvit.errors import UserError
-from gcvit.model import create_model
+from gcvit.model import VARIANTS, create_model
 from gcvit.model.attention import WindowAttention, attend_windows
 from gcvit.model.attention_maps import _attend_and_keep, color, draw, draw_file, find_attention, open_image, receive
 
+XXTINY = VARIANTS["gc_vit_xxtiny"]
 SHAPE = {"width": 16, "depths": [2, 3, 2, 2], "num_heads": [1, 2, 4, 8]}
 
 
@@ -63,17 +66,19 @@ def test_a_position_that_all_look_at_receives_everything():
     attention.bias_table.zero_()
     attention.bias_table[:5] = 99  # queries two rows above their keys: they have no such key, or one of the last row
     received = receive(attention, torch.randn(1, 3, 3, 8, dtype=torch.float64), queries)[0]
-    assert (received[2] < received[0]).all() or (received[0] < received[2]).all()
+    # The three queries of row 0 look at row 2 alone, the six others at all nine positions alike.
+    expected = torch.tensor([2 / 3, 2 / 3, 5 / 3], dtype=torch.float64)[:, None].expand(3, 3)
+    torch.testing.assert_close(received, expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
-@pytest.mark.parametrize("squash", [False, True])
-def test_any_kind_and_shape_of_picture_is_drawn(tmp_path, mode, squash):
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_any_kind_and_shape_of_picture_is_drawn(tmp_path, mode, crop_mode):
     model = create_model("gc_vit_xxtiny", img_size=(64, 96), **SHAPE)
     path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(path)
-    picture = open_image(path, model, squash)
+    picture = open_image(path, model, replace(XXTINY, crop_mode=crop_mode))
     assert (picture.mode, picture.size) == ("RGB", (96, 64))
     maps = find_attention(model, picture)
     assert [tuple(stage.local.shape) for stage in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
@@ -88,8 +93,30 @@ def test_the_crop_is_the_centre(tmp_path):
     pixels = np.zeros((32, 96, 3), np.uint8)
     pixels[:, 32:64] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert np.asarray(open_image(tmp_path / "wide.png", model, squash=False)).min() == 255
-    assert np.asarray(open_image(tmp_path / "wide.png", model, squash=True)).min() == 0
+    assert np.asarray(open_image(tmp_path / "wide.png", model, XXTINY)).min() == 255
+    assert np.asarray(open_image(tmp_path / "wide.png", model, replace(XXTINY, crop_mode="squash"))).min() == 0
+
+
+def test_the_crop_is_evaluations(tmp_path):
+    """Of 80 positions a crop_pct of 0.5 leaves the inner 40."""
+    model = create_model("gc_vit_xxtiny", img_size=40, **SHAPE)
+    Image.fromarray(np.tile(np.arange(80, dtype=np.uint8), (80, 1))).save(tmp_path / "ramp.png")
+    crop = np.asarray(open_image(tmp_path / "ramp.png", model, replace(XXTINY, crop_pct=0.5)))
+    assert np.array_equal(crop, np.tile(np.arange(20, 60)[:, None], (40, 1, 3)))
+
+
+def test_deep_grey_is_scaled_and_not_clipped(tmp_path):
+    model = create_model("gc_vit_xxtiny", img_size=32, **SHAPE)
+    Image.fromarray(np.full((32, 32), 0x8000, np.uint16)).save(tmp_path / "deep.png")
+    assert (np.asarray(open_image(tmp_path / "deep.png", model, XXTINY)) == 0x80).all()
+
+
+def test_weights_in_half_precision_are_drawn(tmp_path):
+    state = {name: value.bfloat16() for name, value in create_model("gc_vit_xxtiny").state_dict().items()}
+    torch.save(state, tmp_path / "bf16.pth")
+    Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
+    draw_file(tmp_path / "black.png", "gc_vit_xxtiny", str(tmp_path / "bf16.pth"), tmp_path / "out.png")
+    assert (tmp_path / "out.png").exists()
 
 
 def test_more_attention_is_brighter():
