@@ -8,7 +8,6 @@ The last line of standard output is JSON: top1, top5 (percent), loss, num_sample
 """
 
 import argparse
-import json
 
 from gcvit.errors import UserError, run_main
 
@@ -19,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", nargs="?", metavar="RUN_OR_CHECKPOINT", help="runs/TAG (its best) or a checkpoint in it")
     parser.add_argument("--model", metavar="NAME", help="a variant, for a --checkpoint without a run")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights in any layout, with --model")
+    parser.add_argument("--img-size", "--img_size", metavar="N", type=int, help="of --model; default: its own")
     parser.add_argument("--weights", choices=["ema", "model"], help="of a run; default: ema where there is one")
     parser.add_argument("--data_dir", "--data-dir", metavar="DIR", required=True, help="folder or URL with the split")
     parser.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
@@ -32,9 +32,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if (arguments.run is None) == (arguments.model is None) or (arguments.model is None) != (
-        arguments.checkpoint is None
-    ):
+    given = tuple(value is not None for value in (arguments.run, arguments.model, arguments.checkpoint))
+    if given not in ((True, False, False), (False, True, True)) or (arguments.run and arguments.img_size):
         raise UserError("what to evaluate?", allowed="RUN_OR_CHECKPOINT, or --model NAME --checkpoint FILE")
 
     from gcvit.data.source import open_source
@@ -42,16 +41,17 @@ def main() -> None:
     from gcvit.parallel.world import join_world
 
     source = open_source(arguments.data_dir, arguments.split, arguments.cache_dir, arguments.cache_bytes)
+    classes = len(source.classes)
     if arguments.run:
-        model, data = load_run(arguments.run, arguments.weights, num_classes=len(source.classes))
+        model, data = load_run(arguments.run, arguments.weights, num_classes=classes)
     else:
-        model, data = load_file(arguments.model, arguments.checkpoint, num_classes=len(source.classes))
+        model, data = load_file(arguments.model, arguments.checkpoint, num_classes=classes, img_size=arguments.img_size)
     with join_world() as world:
         model.eval().to(world.device)
         options = {"batch_size": arguments.batch_size, "skip_damaged": arguments.skip_damaged}
         result = evaluate(model, source, data, world, img_size=model.input_size[-1], **options)
         if world.is_first:
-            print(json.dumps(result.as_dict()), flush=True)
+            print(result.as_json(), flush=True)
 
 
 if __name__ == "__main__":

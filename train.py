@@ -25,7 +25,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--model-ema", "--model_ema", action="store_true", help="average the weights (ema)")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
     parser.add_argument("--init-from", "--init_from", metavar="FILE|NAME", help="start from these weights")
-    parser.add_argument("--reset-head", "--reset_head", action="store_true", help="of those, all but the head")
+    parser.add_argument("--reset-head", "--reset_head", action="store_true", help="... of which the head is left out")
     parser.add_argument("--replay", metavar="STEP", type=int, help="do this step of the log again, to explain it")
     parser.add_argument("--local_rank", "--local-rank", help=SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any knob of the config")

@@ -24,7 +24,8 @@ from typing import Any
 import timm
 import torch
 
-from benchmarks.model_contest import MODES, OURS, hold_contest
+from benchmarks.model_check import check_paths
+from benchmarks.model_contest import MODES, OURS, SKIPPING, Entry, hold_contest
 from gcvit.model.attention import HAS_TRITON, WindowAttention
 from gcvit.model.variants import VARIANTS
 
@@ -40,22 +41,33 @@ def find_auto_path(device: torch.device) -> str:
     return attention.choose_path(torch.empty(0, device=device))
 
 
+def list_paths(device: torch.device) -> list[str]:
+    """Our attention paths that this device can take, the one of attention=auto first."""
+    paths = [path for path in OURS if path != "triton" or (HAS_TRITON and device.type == "cuda")]
+    return sorted(paths, key=lambda path: path != find_auto_path(device))
+
+
+def list_entries(device: torch.device, *, is_compiling: bool, is_capturing: bool) -> list[Entry]:
+    paths = list_paths(device)
+    entries = [Entry(kind) for kind in (*paths, SKIPPING, "timm")]
+    if is_compiling:
+        # A compiled path that auto does not take answers no question that is worth its minutes on a CPU.
+        compiled = [*paths, SKIPPING] if device.type == "cuda" else paths[:1]
+        entries += [Entry(kind, is_compiled=True) for kind in ("timm", *compiled)]
+    if is_capturing:  # last: a capture that fails may take the device's random numbers with it
+        entries += [Entry(paths[0], is_compiled=is_compiling, is_captured=True)]
+    return entries
+
+
 def run_contest(variant: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The contest of a variant, at half the batch as long as the device's memory does not do."""
-    paths = [path for path in OURS if path != "triton" or (HAS_TRITON and device.type == "cuda")]
-    auto = find_auto_path(device)
-    paths.sort(key=lambda path: path != auto)
-    modes = [False, True] if arguments.compile else [False]
-    # A compiled path that auto does not take answers no question that is worth its minutes on a CPU.
-    compiled_paths = paths if device.type == "cuda" else paths[:1]
-    kinds = [(path, False) for path in paths] + [("timm", is_compiled) for is_compiled in modes]
-    kinds += [(path, True) for path in compiled_paths if arguments.compile]
+    entries = list_entries(device, is_compiling=arguments.compile, is_capturing=arguments.graphs)
     batch_size = arguments.batch_size
     while True:
         try:
             result = hold_contest(
                 variant,
-                kinds,
+                entries,
                 device,
                 batch_size=batch_size,
                 num_rounds=arguments.rounds,
@@ -68,7 +80,7 @@ def run_contest(variant: str, arguments: argparse.Namespace, device: torch.devic
             print(f"{variant}: {batch_size} images do not fit, taking half as many")
             batch_size //= 2
         else:
-            return result | {"auto": auto}
+            return result | {"auto": find_auto_path(device)}
         # Outside of the handler: the error held the models.
         gc.collect()
         torch.cuda.empty_cache()
@@ -132,6 +144,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--profile", help="write traces of a training step to FILE.VARIANT.json, print its dearest ops")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="(default: on GPUs)")
+    if on_gpu:
+        parser.add_argument("--graphs", action="store_true", help="one more contender: a whole step as one CUDA graph")
+    else:
+        parser.set_defaults(graphs=False)
     parser.add_argument("--models", nargs="+", choices=list(VARIANTS), help="(default: those that have bars)")
     parser.add_argument("--batch-size", type=int, help="(default: 8 on a CPU, 128 on a GPU)")
     parser.add_argument("--rounds", type=int, help="(default: 9)")
@@ -151,7 +167,10 @@ def main() -> None:
     versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"{datetime.date.today()}, {where}{threads}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    results, misses = [], []
+    verdicts = check_paths(list_paths(device), device)
+    print("attention beside the reference in float64, outputs and gradients:")
+    print("\n".join(f"    {verdict}" for verdict in verdicts))
+    results, misses = [], [f"attention: {verdict}" for verdict in verdicts if not verdict.is_right]
     for variant in arguments.models:
         results.append(run_contest(variant, arguments, device))
         print_contest(results[-1])

@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,33 +13,56 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.model_check import describe
 from gcvit.model import create_model
 from gcvit.model.variants import VARIANTS
 from gcvit.parallel.compiled import compile_parts
 
 OURS = ("reference", "sdpa", "triton")
+SKIPPING = "skipping"  # attention=auto, and drop path that does not compute what it drops
 MODES = ("forward", "training")
+NUM_WARM_UPS = 3
 IMG_SIZE = 224
 
 
+class Entry(NamedTuple):
+    """What takes part: "timm", one of our attention paths or "skipping"; compiled or not; captured in CUDA graphs."""
+
+    kind: str
+    is_compiled: bool = False
+    is_captured: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.kind + " compiled" * self.is_compiled + " captured" * self.is_captured
+
+
 class Contender:
-    """A model of a variant: ours with one of its attention paths, or "timm".
+    """A model of a variant that runs as its entry says.
 
     A training step is forward, cross-entropy, backward and AdamW; forward is evaluation without gradients. In fp32 on
-    a CPU, under bf16 autocast on a GPU. Compiled, ours is in parts, as the trainer does it, and timm's whole.
+    a CPU, under bf16 autocast on a GPU. Compiled, ours is in parts, as the trainer does it, and timm's whole. Captured,
+    a whole run is one CUDA graph.
     """
 
-    def __init__(self, variant: str, kind: str, is_compiled: bool, device: torch.device):
-        self.name, self.device, self.bytes_before = name_of(kind, is_compiled), device, used_bytes(device)
-        self.model = build_timm(variant) if kind == "timm" else create_model(variant, attention=kind)
-        self.model.to(device)
-        if is_compiled and kind == "timm":
+    def __init__(self, variant: str, entry: Entry, device: torch.device):
+        self.name, self.device, self.bytes_before = entry.name, device, used_bytes(device)
+        self.model = build_model(variant, entry.kind).to(device)
+        if entry.is_compiled and entry.kind == "timm":
             self.model.compile(dynamic=False)
-        elif is_compiled:
+        elif entry.is_compiled:
             compile_parts(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.is_captured = entry.is_captured
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True, capturable=self.is_captured)
 
     def run(self, mode: str, images: Tensor, labels: Tensor) -> None:
+        if mode in self.graphs:
+            self.graphs[mode].replay()
+        else:
+            self.compute(mode, images, labels)
+
+    def compute(self, mode: str, images: Tensor, labels: Tensor) -> None:
         self.model.train(mode == "training")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if mode == "forward":
@@ -51,6 +74,24 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def warm_up(self, mode: str, images: Tensor, labels: Tensor) -> None:
+        if not self.is_captured:
+            for _ in range(NUM_WARM_UPS):
+                self.compute(mode, images, labels)
+            return
+        # A graph is recorded on a stream that is not the default one, and what it will replay has to be warm there.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(NUM_WARM_UPS):
+                self.compute(mode, images, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.compute(mode, images, labels)
+        self.graphs[mode] = graph
+        self.run(mode, images, labels)
+
     def measure_peak(self, mode: str, images: Tensor, labels: Tensor) -> int | None:
         """Most bytes at once in a run: weights, moments and activations of this contender alone; None on a CPU."""
         if self.device.type != "cuda":
@@ -60,12 +101,15 @@ class Contender:
         return torch.cuda.max_memory_allocated() - self.bytes_before
 
 
-def name_of(kind: str, is_compiled: bool) -> str:
-    return f"{kind} compiled" if is_compiled else kind
-
-
 def used_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def build_model(variant: str, kind: str) -> nn.Module:
+    if kind == "timm":
+        return build_timm(variant)
+    is_skipping = kind == SKIPPING
+    return create_model(variant, attention="auto" if is_skipping else kind, drop_path_skips=is_skipping)
 
 
 def build_timm(variant: str) -> nn.Module:
@@ -127,13 +171,12 @@ def profile_run(contender: Contender, mode: str, images: Tensor, labels: Tensor)
 
 
 def prepare(
-    variant: str, kind: str, is_compiled: bool, device: torch.device, images: Tensor, labels: Tensor
+    variant: str, entry: Entry, device: torch.device, images: Tensor, labels: Tensor
 ) -> tuple[Contender, dict[str, dict[str, Any]]]:
     """A contender that is warm, and per mode what needs no rounds: its peak memory and its kernels."""
-    contender, rows = Contender(variant, kind, is_compiled, device), {}
+    contender, rows = Contender(variant, entry, device), {}
     for mode in reversed(MODES):  # training first, so that both find the moments there
-        for _ in range(3):
-            contender.run(mode, images, labels)
+        contender.warm_up(mode, images, labels)
         peak, num_kernels = contender.measure_peak(mode, images, labels), None
         if device.type == "cuda":
             num_kernels = count_kernels(profile_run(contender, mode, images, labels))
@@ -143,7 +186,7 @@ def prepare(
 
 def hold_contest(
     variant: str,
-    kinds: list[tuple[str, bool]],
+    entries: list[Entry],
     device: torch.device,
     *,
     batch_size: int,
@@ -151,7 +194,7 @@ def hold_contest(
     runs_per_turn: int,
     trace: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the contenders, each (kind, compiled or not), in rounds in which they take turns.
+    """Measure the contenders in rounds in which they take turns.
 
     Returns the medians per mode and name, the ratios to timm's being medians of the rounds' ratios. A contender that
     fails stays out of the rounds, with its error in the result. With `trace` the first is profiled into that file.
@@ -163,15 +206,13 @@ def hold_contest(
     found: dict[str, dict[str, dict[str, Any]]] = {mode: {} for mode in MODES}
     result: dict[str, Any] = {"variant": variant, "batch_size": batch_size, "modes": found, "failed": {}}
     contenders: list[Contender] = []
-    for kind, is_compiled in kinds:
+    for entry in entries:
         try:
-            contender, rows = prepare(variant, kind, is_compiled, device, images, labels)
+            contender, rows = prepare(variant, entry, device, images, labels)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # one that does not run here must not cost the others their figures
-            result["failed"][name_of(kind, is_compiled)] = (
-                f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-            )
+            result["failed"][entry.name] = describe(error)
         else:
             contenders.append(contender)
             for mode in MODES:

@@ -67,9 +67,10 @@ class Checkpoint:
 class DamagedError(UserError):
     """A checkpoint is not what was written; `path` is the damaged file in it."""
 
+    CURE = "move the damaged checkpoint away and use another, or start afresh with another --tag"
+
     def __init__(self, path: Path, got: str, allowed: str | None = None):
-        cure = "use another checkpoint, or --resume none to start afresh"
-        super().__init__(f"damaged checkpoint: {path}", got=got, allowed=allowed, cure=cure)
+        super().__init__(f"damaged checkpoint: {path}", got=got, allowed=allowed, cure=self.CURE)
         self.path = path
         self._arguments = path, got, allowed
 
@@ -142,7 +143,7 @@ def prune(folder: Path, *, keep: int, best_step: int) -> None:
                 # Renamed first: a deletion that is cut off must not leave half a checkpoint under a complete name.
                 doomed = path.with_name(path.name + ".tmp")
                 path.rename(doomed)
-                shutil.rmtree(doomed)
+                _delete(doomed)
 
 
 def prepare(folder: Path) -> None:
@@ -154,7 +155,13 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "written.tmp").mkdir(exist_ok=True)
         for stale in folder.glob("*.tmp"):
-            shutil.rmtree(stale)
+            if re.fullmatch(r"step_\d+|written", stale.stem):  # an export of a checkpoint is made here too
+                _delete(stale)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what no one needs, as far as the file system lets: NFS keeps files that somebody reads."""
+    shutil.rmtree(folder, ignore_errors=True)  # what is left is tried again before the next save
 
 
 def complete_ones(folder: Path) -> list[Path]:
@@ -173,7 +180,7 @@ def latest(folder: Path) -> Path | None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read `state.json` and check that all files have their sizes. Errors: UserError naming the file."""
-    cure = "use another checkpoint, or --resume none to start afresh"
+    cure = "use another checkpoint, or start afresh with another --tag"
     try:
         content = json.loads((path / STATE_FILE).read_bytes())
         if content["format"] != FORMAT:
@@ -254,7 +261,8 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
     """All tensors of one kind ("model" or "ema"), whole, on the host, by a single process. Errors: as `load`."""
-    _check_files(checkpoint, checkpoint.files)
+    if not checkpoint.is_checked:
+        _check_files(checkpoint, checkpoint.files)
     prefix = f"{kind}."
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     whole = {name: Fragment(torch.empty(shape.numel()), 0, shape) for name, shape in shapes.items()}

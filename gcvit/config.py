@@ -76,6 +76,8 @@ class ModelConfig(Section):
     """Height and width of the input in pixels."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Stochastic depth of the last block, rising linearly from 0; null takes the variant's published value."""
+    drop_path_skips: bool = False
+    """Do not compute what drop path drops, a fixed number of each micro-batch's images: less work, other draws."""
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
     """How windows are attended with: plainly, by PyTorch's fused attention, by our kernel, or the quickest of them."""
     overrides: OverridesConfig | None = None

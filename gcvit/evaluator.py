@@ -4,6 +4,8 @@ All ranks take equally many steps of one fixed shape (a sharded model gathers it
 that stopped early would hang the others); padding is masked. Ranks sum integers, and one division comes last.
 """
 
+import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +47,13 @@ class Result:
         """Percent."""
         return 100 * self.correct_top5 / self.num_samples
 
+    def as_json(self) -> str:
+        """What `evaluate.py` prints. JSON has no word for the loss of a model that has diverged: null."""
+        row = {name: value if math.isfinite(value) else None for name, value in self.as_dict().items()}
+        return json.dumps(row, allow_nan=False)
+
     def as_dict(self) -> dict[str, float | int]:
-        """What `evaluate.py` prints."""
+        """The counts and what follows from them, as a row of metrics."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -153,9 +160,13 @@ def _check_classes(config: Config, path: str | Path, num_classes: int) -> None:
         )
 
 
-def load_file(name: str, path: str, *, num_classes: int) -> tuple[GCViT, DataConfig]:
-    """A variant with the weights in a file of any layout, and how the variant's card says data is prepared."""
-    model = create_model(name, num_classes)
-    weights.load(model, path)
+def load_file(name: str, path: str, *, num_classes: int, img_size: int | None = None) -> tuple[GCViT, DataConfig]:
+    """A variant with the weights in a file of any layout, and how the variant's card says data is prepared.
+
+    At another `img_size` than the variant's the bias tables are resampled. Errors: UserError for a file that does not
+    fit.
+    """
+    model = create_model(name, num_classes, img_size=img_size)
+    weights.load(model, path, resample=img_size is not None)
     card = VARIANTS[name]
     return model, DataConfig(crop_pct=card.crop_pct, eval_resize="squash" if card.crop_mode == "squash" else "crop")

@@ -26,7 +26,8 @@ from gcvit.checkpoint import Checkpoint
 from gcvit.config import Config, ModelConfig
 from gcvit.config_file import parse_config
 from gcvit.errors import UserError, run_main
-from gcvit.model import VARIANTS, GCViT, weights
+from gcvit.model import VARIANTS, GCViT, layouts
+from gcvit.model.fitting import HEAD
 from gcvit.parallel.build import build_model
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names that timm and the hub look for
@@ -46,18 +47,19 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
     if layout == "timm" and timm_name is None:
         raise UserError(
             "timm has no such architecture",
-            got=config.model.name + (" with model.overrides" if config.model.overrides else ""),
-            allowed=", ".join(name for name in VARIANTS if _has_timm(name)),
+            got=f"{config.model.name} at {config.model.img_size} pixels"
+            + (" with model.overrides" if config.model.overrides else ""),
+            allowed=", ".join(name for name in VARIANTS if _has_timm(name)) + ", at multiples of 32 pixels",
             cure="--layout own, which timm loads after `import gcvit.model`",
         )
     name = config.model.name if layout == "own" or timm_name is None else timm_name
     if out is None:
-        out = run / "export" if found.path != run else run.with_name(f"{run.name}-export")
+        out = run / "export" if found.path != run else run.resolve().with_name(f"{run.resolve().name}-export")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("something is there already", got=out, cure="give another --out, or move it away")
     tensors = checkpoint.read_tensors(found, kind)
     if name == timm_name:
-        tensors = weights.to_timm_state(tensors)
+        tensors = layouts.to_timm_state(tensors)
     card = describe(config, name, found.info.get("classes"))
     origin = {"weights": kind, "step": str(found.state.step), "samples": str(found.state.samples)}
     _write(out, tensors, card, {"format": "pt", **origin, "config": json.dumps(_without_places(config))})
@@ -77,8 +79,12 @@ def choose_kind(found: Checkpoint, kind: str | None) -> str:
 
 
 def name_in_timm(model: ModelConfig) -> str | None:
-    """timm's own name of the architecture; its functions cannot be given another width or depth."""
-    return _to_timm(model.name) if model.overrides is None and _has_timm(model.name) else None
+    """timm's own name of the architecture, None where timm has no such.
+
+    Its functions cannot be given another width or depth, and its model takes no image whose windows are not whole.
+    """
+    is_alike = model.overrides is None and model.img_size % 32 == 0
+    return _to_timm(model.name) if is_alike and _has_timm(model.name) else None
 
 
 def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, Any]:
@@ -107,16 +113,17 @@ def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, 
             "interpolation": "bicubic",
             "crop_pct": data.crop_pct,
             "crop_mode": "squash" if data.eval_resize == "squash" else "center",
-            "first_conv": "stem.conv" if is_own else weights.to_timm("stem.conv.").rstrip("."),
-            "classifier": weights.HEAD.rstrip("."),
+            "first_conv": "stem.conv" if is_own else layouts.to_timm("stem.conv.").rstrip("."),
+            "classifier": HEAD.rstrip("."),
         },
     }
 
 
-def load_export(folder: Path) -> tuple[GCViT, Config]:
+def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Config]:
     """The model of a folder that `export` wrote, and the config that it was trained with.
 
-    Errors: UserError for a file that is not of ours, or damaged.
+    `attention` is a path of `WindowAttention`, None takes the config's. Errors: UserError for a file that is not of
+    ours, or damaged.
     """
     path = folder / WEIGHTS_FILE
     try:
@@ -136,9 +143,19 @@ def load_export(folder: Path) -> tuple[GCViT, Config]:
     except ValueError as error:
         raise UserError("the file's config is damaged", got=f"{path} ({error})") from None
     config = parse_config(plain, source=str(path))
-    model = build_model(config.model)
-    weights.load(model, path)
+    model = build_model(config.model.model_copy(update={"attention": attention} if attention else {}))
+    layouts.load(model, path)
     return model, config
+
+
+def read_label_names(folder: Path) -> list[str] | None:
+    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is damaged."""
+    path = folder / CONFIG_FILE
+    try:
+        names: list[str] | None = json.loads(path.read_text()).get("label_names")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError("cannot read the names of the classes", got=f"{path} ({error})") from None
+    return names
 
 
 def _without_places(config: Config) -> dict[str, Any]:
@@ -156,12 +173,14 @@ def _has_timm(name: str) -> bool:
 
 
 def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    out = out.resolve()
     part = out.with_name(f"{out.name}.tmp")
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
         part.mkdir(parents=True)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, part / WEIGHTS_FILE, metadata)
+        # Not by save_file, whose file nobody else may read.
+        (part / WEIGHTS_FILE).write_bytes(safetensors.torch.save(contiguous, metadata))
         (part / CONFIG_FILE).write_text(json.dumps(card, indent=2) + "\n")
         for path in (part / WEIGHTS_FILE, part / CONFIG_FILE, part):
             checkpoint.sync(path)

@@ -60,7 +60,7 @@ def replay(
             raise UserError(
                 "there is no such step to replay",
                 got=f"--replay {step}",
-                allowed=f"{run.state.step + 1} to {run.schedule.total_steps}",
+                allowed=f"{1 if resume == 'auto' else run.state.step + 1} to {run.schedule.total_steps}",
             )
         for batches in islice(run.stream, step - 1 - run.state.step):
             take_step(run, batches)

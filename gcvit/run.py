@@ -1,5 +1,6 @@
 """A run: all that a training consists of, how it starts, is evaluated, saved and resumed. The loop is `trainer.py`."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -151,8 +152,7 @@ def start(
             pin_memory=world.device.type == "cuda",
         )
         augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
-        if world.is_first:
-            runfolder.write_config(config)
+        world.on_first(lambda: runfolder.write_config(config))
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps)
         stack.callback(metrics.close)
         for notice in notices:
@@ -325,16 +325,31 @@ def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: in
     module, change = engine.module, {"reset_head": reset_head, "resample": True}
     if Path(source).is_dir():
         found = engine.world.on_first(lambda: checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source))))
+        found = checkpoint.check(found, engine.world)
         kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
         state, changes = fit(checkpoint.read_tensors(found, kind), module, found.path, **change)
         description = ", ".join([f"{found.path}: {kind}", *changes])
     else:
         path = fetch_weights(source) if source in VARIANTS else source
         state, description = weights.read_fitting(module, path, **change)
+        check_alike(path, engine.world)
         description += " (published under CC-BY-NC-SA-4.0: not for commercial use)" if source in VARIANTS else ""
     fill(engine.fragments()[MODEL], lambda name: state[name] if name in state else module.initial_value(name, seed))
     engine.refresh()
     return description
+
+
+def check_alike(path: str | Path, world: World) -> None:
+    """Errors: UserError, on all ranks alike, where the ranks find other content under the same path."""
+    with open(path, "rb") as file:
+        digests = world.gather(hashlib.file_digest(file, "sha256").hexdigest())
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        raise UserError(
+            "processes find other weights under the same name",
+            got=f"{path}, which for rank {differing[0]} is another file than for rank 0",
+            cure="copy one file to all nodes, or put it on a disk that they share",
+        )
 
 
 def all_fragments(engine: Engine, ema: Ema | None) -> dict[str, Fragments]:

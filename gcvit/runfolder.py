@@ -105,5 +105,13 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def write_config(config: Config) -> None:
-    """Leave the resolved config beside the run."""
-    (config.run_dir / "config.yaml").write_text(dump_config(config))
+    """Leave the resolved config beside the run. Errors: UserError; a config that is there is then left as it was."""
+    path = config.run_dir / "config.yaml"
+    part = path.with_name("config.yaml.tmp")
+    try:
+        part.write_text(dump_config(config))
+        part.replace(path)  # it may be what this run was started from
+    except OSError as error:
+        raise UserError(
+            "cannot write the run folder", got=f"{path} ({error.strerror})", cure="make room, or set output_dir"
+        ) from None

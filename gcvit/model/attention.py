@@ -9,12 +9,14 @@ of a window, h heads, d channels of a head. Windows are image-major: the n windo
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit.errors import UserError
+from gcvit.model import kernels
 
 PATHS = ("auto", "reference", "sdpa", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -26,7 +28,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     q (B, n or 1, h, N, d), k and v (B, n, h, N, d), bias (h, N, N) or (n, h, N, N); returns (B, n, h, N, d) in v's
     dtype. Written to be obviously right: this is what every faster attention is compared with.
     """
-    scores = (q * scale) @ k.transpose(-2, -1) + bias
+    scores = (q * scale) @ k.transpose(-2, -1)
+    # In place where that rounds nothing: the scores are the largest tensor of a block, and memory is what takes time.
+    scores = scores.add_(bias) if bias.dtype == scores.dtype else scores + bias
     # In bf16 the sum over N weights would lose the small ones, so the softmax never runs below fp32.
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights.to(v.dtype) @ v
@@ -50,13 +54,62 @@ def expand_bias_table(table_lh: Tensor, window: int) -> Tensor:
 
     Row (yi - yj + w - 1) * (2w - 1) + (xi - xj + w - 1) holds the bias of query (yi, xi) and key (yj, xj).
     """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return expand_apart(table_lh, window)
+    return _pairs_of(table_lh, window).reshape(-1, window**2, window**2)
+
+
+def _pairs_of(table_lh: Tensor, window: int) -> Tensor:
+    """A view of the table as (h, yi, xi, yj, xj)."""
     # The usual gather needs an N*N index (8 MB a block at w = 32) that must survive building on meta, and its
     # gradient adds with atomics. The same pairs are sliding windows over the table: a window at offset s
     # holds rows s + yi, and s = w - 1 - yj. No buffer, and a gradient summed in a fixed order.
     num_offsets = 2 * window - 1
     table_yxh = table_lh.view(num_offsets, num_offsets, -1)
     slices = table_yxh.unfold(0, window, 1).unfold(1, window, 1)  # (offset y, offset x, h, yi, xi)
-    return slices.flip(0, 1).permute(2, 3, 4, 0, 1).reshape(-1, window**2, window**2)
+    return slices.flip(0, 1).permute(2, 3, 4, 0, 1)
+
+
+@torch.library.custom_op("gcvit::expand_bias_table", mutates_args=())
+def expand_apart(table_lh: Tensor, window: int) -> Tensor:
+    """`expand_bias_table` as one operator, which a compiler cannot take apart.
+
+    It would look up the pairs anew for every window of every image, inside of the softmax.
+    """
+    bias = table_lh.new_empty(table_lh.shape[1], window**2, window**2)
+    bias.view(-1, window, window, window, window).copy_(_pairs_of(table_lh, window))
+    return bias
+
+
+@expand_apart.register_fake
+def _(table_lh: Tensor, window: int) -> Tensor:
+    return table_lh.new_empty(table_lh.shape[1], window**2, window**2)
+
+
+@torch.library.custom_op("gcvit::fold_bias_gradient", mutates_args=())
+def fold_apart(gradient_hnn: Tensor, window: int) -> Tensor:
+    """The adjoint of `expand_apart`: (h, N, N) to ((2w-1)^2, h), in the order of sums of the plain one."""
+    num_heads, num_offsets = len(gradient_hnn), 2 * window - 1
+    slices = gradient_hnn.view(-1, window, window, window, window).permute(3, 4, 0, 1, 2).flip(0, 1)
+    rows = torch.ops.aten.unfold_backward(slices, [window, num_offsets, num_heads, window], 1, window, 1)
+    table = torch.ops.aten.unfold_backward(rows, [num_offsets, num_offsets, num_heads], 0, window, 1)
+    return table.reshape(-1, num_heads)
+
+
+@fold_apart.register_fake
+def _(gradient_hnn: Tensor, window: int) -> Tensor:
+    return gradient_hnn.new_empty((2 * window - 1) ** 2, len(gradient_hnn))
+
+
+def _keep_window(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    _, ctx.window = inputs
+
+
+def _differentiate(ctx: Any, gradient_hnn: Tensor) -> tuple[Tensor, None]:
+    return fold_apart(gradient_hnn.contiguous(), ctx.window), None
+
+
+expand_apart.register_autograd(_differentiate, setup_context=_keep_window)
 
 
 def split_windows(x_bhwc: Tensor, window: int, num_heads: int, num_parts: int) -> tuple[Tensor, ...]:
@@ -142,8 +195,11 @@ class WindowAttention(nn.Module):
         super().__init__()
         if path not in PATHS:
             raise UserError("unknown attention", got=path, allowed=", ".join(PATHS))
-        if path == "triton" and not HAS_TRITON:
-            raise UserError("attention without its package", got=path, cure="install triton, or choose auto")
+        if path == "triton":
+            if not HAS_TRITON:
+                raise UserError("attention without its package", got=path, cure="install triton, or choose auto")
+            # Who counts FLOPs must know the operators before it begins.
+            import gcvit.model.kernels.window_attention  # noqa: F401
         self.num_heads, self.window, self.path = num_heads, window, path
         self.uses_global_queries = uses_global_queries
         # The published models hold d^-0.5 in fp32. Rounding it so changes nothing in fp32 or below, and is
@@ -163,12 +219,13 @@ class WindowAttention(nn.Module):
         if path == "triton":
             from gcvit.model.kernels.window_attention import window_attention
 
-            queries = None if queries is None else queries.to(parts.dtype)  # in fp32 under autocast
             return self.proj(window_attention(parts, queries, *settings))
         return self.proj(attend_windows(parts, queries, *settings, attend_fused if path == "sdpa" else attend))
 
     def choose_path(self, parts_bhwc: Tensor) -> str:
-        """The quickest path for these parts."""
-        if parts_bhwc.is_cuda and parts_bhwc.dtype != torch.float64:
-            return "triton" if HAS_TRITON else "sdpa"
-        return "reference"
+        """The quickest path for these parts, of those that serve them."""
+        if not parts_bhwc.is_cuda:
+            return "reference"
+        head_dim = self.proj.in_features // self.num_heads
+        serves = HAS_TRITON and parts_bhwc.dtype in kernels.DTYPES and head_dim in kernels.HEAD_DIMS
+        return "triton" if serves else "sdpa"

@@ -67,7 +67,8 @@ class GCViT(nn.Module):
     on each side, rounded up, and `width * 2**i` channels. Where windows do not divide a map, the last ones end
     beyond it. With `dynamic_img_size` the model takes images of any size: `img_size` is then only what the
     number of poolings, a property of the weights as the windows are, is taken from. `drop_path_rate` is the last
-    block's, rising linearly from 0 over all blocks. `attention` is a path of `WindowAttention`. Weights are set by
+    block's, rising linearly from 0 over all blocks; with `drop_path_skips` training does not compute what is dropped,
+    a fixed share of each batch. `attention` is a path of `WindowAttention`. Weights are set by
     `init_weights(seed=0)`, except on the meta device. Raises UserError for sizes that do not fit each other.
     """
 
@@ -84,6 +85,7 @@ class GCViT(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
+        drop_path_skips: bool = False,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         dynamic_img_size: bool = False,
@@ -114,6 +116,7 @@ class GCViT(nn.Module):
                     mlp_ratio=mlp_ratio,
                     layer_scale=layer_scale,
                     drop_path_rate=rates[sum(depths[:i]) + j],
+                    drop_path_skips=drop_path_skips,
                     attention=attention,
                 )
                 for j in range(depth)

@@ -5,11 +5,12 @@ channels_last, so that the permutations around them are views.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from gcvit.model.attention import WindowAttention
@@ -25,7 +26,7 @@ class Conv2d(nn.Conv2d):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate computed from the map's mean; the gate's hidden width is a quarter."""
+    """The gate of each channel, (B, 1, 1, C), computed from the map's mean; its hidden width is a quarter."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -33,8 +34,26 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Linear(dim // 4, dim, bias=False)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        hidden = F.gelu(self.fc1(x_bhwc.mean(dim=(1, 2), keepdim=True)))
-        return x_bhwc * self.fc2(hidden).sigmoid()
+        # Not `mean`, which makes a map of its gradient; a sum's is a view. Like `mean` it adds in fp32 or above.
+        total = x_bhwc.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x_bhwc.dtype, torch.float32))
+        mean = (total / (x_bhwc.shape[1] * x_bhwc.shape[2])).to(x_bhwc.dtype)
+        return self.fc2(F.gelu(self.fc1(mean))).sigmoid()
+
+
+class GatedPointwise(nn.Conv2d):
+    """1x1 convolution of a map (B, H, W, C) whose channels are scaled by a gate (B, 1, 1, C)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, kernel_size=1, bias=False)
+
+    def forward(self, x_bhwc: Tensor, gate_b11c: Tensor) -> Tensor:  # type: ignore[override]
+        height, width, dim = x_bhwc.shape[1:]
+        # Weights of its own for each image, where they are smaller than the map: a scaled map costs a pass over memory
+        # in forward, more in backward, and must be kept for it.
+        if height * width > dim:
+            weights_boi = self.weight.flatten(1) * gate_b11c.flatten(1, 2)
+            return (x_bhwc.flatten(1, 2) @ weights_boi.transpose(1, 2)).unflatten(1, (height, width))
+        return (x_bhwc * gate_b11c) @ self.weight.flatten(1).t()
 
 
 class FusedBlock(nn.Module):
@@ -44,10 +63,11 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.depthwise = Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
         self.squeeze_excite = SqueezeExcite(dim)
-        self.pointwise = Conv2d(dim, dim, kernel_size=1, bias=False)
+        self.pointwise = GatedPointwise(dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        return x_bhwc + self.pointwise(self.squeeze_excite(F.gelu(self.depthwise(x_bhwc))))
+        inner = F.gelu(self.depthwise(x_bhwc))
+        return x_bhwc + self.pointwise(inner, self.squeeze_excite(inner))
 
 
 class Downsample(nn.Module):
@@ -137,8 +157,29 @@ def _shares(length: int, size: int, like: Tensor) -> Tensor:
     return (overlaps.clamp(min=0) * (size / length)).to(like.dtype)
 
 
+class DropPath(nn.Module):
+    """In training, zero each image's map with probability `drop_prob`, and divide the others by 1 - drop_prob."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.drops = drop_prob > 0
+        # Read as a tensor, and `drop_prob` not at all, blocks that differ in their rate share what is compiled. No
+        # buffer: on the CPU wherever the map is, it is passed to kernels as a number.
+        self.share_kept = torch.tensor(1 - drop_prob, dtype=torch.float32, device="cpu")
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        if not (self.training and self.drops):
+            return x_bhwc
+        is_kept = torch.rand(len(x_bhwc), 1, 1, 1, device=x_bhwc.device) < self.share_kept
+        return x_bhwc * (is_kept / self.share_kept).to(x_bhwc.dtype)
+
+
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals, layer scale and drop path; (B, H, W, C) to the same."""
+    """Pre-norm attention and MLP with residuals, layer scale and drop path; (B, H, W, C) to the same.
+
+    With `drop_path_skips` what drop path drops in training is not computed, see `add_to_some`.
+    """
 
     def __init__(
         self,
@@ -150,6 +191,7 @@ class Block(nn.Module):
         mlp_ratio: float,
         layer_scale: float | None,
         drop_path_rate: float,
+        drop_path_skips: bool = False,
         attention: str = "auto",
     ):
         super().__init__()
@@ -160,10 +202,38 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path_rate)
+        self.drop_path_skips = drop_path_skips
 
     def forward(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-        x = x_bhwc + self.drop_path(self.scale1(self.attention(self.norm1(x_bhwc), queries_bwwc)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        x = self._add(self._attend, x_bhwc, queries_bwwc)
+        return self._add(self._transform, x)
+
+    def _attend(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
+        return self.scale1(self.attention(self.norm1(x_bhwc), queries_bwwc))
+
+    def _transform(self, x_bhwc: Tensor) -> Tensor:
+        return self.scale2(self.mlp(self.norm2(x_bhwc)))
+
+    def _add(self, branch: Callable[..., Tensor], x_bhwc: Tensor, *queries_bwwc: Tensor) -> Tensor:
+        if self.drop_path_skips and self.training:
+            return add_to_some(branch, self.drop_path.drop_prob, x_bhwc, *queries_bwwc)
+        return x_bhwc + self.drop_path(branch(x_bhwc, *queries_bwwc))
+
+
+def add_to_some(branch: Callable[..., Tensor], drop_rate: float, x: Tensor, *others: Tensor) -> Tensor:
+    """x + branch(x, *others) for some images, drawn anew, and x for those that drop path drops: these cost nothing.
+
+    The kept are a fixed number, the nearest to their share of the batch and at least one, so that shapes never change.
+    What is added to them is scaled by the inverse of what that number is of the batch, and the mean over many draws is
+    exactly x + branch(x, *others). In a batch too small for the rate to drop one image, none is. After DINOv2.
+    """
+    num_images = len(x)
+    num_kept = max(1, round(num_images * (1 - drop_rate)))
+    if num_kept == num_images:
+        return x + branch(x, *others)
+    kept = torch.randperm(num_images, device=x.device)[:num_kept]
+    added = branch(*(tensor.index_select(0, kept) for tensor in (x, *others)))
+    return x.index_add(0, kept, added.to(x.dtype), alpha=num_images / num_kept)
 
 
 class InitialLaw(NamedTuple):

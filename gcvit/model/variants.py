@@ -3,16 +3,18 @@
 import difflib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from gcvit.errors import UserError
-from gcvit.model import weights
+from gcvit.model import layouts
 from gcvit.model.gcvit import GCViT, read_sides
 
 HUB_REPOSITORY = "nvidia/GCViT"  # on Hugging Face; its weights are under CC-BY-NC-SA-4.0: not for commercial use
@@ -99,22 +101,36 @@ def create_model(
     num_classes: int = 1000,
     img_size: int | Sequence[int] | None = None,
     drop_path_rate: float | None = None,
+    *,
+    pretrained: bool = False,
     **overrides: Any,
 ) -> GCViT:
     """A GC ViT with initial weights, or without any under `torch.device("meta")`.
 
     `img_size` (one number, or height and width), `drop_path_rate` and `overrides` (width, depths, num_heads,
     mlp_ratio, layer_scale, windows, ...: the arguments of `GCViT`) replace the variant's own; at another
-    img_size the windows scale with its shorter side, rounded up, unless given. Raises UserError for an unknown
-    name or override, with the nearest valid one.
+    img_size the windows scale with its shorter side, rounded up, unless given. With `pretrained` the weights are the
+    published ones, see `fetch_weights`, the bias tables resampled to the windows; for another number of classes than
+    1000 the head keeps its initial weights. A line on stderr says so. Raises UserError for an unknown name or
+    override, with the nearest valid one, and for overrides that the published weights do not fit.
     """
-    _check_name("unknown model", name, list(VARIANTS))
+    find_variant(name)
     allowed = list(inspect.signature(GCViT).parameters)
     for override in overrides:
         _check_name(f"unknown override of {name}", override, allowed)
     given = {"img_size": img_size, "drop_path_rate": drop_path_rate}
     overrides |= {key: value for key, value in given.items() if value is not None}
-    return _build(name, num_classes=num_classes, **overrides)
+    model: GCViT = _build(name, num_classes=num_classes, **overrides)
+    if pretrained:
+        found = layouts.load(model, fetch_weights(name), reset_head=num_classes != 1000, resample=True)
+        print(found, file=sys.stderr, flush=True)
+    return model
+
+
+def find_variant(name: str) -> Variant:
+    """The row of `VARIANTS`. Raises UserError for an unknown name, with the nearest one."""
+    _check_name("unknown model", name, list(VARIANTS))
+    return VARIANTS[name]
 
 
 def _check_name(what: str, name: str, allowed: list[str]) -> None:
@@ -142,7 +158,7 @@ def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:
         GCViT,
         name,
         pretrained,
-        pretrained_filter_fn=weights.to_fitting,
+        pretrained_filter_fn=layouts.to_fitting,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         img_size=img_size,
         **(published | arguments),
@@ -189,14 +205,22 @@ for _name in VARIANTS:
 def fetch_weights(name: str) -> str:
     """Path of a variant's published weights, downloaded into Hugging Face's cache where they are not in it yet.
 
-    Errors: UserError where the hub cannot be reached.
+    What is in the cache is taken without asking the hub. A download shows its progress, and says under which licence
+    the weights are. Errors: UserError where the hub cannot be reached.
     """
     file = VARIANTS[name].weights_file
+    cached = try_to_load_from_cache(HUB_REPOSITORY, file)
+    if isinstance(cached, str):
+        return cached
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a node wait for this one's download
+        notice = f"{file} of {HUB_REPOSITORY} is published under CC-BY-NC-SA-4.0: not for commercial use"
+        print(notice, file=sys.stderr, flush=True)
     try:
         return hf_hub_download(HUB_REPOSITORY, file)
-    except (OSError, ValueError) as error:  # what the hub's client raises for a network that is not there
+    except Exception as error:  # the hub's client lets those of its network library through, whichever it has
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot fetch the published weights of {name}",
-            got=str(error).splitlines()[0],
+            got=reason,
             cure=f"download {file} of {HUB_REPOSITORY} yourself, and give its path",
         ) from None

@@ -1,199 +1,171 @@
-"""Weights between files and models: the official layout, timm's, and ours.
+"""Weights between files and models: the official layout, timm's, and ours, each converted to each.
 
-Ours is a GCViT's `state_dict`. `to_official` and `to_timm` say what a parameter of ours is called there;
-that one direction is enough, since a model lists its own names. The squeeze-excitation weights are matrices
-here and in the official layout, 1x1 convolutions in timm's.
+    python -m gcvit.model.weights convert gcvit_1k_tiny.pth.tar gcvit_tiny.safetensors --to timm
+    python -m gcvit.model.weights convert runs/gc_vit_tiny/export/model.safetensors tiny.pth.tar --to official
+
+Which variant a file is of is read from its shapes, whatever its class count and windows. The tensors are copied bit by
+bit, the averaged ones where a file has both; what else a checkpoint holds (optimizer, epoch, ...) is left out.
 """
 
 import argparse
-import re
+import itertools
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from gcvit.errors import UserError
-from gcvit.model.fitting import BIAS_TABLE, HEAD, StateDict, fit, resample_bias_tables, window_of
-
-if TYPE_CHECKING:
-    from gcvit.model.gcvit import GCViT
-
-# Where trainers keep the tensors inside a checkpoint, the average first: it is the one that was published.
-CONTAINERS = ("state_dict_ema", "state_dict", "model")
-WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")
-
-OFFICIAL_PARTS = (
-    ("stem.conv.", "patch_embed.proj."),
-    ("stem.downsample.", "patch_embed.conv_down."),
-    ("stages.", "levels."),
-    ("query_generator.fused.", "q_global_gen.to_q_global."),
-    (".fused.", "."),
-    (".depthwise.", ".conv.0."),
-    (".squeeze_excite.fc1.", ".conv.2.fc.0."),
-    (".squeeze_excite.fc2.", ".conv.2.fc.2."),
-    (".pointwise.", ".conv.3."),
-    (".attention.bias_table", ".attn.relative_position_bias_table"),
-    (".attention.", ".attn."),
-    (".scale1.gamma", ".gamma1"),
-    (".scale2.gamma", ".gamma2"),
-    (HEAD, "head."),
+from gcvit.errors import UserError, run_main
+from gcvit.model.fitting import BIAS_TABLE, HEAD, StateDict, fit, window_of
+from gcvit.model.gcvit import NUM_STAGES, GCViT
+from gcvit.model.layouts import (
+    LAYOUTS,
+    find_layout,
+    foreign_file,
+    load,
+    read,
+    read_fitting,
+    to_official,
+    to_official_state,
+    to_ours,
+    to_timm,
+    to_timm_state,
 )
-TIMM_PARTS = (
-    ("stem.conv.", "stem.conv1."),
-    ("stem.downsample.", "stem.down."),
-    (".fused.", ".conv_block."),
-    (".depthwise.", ".conv_dw."),
-    (".squeeze_excite.", ".se."),
-    (".pointwise.", ".conv_pw."),
-    (".attention.bias_table", ".attn.rel_pos.relative_position_bias_table"),
-    (".attention.", ".attn."),
-    (".scale1.", ".ls1."),
-    (".scale2.", ".ls2."),
-)
+from gcvit.model.variants import VARIANTS, create_model, find_variant
+
+__all__ = [
+    "HEAD",
+    "LAYOUTS",
+    "convert",
+    "identify",
+    "load",
+    "read",
+    "read_fitting",
+    "read_model",
+    "to_official",
+    "to_official_state",
+    "to_timm",
+    "to_timm_state",
+]
+
+CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], StateDict]] = {
+    "official": to_official_state,
+    "timm": to_timm_state,
+    "gcvit": dict,
+}
+SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt")
 
 
-def to_official(name: str) -> str:
-    """The official name of our parameter `name`."""
-    # The official model downsamples at the end of a stage, ours at the start of the next.
-    name = re.sub(r"^stages\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) - 1}.downsample", name)
-    return _replace_parts(name, OFFICIAL_PARTS)
+def convert(source: Path, target: Path, layout: str, name: str | None = None) -> str:
+    """Write a file's weights in a layout of `CONVERTERS`; says what was found and what was written.
 
-
-def to_timm(name: str) -> str:
-    """timm's name of our parameter `name`."""
-    # timm counts the query generator's blocks from one.
-    query_block = r"\.query_generator\.fused\.(\d+)"
-    name = re.sub(query_block, lambda match: f".global_block.blocks.conv{int(match[1]) + 1}", name)
-    return _replace_parts(re.sub(r"^norm\.", "stages.3.norm.", name), TIMM_PARTS)
-
-
-def _replace_parts(name: str, parts: tuple[tuple[str, str], ...]) -> str:
-    for ours, theirs in parts:
-        name = name.replace(ours, theirs)
-    return name
-
-
-LAYOUTS: dict[str, Callable[[str], str]] = {"own": str, "official": to_official, "timm": to_timm}
-
-
-def to_official_state(state: Mapping[str, Tensor]) -> StateDict:
-    """Our `state_dict` in the official layout, with the index buffers that belong to its bias tables."""
-    official = {}
-    for name, tensor in state.items():
-        official[to_official(name)] = tensor
-        if name.endswith(BIAS_TABLE):
-            index_name = to_official(name).replace("_bias_table", "_index")
-            official[index_name] = relative_position_index(window_of(tensor.shape))
-    return official
-
-
-def to_timm_state(state: Mapping[str, Tensor]) -> StateDict:
-    """Our `state_dict` in timm's layout."""
-    return {
-        to_timm(name): tensor[:, :, None, None] if ".squeeze_excite." in name else tensor
-        for name, tensor in state.items()
-    }
-
-
-def relative_position_index(window: int) -> Tensor:
-    """The bias table's row of every (query, key) pair of a window, (N, N), as the official layout has it."""
-    y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
-    rows = (y[:, None] - y[None, :] + window - 1) * (2 * window - 1)
-    return rows + (x[:, None] - x[None, :] + window - 1)
-
-
-def load(
-    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
-) -> str:
-    """Load weights from a checkpoint or safetensors file into a whole model; says what was found.
-
-    See `read_fitting` for what is accepted and refused.
+    The official layout stands under "state_dict", as published, but in safetensors, which holds bare tensors; so do
+    the other layouts. `name` is as in `read_model`. The target is complete or not there at all. Errors: UserError for
+    a source that is no GC ViT, a target that is there already or cannot be written.
     """
-    assert not any(parameter.is_meta for parameter in model.parameters()), "nothing can be loaded on meta"
-    state, description = read_fitting(model, path, strict, reset_head, resample)
-    model.load_state_dict(state, strict=False)  # read_fitting was strict, and says more
-    return description
+    if not target.name.endswith(SUFFIXES):
+        raise UserError("unknown kind of weights file", got=target, allowed=", ".join(f"*{end}" for end in SUFFIXES))
+    if target.exists():
+        raise UserError("something is there already", got=target, cure="give another name, or move it away")
+    model, _, found = read_model(source, name)
+    # Copied, since tensors of a file may be views of one storage, which would be written whole with each of them.
+    tensors = {key: tensor.clone().contiguous() for key, tensor in CONVERTERS[layout](model.state_dict()).items()}
+    _write(target, tensors, layout)
+    return f"{found}\n{target}: {layout} layout, {len(tensors)} tensors"
 
 
-def read_fitting(
-    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
-) -> tuple[StateDict, str]:
-    """A file's whole tensors on the CPU, under the names of `model`, and a line that says what was found.
+def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> tuple[GCViT, str, str]:
+    """The model that a file is of, with the weights as they are stored; its variant; a line that says what was found.
 
-    The file may have any of the three layouts. See `fit` for the rest; raises UserError also for a file that is
-    missing or no checkpoint.
+    `name` is the variant, by default read from the shapes; `overrides` are of `create_model`. Errors: UserError for a
+    file that is no GC ViT, or not of one of the variants.
     """
     checkpoint, container = read(path)
-    layout = find_layout(checkpoint, model)
-    if layout is None:
-        raise UserError(
-            f"{path} holds no GC ViT",
-            got="tensors " + ", ".join(list(checkpoint)[:3]) + ", ...",
-            allowed="the official layout, timm's, or an export of this project",
-        )
-    state, changes = fit(to_ours(checkpoint, model), model, path, strict, reset_head, resample)
-    return state, ", ".join([f"{path}: {layout} layout", container, f"{len(state)} tensors", *changes])
+    arguments = identify(checkpoint, path, name) | overrides
+    with torch.device("meta"):
+        model = create_model(**arguments)
+    state, _ = fit(to_ours(checkpoint, model), model, path)
+    model.load_state_dict(state, assign=True)
+    found = f"{path}: {find_layout(checkpoint, model)} layout, {container}, {len(state)} tensors"
+    name = arguments["name"]
+    return model, name, f"{found}, {name} of {model.num_classes} classes at {model.img_size} pixels"
 
 
-def to_fitting(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
-    """timm's hook: a checkpoint's tensors under our names, their bias tables resampled to the model's windows."""
-    state = to_ours(checkpoint, model)
-    resample_bias_tables(state, {name: law.shape for name, law in model.initial_laws.items()})
-    return state
+def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | None = None) -> dict[str, Any]:
+    """The arguments of `create_model` for the model that the tensors of a file, in any layout, are of.
 
+    The width and the depths tell the variant unless `name` does, the bias tables the image size: windows are rounded
+    up, and of the sizes that have the same it is the largest. Errors: UserError for tensors of no GC ViT, and for one
+    that is no variant.
+    """
 
-def read(path: str | Path) -> tuple[StateDict, str]:
-    """The tensors of a file under its own names, and where in it they stood. Runs no code of the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError("no such weights file", got=path, allowed="a .pth, .pt, .pth.tar or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            # timm's and the official trainer leave their arguments in the checkpoint; a Namespace is inert.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file makes the readers raise nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read safely", got=reason) from error
-    tensors, container = find_tensors(content) if isinstance(content, dict) else ({}, "")
-    if not tensors:
-        raise UserError(f"{path} holds no named tensors", got=type(content).__name__)
-    return tensors, container
+    def find_shape(ours: str, num_axes: int) -> torch.Size | None:
+        found = (checkpoint[name].shape for translate in LAYOUTS.values() if (name := translate(ours)) in checkpoint)
+        return next((shape for shape in found if len(shape) == num_axes), None)
 
-
-def find_tensors(content: Mapping[str, Any]) -> tuple[StateDict, str]:
-    """The named tensors of a checkpoint's content, without wrappers' prefixes, and where they stood."""
-    container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
-    tensors = content if container is None else content[container]
-    named = {WRAPPER_PREFIX.sub("", str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
-    return named, container or "bare tensors"
-
-
-def find_layout(checkpoint: Mapping[str, Any], model: "GCViT") -> str | None:
-    """The layout ("own", "official" or "timm") that the names fit best; None where most fit none."""
-    num_matches = {
-        layout: sum(translate(ours) in checkpoint for ours in model.initial_laws)
-        for layout, translate in LAYOUTS.items()
+    stem, head = find_shape("stem.conv.weight", 4), find_shape(HEAD + "weight", 2)
+    tables = [find_shape(f"stages.{i}.blocks.0{BIAS_TABLE}", 2) for i in range(NUM_STAGES)]
+    windows = tuple(window_of(table) for table in tables if table is not None)
+    if stem is None or len(windows) < NUM_STAGES:
+        raise foreign_file(checkpoint, path)
+    depths = tuple(
+        next(j for j in itertools.count() if find_shape(f"stages.{i}.blocks.{j}.norm1.weight", 1) is None)
+        for i in range(NUM_STAGES)
+    )
+    if name is None:
+        alike = [name for name, row in VARIANTS.items() if (row.width, row.depths) == (stem[0], depths)]
+        if not alike:
+            raise UserError(
+                f"{path} is of no known variant",
+                got=f"width {stem[0]}, depths {list(depths)}",
+                allowed=", ".join(VARIANTS),
+                cure="name the variant (--model NAME); a run of ours with overrides is exported by python -m "
+                "gcvit.export, and the export folder says how its model is built",
+            )
+        name = next((name for name in alike if VARIANTS[name].windows == windows), alike[0])
+    row = find_variant(name)
+    return {
+        "name": name,
+        "num_classes": 0 if head is None else head[0],
+        "img_size": min(window * row.img_size // own for window, own in zip(windows, row.windows, strict=True)),
+        "in_chans": stem[1],
     }
-    best = max(num_matches, key=lambda layout: num_matches[layout])
-    # Against the shorter list, so that a deeper or shallower GC ViT is still told apart from another network.
-    return best if 2 * num_matches[best] > min(len(model.initial_laws), len(checkpoint)) else None
 
 
-def to_ours(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
-    """A checkpoint's tensors under our names; what has no name here keeps its own."""
-    tensors, _ = find_tensors(checkpoint)
-    translate = LAYOUTS[find_layout(tensors, model) or "own"]
-    names = {translate(ours): ours for ours in [*model.initial_laws, HEAD + "weight", HEAD + "bias"]}
-    state = {}
-    for theirs, tensor in tensors.items():
-        if theirs.endswith("relative_position_index"):
-            continue  # follows from the window
-        ours = names.get(theirs, theirs)
-        state[ours] = tensor.flatten(1) if ".squeeze_excite." in ours else tensor
-    return state
+def _write(target: Path, tensors: StateDict, layout: str) -> None:
+    part = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".safetensors":
+            part.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # save_file would keep others from it
+        else:
+            torch.save({"state_dict": tensors} if layout == "official" else tensors, part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
+        part.rename(target)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
+        with suppress(OSError):
+            part.unlink()
+        raise UserError("cannot write the weights", got=f"{target} ({error})", cure="give another place") from None
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="gcvit.model.weights", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    convert_parser = parser.add_subparsers(required=True).add_parser("convert", help="write weights in another layout")
+    convert_parser.add_argument("source", metavar="SRC", type=Path, help="weights in any layout")
+    convert_parser.add_argument("target", metavar="DST", type=Path, help=f"file to make: {', '.join(SUFFIXES)}")
+    convert_parser.add_argument("--to", required=True, choices=CONVERTERS, help="the layout of names")
+    convert_parser.add_argument("--model", metavar="NAME", help="the variant; default: read from the shapes")
+    arguments = parser.parse_args()
+    print(convert(arguments.source, arguments.target, arguments.to, arguments.model), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

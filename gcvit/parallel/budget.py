@@ -189,7 +189,7 @@ def _watch(
 @contextmanager
 def _imagine(model: GCViT, compute: Compute, num_images: int) -> Iterator[tuple[StorageTracker, Callable[[], Tensor]]]:
     """A training forward pass as it would be on its device, but of tensors without memory, and what tracks it."""
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         weights: dict[str, Tensor] = {
             name: nn.Parameter(torch.empty(p.shape, dtype=compute.weights_dtype, device=compute.device))
             for name, p in model.named_parameters()

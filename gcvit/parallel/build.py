@@ -25,6 +25,7 @@ def build_model(model: ModelConfig) -> GCViT:
         num_classes=model.num_classes,
         img_size=model.img_size,
         drop_path_rate=model.drop_path,
+        drop_path_skips=model.drop_path_skips,
         attention=model.attention,
         **(model.overrides.model_dump(exclude_none=True) if model.overrides else {}),
     )

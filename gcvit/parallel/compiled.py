@@ -12,7 +12,8 @@ def compile_parts(model: GCViT) -> None:
     """Compile the model's cut points in place, each when it first runs, and again for another batch size.
 
     Of each part the forward is compiled and not the module, so that hooks on the module stay outside. Parts that are
-    alike share a graph; blocks that differ in their rate of drop path are not alike. Call it after recomputation is
+    alike share a graph: a stage's local blocks one and its global blocks one, but for those that are never dropped, and
+    where drop path skips, since a rate is then a size. Call it after recomputation is
     set up, so that the compiler sees what backward shall compute again.
     """
     names = model.cut_points()

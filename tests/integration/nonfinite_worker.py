@@ -108,8 +108,8 @@ def observe(run: Run, plan: dict[int, str]) -> dict[str, Any]:
 
     look = reads.apart(lambda: (digest(run), run.engine.counters().updates))
 
-    def observed_step(lr: float):
-        before, result, after = look(), step(lr), look()
+    def observed_step(lr: float, **options: bool):
+        before, result, after = look(), step(lr, **options), look()
         for name, pair in zip(("digests", "updates"), zip(before, after, strict=True), strict=True):
             seen[name].append(pair)
         return result

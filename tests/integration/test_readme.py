@@ -39,8 +39,9 @@ COVERED = {
     "make test": "it runs this file",
     "make install": "it made what runs this file",
 }
-# Only parsed here: the first launcher is started by test_train_cli.py, the second waits for other nodes.
-ONLY_PARSED = ("deepspeed ", "torchrun --nnodes ")
+# Only parsed here: the first launcher is started by test_train_cli.py, the second waits for other nodes, and the third
+# fetches weights from a server, as test_pretrained.py does from one of its own.
+ONLY_PARSED = ("deepspeed ", "torchrun --nnodes ", "python train.py --config configs/gc_vit_xxtiny_finetune.yaml")
 SMALL = (
     "model.img_size=32 'model.overrides={width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8]}' "
     "global_batch_size=8 schedule.warmup='0 steps' schedule.cosine='2 steps' schedule.cooldown='0 steps' "

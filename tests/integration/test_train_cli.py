@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from gcvit.checkpoint import open_checkpoint, read_tensors
 from gcvit.config_file import load_config
-from gcvit.evaluator import load_run
+from gcvit.data.source import open_source
+from gcvit.evaluator import evaluate, load_file, load_run
 from gcvit.model import create_model, weights
+from gcvit.parallel.world import join_world
 from tests.integration.launching import python, run, succeed, torchrun
 
 CONFIG = Path(__file__).with_name("golden.yaml")
@@ -285,4 +287,12 @@ def test_the_published_form_names_a_model_and_a_file(images, tmp_path):
     assert result.keys() == KEYS
     assert result["num_samples"] == 4
     assert result["top5"] == 100.0
+
+    # At another size it is the same weights with other bias tables.
+    smaller, data = load_file("gc_vit_xxtiny", path, num_classes=4, img_size=64)
+    result = last_line(python("evaluate.py", *published, "--img-size", 64))
+    source = open_source(str(tmp_path / "data"), "val", None, None)
+    with join_world() as world:
+        expected = evaluate(smaller.eval(), source, data, world, img_size=64, batch_size=2)
+    assert result["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert 0 < result["loss"] < 10

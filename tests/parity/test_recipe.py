@@ -17,6 +17,7 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.data import mixup as timm_mixup
+from timm.layers import DropPath as TimmDropPath
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -30,6 +31,7 @@ from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.model import create_model, weights
 from gcvit.model.gcvit import GCViT
+from gcvit.model.layers import DropPath
 from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
 from gcvit.parallel.engine import Fragment
 from gcvit.schedule import build_schedule
@@ -54,6 +56,10 @@ def build_models(width: int = 64) -> tuple[GCViT, nn.Module]:
     for module in theirs.modules():
         if hasattr(module, "rel_pos"):  # timm's d^-0.5 is a double, the official one and ours is rounded to fp32
             module.scale = ours.stages[0].blocks[0].attention.scale
+    for module in list(theirs.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, TimmDropPath):  # the same, drawn with another function of the generator
+                setattr(module, name, DropPath(child.drop_prob))
     return ours.double().train(), theirs.double().train()
 
 

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 # the engines names the model, which knows nothing of them.
 FLOORS = [
     ("gcvit", "gcvit.errors", "gcvit.outcome", "gcvit.progress", "gcvit.notice", "gcvit.watchdog"),
-    ("gcvit.config", "gcvit.config_file", "gcvit.schedule", "gcvit.runlock"),
+    (
+        *("gcvit.config", "gcvit.config_file", "gcvit.schedule", "gcvit.runlock"),
+        *("gcvit.model.kernels", "gcvit.model.kernels.*"),
+    ),
     ("gcvit.model", "gcvit.model.*"),
     (
         *("gcvit.data", "gcvit.data.manifest", "gcvit.data.folder", "gcvit.data.source"),
@@ -48,7 +51,7 @@ FLOORS = [
         *("gcvit.evaluator", "gcvit.checkpoint", "gcvit.export", "gcvit.metrics", "gcvit.report"),
         *("gcvit.flat_dcp", "gcvit.runfolder", "gcvit.damage", "gcvit.replicas", "gcvit.saver", "gcvit.preemption"),
     ),
-    ("gcvit.run", "gcvit.plan", "gcvit.nonfinite"),
+    ("gcvit.run", "gcvit.plan", "gcvit.nonfinite", "gcvit.predict", "gcvit.export_onnx"),
     ("gcvit.trainer", "gcvit.replay"),
     ("train", "evaluate", "gcvit.__main__"),
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, prepare, read_tensors, restate, save
+from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, prepare, prune, read_tensors, restate, save
 from gcvit.errors import UserError
 from gcvit.parallel.world import World, join_world
 from tests.unit.test_checkpoint import INFO, STATE, draw_tensors, whole
@@ -104,6 +104,33 @@ def test_a_file_that_vanishes_while_it_is_written(world, saved, monkeypatch, fil
     message = refused_save(saved.parent, world)
     assert file in message
     assert "No such file" in message
+
+
+def test_a_checkpoint_that_cannot_be_deleted_yet(world, saved, monkeypatch):
+    """NFS keeps a file that somebody reads, and its folder: the save is complete, and deletes it the next time."""
+    right = os.rmdir
+
+    def rmdir(path: str, **options: int | None) -> None:
+        if str(path).startswith(saved.name) or str(path).endswith(f"{saved.name}.tmp"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        right(path, **options)
+
+    newer = save(saved.parent, RunState(step=20), whole(draw_tensors(2)), INFO, world)
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    prune(saved.parent, keep=1, best_step=-1)
+    newest = save(saved.parent, RunState(step=30), whole(draw_tensors(3)), INFO, world)
+    assert complete_ones(saved.parent) == [newer, newest]
+    assert saved.with_name(f"{saved.name}.tmp").exists()
+    monkeypatch.undo()
+    prepare(saved.parent)
+    assert not list(saved.parent.glob("*.tmp"))
+
+
+def test_an_export_that_is_under_way_is_left_alone(saved):
+    export = saved.with_name(f"{saved.name}-export.tmp")
+    export.mkdir()
+    prepare(saved.parent)
+    assert export.exists()
 
 
 def test_what_was_learnt_later_is_stated_and_the_tensors_stay(saved):

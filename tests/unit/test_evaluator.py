@@ -1,6 +1,7 @@
 """Ranking the right class: ties, NaN, and agreement with topk; the counts of a whole set by hand."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,8 @@ def test_a_sample_that_is_missing_is_noticed(monkeypatch):
 
 
 def test_what_is_printed():
-    row = json.loads(json.dumps(Result(10_000, 8571, 9800, 0.7).as_dict()))
+    row = json.loads(Result(10_000, 8571, 9800, 0.7).as_json())
+    assert json.loads(Result(1, 0, 0, math.nan).as_json())["loss"] is None
     assert row["top1"] == pytest.approx(85.71)
     assert row["top5"] == pytest.approx(98.0)
     assert (row["num_samples"], row["correct_top1"]) == (10_000, 8571)

@@ -152,6 +152,15 @@ def test_timm_has_five_of_the_variants():
     }
 
 
+@pytest.mark.parametrize(("img_size", "has_it"), [(224, True), (256, True), (300, False), (240, False)])
+def test_timm_takes_only_whole_windows(img_size, has_it):
+    found = name_in_timm(ModelConfig(name="gc_vit_tiny", img_size=img_size))
+    assert found == ("gcvit_tiny" if has_it else None)
+    if not has_it:  # it does crash, so that None is no mere caution
+        with torch.device("meta"), pytest.raises((RuntimeError, AssertionError)):
+            timm.create_model("gcvit_xxtiny", img_size=img_size)(torch.empty(1, 3, img_size, img_size))
+
+
 def test_the_file_says_where_it_comes_from_and_no_folder(run, tmp_path):
     folder, _ = run
     export(next((folder / "checkpoints").iterdir()), tmp_path / "out")  # of a checkpoint
@@ -160,6 +169,8 @@ def test_the_file_says_where_it_comes_from_and_no_folder(run, tmp_path):
     assert (metadata["weights"], metadata["step"], metadata["samples"]) == ("ema", "7", "224")
     assert json.loads(metadata["config"])["model"]["name"] == "gc_vit_xxtiny"
     assert "somewhere" not in metadata["config"]
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read one file may read the other
 
 
 def test_what_cannot_be_exported_leaves_nothing(run, world, tmp_path):

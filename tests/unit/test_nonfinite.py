@@ -72,8 +72,8 @@ def refuse(monkeypatch, run: Run, steps: set[int]) -> None:
     """The engine refuses steps in which every sample is well."""
     step = run.engine.step
 
-    def refusing(lr: float) -> StepResult:
-        result = step(lr)
+    def refusing(lr: float, *, head_only: bool) -> StepResult:
+        result = step(lr, head_only=head_only)
         return dataclasses.replace(result, applied=result.applied * float(run.state.step + 1 not in steps))
 
     monkeypatch.setattr(run.engine, "step", refusing)
@@ -157,3 +157,22 @@ def test_a_row_of_bad_steps_ends_the_run(
     there = checkpoint.complete_ones(run.config.run_dir / "checkpoints")
     assert [checkpoint.step_of(path) for path in there] == saved
     assert [checkpoint.open_checkpoint(path).state.samples for path in there] == [4 * step for step in saved]
+
+
+def test_a_hopeless_run_is_not_evaluated(images, world, tmp_path, monkeypatch):
+    """Else its best would be one whose checkpoint is never written, and the real best would be pruned."""
+    evaluated = []
+    monkeypatch.setattr(trainer, "evaluate_all", lambda run, on_batch: evaluated.append(run.state.step) or True)
+    knobs = ["trainer.log_every=8 steps", "trainer.eval_every=2 steps", "trainer.save_every=90 steps"]
+    with begin(images, tmp_path, world, *knobs, "trainer.max_bad_steps=3") as run:
+        break_losses(monkeypatch, run, {4, 5, 6}, num_rows=1)
+        with pytest.raises(UserError, match="--replay 4 "):
+            trainer.train(run)
+        run.saver.wait()
+    assert evaluated == [2, 4]
+
+
+def test_a_row_of_the_log_ends_where_a_resume_begins(images, world, tmp_path):
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "trainer.save_every=3 steps") as run:
+        trainer.train(run)
+    assert [row["step"] for row in rows(run, "train")] == [3, 4, 6, 8]

@@ -32,6 +32,7 @@ EVALUATE_FLAGS = [
     (("--model",), "gc_vit_tiny", "model", "gc_vit_tiny"),
     (("--checkpoint",), "weights.pth.tar", "checkpoint", "weights.pth.tar"),
     (("--weights",), "model", "weights", "model"),
+    (("--img-size", "--img_size"), "256", "img_size", 256),
     (("--split",), "test", "split", "test"),
     (("--local_rank", "--local-rank"), "3", "local_rank", "3"),
 ]

@@ -1,8 +1,8 @@
 """Window attention in one kernel, from the (B, H, W, C) map and back into it: no split, no scores in memory, no merge.
 
 Equal to gcvit.model.attention's `attend` between its `split_windows` and `merge_windows`, whose shape letters are
-used here. The kernels are in window_kernels.py; this file cuts the work into programs, owns the memory, and makes
-two operators known to torch (autograd, compilation, activation checkpointing, FLOP counting).
+used here. The kernels are in window_kernels.py and bias_kernels.py; this file cuts the work into programs, owns the
+memory, and makes two operators known to torch (autograd, compilation, activation checkpointing, FLOP counting).
 
 bf16, fp16 or fp32, whichever the map has; sums and softmax always in fp32. Always deterministic: sums over windows
 are formed in a fixed order, without atomics.
@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gcvit.errors import UserError
+from gcvit.model.kernels import CAPABILITY, DTYPES, HEAD_DIMS
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (16, 32, 64, 128)
 CURE = "attention=sdpa"
 
-WHOLE_TOKENS = 64
-"""Windows of up to this many tokens are one tile."""
-BLOCK = 64
-"""Tokens of a tile. Smaller tiles leave tensor cores idle, larger ones leave fewer programs on a processor."""
+# Tokens of a tile and warps of a program, by the bytes of a number. In half precision, tensor cores want 64 rows for
+# four warps; larger tiles would leave the registers. In fp32 ordinary arithmetic does the products, and has room for
+# the sums of half as many rows, by twice as many threads.
+BLOCKS = {2: 64, 4: 32}
+NUM_WARPS = {2: 4, 4: 8}
 
 # How many programs a launch is cut into where one could serve many windows. More of them balance better over the
 # processors; fewer keep the bias on chip for longer, and leave fewer partial sums of its gradient to be added.
@@ -35,6 +35,8 @@ BLOCK = 64
 FORWARD_PROGRAMS = 4096
 WHOLE_PROGRAMS = 2048
 PAIRS_PROGRAMS = 1024
+PAIRS_BLOCK = 1024
+"""Pairs of the bias that one program lays out; no more than the smallest window has with its padding."""
 
 
 def window_attention(
@@ -78,12 +80,23 @@ class Problem:
         return self.window**2
 
     @property
+    def block(self) -> int:
+        """Tokens of a tile."""
+        return BLOCKS[self.parts.element_size()]
+
+    @property
     def num_tiles(self) -> int:
-        return math.ceil(self.num_tokens / BLOCK)
+        return math.ceil(self.num_tokens / self.block)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of a window with its padding."""
+        return self.num_tiles * self.block
 
     @property
     def is_whole(self) -> bool:
-        return self.num_tokens <= WHOLE_TOKENS
+        """Whether a window is one tile."""
+        return self.num_tiles == 1
 
     @property
     def num_windows(self) -> int:
@@ -92,7 +105,7 @@ class Problem:
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """What the attention kernels are compiled for."""
+        """What the attention kernels are compiled for, and how."""
         _, height, width, _ = self.parts.shape
         return {
             "NUM_HEADS": self.num_heads,
@@ -100,7 +113,10 @@ class Problem:
             "WINDOW": self.window,
             "SHARED_QUERIES": self.queries is not None,
             "RAGGED": height % self.window != 0 or width % self.window != 0,
-            "PADDED": self.num_tiles * BLOCK,
+            "PADDED": self.padded,
+            "BLOCK": self.block,
+            "num_warps": NUM_WARPS[self.parts.element_size()],
+            "num_stages": 2,
         }
 
     @property
@@ -116,18 +132,24 @@ class Problem:
     @cached_property
     def kernels(self) -> ModuleType:
         """window_kernels, loaded on first use: the model runs without Triton. Refuses what it cannot serve."""
+        dtype, device = self.parts.dtype, self.parts.device
+        if dtype not in DTYPES:
+            raise UserError("attention=triton cannot compute in this dtype", got=dtype, allowed=DTYPES, cure=CURE)
+        head_dim = self.num_channels / self.num_heads
+        if head_dim not in HEAD_DIMS:
+            raise UserError("attention=triton lacks this width of a head", got=head_dim, allowed=HEAD_DIMS, cure=CURE)
         try:
             from gcvit.model.kernels import window_kernels
         except ImportError as error:
             raise UserError("attention=triton needs the package triton", got=str(error), cure=CURE) from None
-        if not self.parts.is_cuda and not window_kernels.IS_INTERPRETED.value:
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < CAPABILITY:
+                what = "attention=triton needs a GPU of a newer compute capability"
+                raise UserError(what, got=capability, allowed=f"{CAPABILITY} or above", cure=CURE)
+        elif not window_kernels.IS_INTERPRETED.value:
             what = "attention=triton needs a GPU, or TRITON_INTERPRET=1 in the environment from the start"
-            raise UserError(what, got=f"tensors on {self.parts.device}", cure=CURE)
-        if self.parts.dtype not in DTYPES:
-            raise UserError("attention=triton cannot compute in this dtype", got=self.parts.dtype, allowed=DTYPES, cure=CURE)
-        head_dim = self.num_channels / self.num_heads
-        if head_dim not in HEAD_DIMS:
-            raise UserError("attention=triton lacks this width of a head", got=head_dim, allowed=HEAD_DIMS, cure=CURE)
+            raise UserError(what, got=f"tensors on {device}", cure=CURE)
         return window_kernels
 
     def expand_bias(self, table: Tensor) -> Tensor:
@@ -135,17 +157,27 @@ class Problem:
 
         In bf16 that rounds the bias as finely as q and k are rounded, and halves what every window reads.
         """
-        padded = self.num_tiles * BLOCK
-        bias = self.parts.new_empty(self.num_heads, padded, padded)
-        grid = (padded**2 // 1024, self.num_heads)
-        self.kernels.expand_bias[grid](table.contiguous(), bias, self.num_heads, self.window, padded, 1024)
+        from gcvit.model.kernels import bias_kernels
+
+        bias = self.parts.new_empty(self.num_heads, self.padded, self.padded)
+        grid = (self.padded**2 // PAIRS_BLOCK, self.num_heads)
+        sizes = (self.num_heads, self.window, self.padded, PAIRS_BLOCK)
+        bias_kernels.expand_bias[grid](table.contiguous(), bias, *sizes)
         return bias
+
+    def fold_bias_gradient(self, d_bias: Tensor, d_table: Tensor) -> None:
+        """Sum the pairs' gradient (h, PADDED, PADDED) into the table's."""
+        from gcvit.model.kernels import bias_kernels
+
+        grid = (self.num_heads * (2 * self.window - 1),)
+        block = 1 << (self.window - 1).bit_length()  # the power of two above
+        bias_kernels.fold_bias_gradient[grid](d_bias, d_table, self.num_heads, self.window, self.padded, block)
 
     def plan_runs(self, max_programs: int, programs_per_run: int) -> tuple[int, int, int]:
         """Cut all windows into runs: images of a run, runs of an image (one of them is 1), number of runs."""
         num_images = self.parts.shape[0]
         num_runs = max(1, max_programs // programs_per_run)
-        windows_per_run = math.ceil(num_images * self.num_windows / num_runs)
+        windows_per_run = max(1, math.ceil(num_images * self.num_windows / num_runs))
         if windows_per_run < self.num_windows:
             runs_per_image = math.ceil(self.num_windows / windows_per_run)
             return 1, runs_per_image, num_images * runs_per_image
@@ -154,6 +186,7 @@ class Problem:
 
 
 def make_problem(parts: Tensor, queries: Tensor | None, window: int, num_heads: int) -> Problem:
+    """The problem as the kernels can read it: channels side by side, queries in one piece."""
     parts = parts if parts.stride(-1) == 1 else parts.contiguous()
     return Problem(parts, None if queries is None else queries.contiguous(), window, num_heads)
 
@@ -168,22 +201,19 @@ def run_forward(
     out, lse = allocate_outputs(parts, queries, bias_table, window, num_heads, scale)
     programs_per_run = problem.num_tiles * num_heads
     images_per_run, runs_per_image, num_runs = problem.plan_runs(FORWARD_PROGRAMS, programs_per_run)
-    kernels.attend_windows[(num_runs * programs_per_run,)](
-        *problem.inputs,
-        problem.expand_bias(bias_table),
-        out,
-        lse,
-        scale,
-        num_images,
-        *problem.sizes,
-        images_per_run,
-        runs_per_image,
-        **problem.constants,
-        BLOCK_Q=BLOCK,
-        BLOCK_K=BLOCK,
-        num_warps=4,
-        num_stages=2,
-    )
+    with torch.cuda.device_of(parts):  # Triton launches where the process is, not where the tensors are
+        kernels.attend_windows[(num_runs * programs_per_run,)](
+            *problem.inputs,
+            problem.expand_bias(bias_table),
+            out,
+            lse,
+            scale,
+            num_images,
+            *problem.sizes,
+            images_per_run,
+            runs_per_image,
+            **problem.constants,
+        )
     return out, lse
 
 
@@ -212,47 +242,39 @@ def run_backward(
     """Gradients of parts, queries (an empty tensor where there are none) and bias table."""
     problem = make_problem(parts, queries, window, num_heads)
     kernels, (num_images, *_) = problem.kernels, parts.shape
-    tensors = (*problem.inputs, problem.expand_bias(bias_table), out, lse, d_out.contiguous())
-    d_parts = parts.new_empty(parts.shape)
-
     is_whole, num_tiles = problem.is_whole, problem.num_tiles
     programs_per_run = num_tiles**2 * num_heads
     max_programs = WHOLE_PROGRAMS if is_whole else PAIRS_PROGRAMS
     images_per_run, runs_per_image, num_runs = problem.plan_runs(max_programs, programs_per_run)
-    padded = problem.constants["PADDED"]
-    d_bias = parts.new_empty(num_runs, num_heads, padded, padded, dtype=torch.float32)
 
+    d_parts = parts.new_empty(parts.shape)
+    d_table = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
+    d_bias = parts.new_empty(num_runs, num_heads, problem.padded, problem.padded, dtype=torch.float32)
     # The shared queries' gradient is a sum over windows: in as many pieces as programs share an image.
     num_pieces = 0 if queries is None else runs_per_image if is_whole else problem.num_windows
     piece_dtype = parts.dtype if num_pieces <= 1 else torch.float32
     d_queries = parts.new_empty(num_images, num_pieces, problem.num_tokens, problem.num_channels, dtype=piece_dtype)
 
-    kernels.backward_pairs[(num_runs * programs_per_run,)](
-        *tensors,
-        d_parts,
-        d_queries,
-        d_bias,
-        scale,
-        num_images,
-        *problem.sizes,
-        images_per_run,
-        runs_per_image,
-        **problem.constants,
-        BLOCK_Q=BLOCK,
-        BLOCK_K=BLOCK,
-        WHOLE=is_whole,
-        num_warps=4,
-        num_stages=2,
-    )
-    if not is_whole:
-        kernels.backward_tiles[(num_images * problem.num_windows * num_tiles * num_heads,)](
-            *tensors, d_parts, d_queries, scale, *problem.sizes, **problem.constants, BLOCK=BLOCK, num_warps=4, num_stages=2
+    with torch.cuda.device_of(parts):
+        inputs = (*problem.inputs, problem.expand_bias(bias_table), out, lse, d_out.contiguous())
+        kernels.backward_pairs[(num_runs * programs_per_run,)](
+            *inputs,
+            d_parts,
+            d_queries,
+            d_bias,
+            scale,
+            num_images,
+            *problem.sizes,
+            images_per_run,
+            runs_per_image,
+            **problem.constants,
         )
+        if not is_whole:
+            kernels.backward_tiles[(num_images * problem.num_windows * num_tiles * num_heads,)](
+                *inputs, d_parts, d_queries, scale, *problem.sizes, **problem.constants
+            )
+        problem.fold_bias_gradient(d_bias[0] if num_runs == 1 else d_bias.sum(0), d_table)
 
-    d_table = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
-    kernels.fold_bias_gradient[(num_heads * (2 * window - 1),)](
-        d_bias[0] if num_runs == 1 else d_bias.sum(0), d_table, num_heads, window, padded, 1 << (window - 1).bit_length()
-    )
     if queries is None:
         return d_parts, parts.new_empty(0), d_table
     d_queries = d_queries if num_pieces == 1 else d_queries.sum(1)
@@ -260,7 +282,7 @@ def run_backward(
 
 
 @run_backward.register_fake
-def _(
+def allocate_gradients(
     d_out: Tensor,
     parts: Tensor,
     queries: Tensor | None,
@@ -284,21 +306,23 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 def differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     parts, queries, *others = ctx.saved_tensors
     d_parts, d_queries, d_table = run_backward(d_out, parts, queries, *others, ctx.window, ctx.num_heads, ctx.scale)
-    return d_parts, None if queries is None else d_queries, d_table, None, None, None
+    return d_parts, d_queries if queries is not None else None, d_table, None, None, None
 
 
 run_forward.register_autograd(differentiate, setup_context=save_for_backward)
 
 
 @register_flop_formula(torch.ops.gcvit.window_attention)
-def count_forward_flops(parts: Any, queries: Any, bias_table: Any, window: int, *_: Any, out_shape: Any, **__: Any) -> int:
+def count_forward_flops(*_: Any, out_shape: Any, **__: Any) -> int:
     """Two products, as the reference counts them: windows whole, whatever the padding on chip."""
     (num_images, _, _, num_channels), (_, num_windows, _, num_tokens) = out_shape
     return 2 * 2 * num_images * num_windows * num_tokens**2 * num_channels
 
 
 @register_flop_formula(torch.ops.gcvit.window_attention_backward)
-def count_backward_flops(d_out: Any, parts: Any, queries: Any, bias_table: Any, out: Any, lse: Any, *_: Any, **__: Any) -> int:
+def count_backward_flops(
+    d_out: Any, parts: Any, queries: Any, bias_table: Any, out: Any, lse: Any, *_: Any, **__: Any
+) -> int:
     """Four products: what is computed anew from what was not stored does not count, as in the reference."""
     (num_images, _, _, num_channels), (_, num_windows, _, num_tokens) = out, lse
     return 4 * 2 * num_images * num_windows * num_tokens**2 * num_channels

@@ -7,17 +7,20 @@ says which elements of a tile exist. Names in capitals are known at compile time
 Shape letters are those of gcvit.model.attention. The N tokens of a window are padded to whole tiles: tokens
 that do not exist (padding, or positions beyond the map) are loaded as zeros, never stored, and as keys weigh
 exp(-inf) = 0. Exponentials are taken to base 2, the one the hardware has: scores, their log-sum-exp and the bias
-are in units of log(2), hence LOG2_E below.
+are in units of log(2), hence LOG2_E. The bias is laid out for these kernels by those of bias_kernels.py.
 
 A window is named by one number, counted image by image. Where a program serves several windows, they follow
 each other ("a run"), so that what depends on the head alone stays on chip. Runs never change a sum's order from
 one launch to the next: no atomics, the same bits every time.
 """
 
+# mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
+# A kernel's arguments are no Python values: a Tensor arrives as a pointer, and every number as one of the chip's.
+
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from gcvit.model.kernels.bias_kernels import LOG2_E
 
 
 @triton.jit
@@ -31,7 +34,7 @@ def find_run(run, num_images, num_windows, images_per_run, runs_per_image):
 
 
 # Whether TRITON_INTERPRET=1 was set before anything loaded Triton: programs then run one by one, in NumPy.
-IS_INTERPRETED = tl.constexpr(not isinstance(find_run, triton.JITFunction) and not isinstance(tl.sum, triton.JITFunction))
+IS_INTERPRETED = tl.constexpr(not any(isinstance(function, triton.JITFunction) for function in (find_run, tl.sum)))
 
 
 @triton.jit
@@ -78,51 +81,6 @@ def score(q, k, bias_tile, key_exists, scale, RAGGED: tl.constexpr):
     return tl.where(key_exists[None, :], scores, float("-inf")) if RAGGED else scores
 
 
-@triton.jit
-def expand_bias(table, bias, NUM_HEADS: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Table ((2w-1)^2, h) to (h, PADDED, PADDED) in units of log(2): -inf for keys of the padding.
-
-    Gathered once per call and not by every window: the table's entries lie h apart, so that a gather touches as
-    many cache lines as it reads numbers, while this buffer is read in whole lines, and by every image again.
-    """
-    head = tl.program_id(1)
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    query, key = pair // PADDED, pair % PADDED
-    exists = (query < WINDOW * WINDOW) & (key < WINDOW * WINDOW)
-    offset_y = query // WINDOW - key // WINDOW + WINDOW - 1
-    offset_x = query % WINDOW - key % WINDOW + WINDOW - 1
-    row = offset_y * (2 * WINDOW - 1) + offset_x
-    value = tl.load(table + row * NUM_HEADS + head, mask=exists, other=0.0).to(tl.float32) * LOG2_E
-    value = tl.where(key < WINDOW * WINDOW, value, float("-inf"))
-    tl.store(bias + head * PADDED * PADDED + pair, value.to(bias.dtype.element_ty))
-
-
-@triton.jit
-def fold_bias_gradient(
-    d_bias, d_table, NUM_HEADS: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sum the gradient of pairs (h, PADDED, PADDED) into the table's ((2w-1)^2, h): adjoint of expand_bias.
-
-    A program sums one vertical offset of one head: a tile of (query row, horizontal offset), query column by
-    query column.
-    """
-    head = tl.program_id(0) % NUM_HEADS
-    offset_y = tl.program_id(0) // NUM_HEADS  # yi - yj + w - 1
-    offset_x = tl.arange(0, 2 * BLOCK)[None, :]  # xi - xj + w - 1
-    query_y = tl.arange(0, BLOCK)[:, None]
-    key_y = query_y - offset_y + WINDOW - 1
-    exists_y = (query_y < WINDOW) & (key_y >= 0) & (key_y < WINDOW)
-    total = tl.zeros((BLOCK, 2 * BLOCK), tl.float32)
-    for query_x in tl.static_range(WINDOW):
-        key_x = query_x - offset_x + WINDOW - 1
-        exists = exists_y & (key_x >= 0) & (key_x < WINDOW)
-        query, key = query_y * WINDOW + query_x, key_y * WINDOW + key_x
-        total += tl.load(d_bias + head * PADDED * PADDED + query * PADDED + key, mask=exists, other=0.0)
-    column = tl.arange(0, 2 * BLOCK)
-    pointers = d_table + (offset_y * (2 * WINDOW - 1) + column) * NUM_HEADS + head
-    tl.store(pointers, tl.sum(total, axis=0).to(d_table.dtype.element_ty), mask=column < 2 * WINDOW - 1)
-
-
 @triton.jit(do_not_specialize=["num_images", "images_per_run", "runs_per_image"])
 def attend_windows(
     parts,  # (B, H, W, 3C) q, k, v; or (B, H, W, 2C) k, v
@@ -145,8 +103,7 @@ def attend_windows(
     SHARED_QUERIES: tl.constexpr,
     RAGGED: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Attention of one head and one tile of queries, over the windows of a run.
 
@@ -154,22 +111,21 @@ def attend_windows(
     it and the weighted sum of values; a new maximum rescales what was summed (Milakov & Gimelshein, 2018).
     """
     NUM_TOKENS: tl.constexpr = WINDOW * WINDOW
-    NUM_QUERY_TILES: tl.constexpr = (NUM_TOKENS + BLOCK_Q - 1) // BLOCK_Q
-    NUM_KEY_TILES: tl.constexpr = (NUM_TOKENS + BLOCK_K - 1) // BLOCK_K
+    NUM_TILES: tl.constexpr = (NUM_TOKENS + BLOCK - 1) // BLOCK
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     KEYS: tl.constexpr = 0 if SHARED_QUERIES else C
     # Neighbouring heads share cache lines, neighbouring tiles keys and values: their programs run side by side.
     head = tl.program_id(0) % NUM_HEADS
-    first_query = tl.program_id(0) // NUM_HEADS % NUM_QUERY_TILES * BLOCK_Q
-    run = tl.program_id(0) // NUM_HEADS // NUM_QUERY_TILES
+    first_query = tl.program_id(0) // NUM_HEADS % NUM_TILES * BLOCK
+    run = tl.program_id(0) // NUM_HEADS // NUM_TILES
     num_windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
     first, last = find_run(run, num_images, num_windows, images_per_run, runs_per_image)
 
-    first_bias = load_bias(bias, head, first_query + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), PADDED)
+    first_bias = load_bias(bias, head, first_query + tl.arange(0, BLOCK), tl.arange(0, BLOCK), PADDED)
     for window in range(first, last):
         image, place = window // num_windows, window % num_windows
         image_parts = parts + image.to(tl.int64) * stride_b + head * HEAD_DIM
-        query, y, x, query_exists = find_tokens(place, first_query, height, width, WINDOW, BLOCK_Q)
+        query, y, x, query_exists = find_tokens(place, first_query, height, width, WINDOW, BLOCK)
         if SHARED_QUERIES:
             image_queries = queries + image.to(tl.int64) * (NUM_TOKENS * C) + head * HEAD_DIM
             q = load_rows(image_queries, query * C, query_exists, HEAD_DIM)
@@ -178,7 +134,7 @@ def attend_windows(
         out_offsets = (y * width + x) * C
 
         # The first tile holds the window's first token, which always exists: the maximum is finite from here on.
-        _, y, x, exists = find_tokens(place, 0, height, width, WINDOW, BLOCK_K)
+        _, y, x, exists = find_tokens(place, 0, height, width, WINDOW, BLOCK)
         offsets = y * stride_y + x * stride_x
         k = load_rows(image_parts + KEYS, offsets, exists, HEAD_DIM)
         v = load_rows(image_parts + KEYS + C, offsets, exists, HEAD_DIM)
@@ -187,8 +143,8 @@ def attend_windows(
         weights = tl.exp2(scores - maximum[:, None])
         total = tl.sum(weights, axis=1)
         mean = multiply(weights.to(v.dtype), v)
-        for key_tile in range(1, NUM_KEY_TILES):
-            key, y, x, exists = find_tokens(place, key_tile * BLOCK_K, height, width, WINDOW, BLOCK_K)
+        for key_tile in range(1, NUM_TILES):
+            key, y, x, exists = find_tokens(place, key_tile * BLOCK, height, width, WINDOW, BLOCK)
             offsets = y * stride_y + x * stride_x
             k = load_rows(image_parts + KEYS, offsets, exists, HEAD_DIM)
             v = load_rows(image_parts + KEYS + C, offsets, exists, HEAD_DIM)
@@ -232,36 +188,34 @@ def backward_pairs(
     SHARED_QUERIES: tl.constexpr,
     RAGGED: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The bias's gradient of one head and one tile of (query, key) pairs, summed on chip over a run's windows.
 
-    Where the tile holds the WHOLE window (N up to 64), everything else follows from the same numbers, and this
+    Where one tile holds the WHOLE window, everything else follows from the same numbers, and this
     kernel is all of the backward pass. Otherwise backward_tiles does the rest.
     """
     NUM_TOKENS: tl.constexpr = WINDOW * WINDOW
-    NUM_QUERY_TILES: tl.constexpr = (NUM_TOKENS + BLOCK_Q - 1) // BLOCK_Q
-    NUM_KEY_TILES: tl.constexpr = (NUM_TOKENS + BLOCK_K - 1) // BLOCK_K
+    NUM_TILES: tl.constexpr = (NUM_TOKENS + BLOCK - 1) // BLOCK
+    WHOLE: tl.constexpr = NUM_TILES == 1
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     KEYS: tl.constexpr = 0 if SHARED_QUERIES else C
     head = tl.program_id(0) % NUM_HEADS
-    first_query = tl.program_id(0) // NUM_HEADS % NUM_QUERY_TILES * BLOCK_Q
-    first_key = tl.program_id(0) // NUM_HEADS // NUM_QUERY_TILES % NUM_KEY_TILES * BLOCK_K
-    run = tl.program_id(0) // NUM_HEADS // NUM_QUERY_TILES // NUM_KEY_TILES
+    first_query = tl.program_id(0) // NUM_HEADS % NUM_TILES * BLOCK
+    first_key = tl.program_id(0) // NUM_HEADS // NUM_TILES % NUM_TILES * BLOCK
+    run = tl.program_id(0) // NUM_HEADS // NUM_TILES // NUM_TILES
     num_windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
     first, last = find_run(run, num_images, num_windows, images_per_run, runs_per_image)
 
-    pair_query, pair_key = first_query + tl.arange(0, BLOCK_Q), first_key + tl.arange(0, BLOCK_K)
+    pair_query, pair_key = first_query + tl.arange(0, BLOCK), first_key + tl.arange(0, BLOCK)
     bias_tile = load_bias(bias, head, pair_query, pair_key, PADDED)
-    d_bias_sum = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    d_query_sum = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
+    d_bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
+    d_query_sum = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for window in range(first, last):
         image, place = window // num_windows, window % num_windows
         image_parts = parts + image.to(tl.int64) * stride_b + head * HEAD_DIM
         out_start = image.to(tl.int64) * height * width * C + head * HEAD_DIM
-        query, y, x, query_exists = find_tokens(place, first_query, height, width, WINDOW, BLOCK_Q)
+        query, y, x, query_exists = find_tokens(place, first_query, height, width, WINDOW, BLOCK)
         query_place = y * width + x
         if SHARED_QUERIES:
             image_queries = queries + image.to(tl.int64) * (NUM_TOKENS * C) + head * HEAD_DIM
@@ -271,7 +225,7 @@ def backward_pairs(
         d_mean = load_rows(d_out + out_start, query_place * C, query_exists, HEAD_DIM)
         lse_row = lse + (window * NUM_HEADS + head) * NUM_TOKENS
         query_lse = tl.load(lse_row + query, mask=query < NUM_TOKENS, other=0.0)
-        _, y, x, key_exists = find_tokens(place, first_key, height, width, WINDOW, BLOCK_K)
+        _, y, x, key_exists = find_tokens(place, first_key, height, width, WINDOW, BLOCK)
         key_place = y * width + x
         offsets = y * stride_y + x * stride_x
         k = load_rows(image_parts + KEYS, offsets, key_exists, HEAD_DIM)

@@ -12,6 +12,7 @@ from gcvit.model.attention import (
     WindowAttention,
     attend,
     attend_fused,
+    expand_apart,
     expand_bias_table,
     merge_windows,
     share_queries,
@@ -178,3 +179,18 @@ def test_a_path_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match="install triton"):
         make_attention(2, False, "triton")
     make_attention(2, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "num_heads"), [(1, 2), (4, 3), (7, 2)])
+def test_the_compilers_operator_is_the_plain_expansion(window, num_heads, dtype):
+    """To the bit, gradient included: a compiled model differs by its fused kernels alone."""
+    plain = torch.randn((2 * window - 1) ** 2, num_heads, dtype=dtype, requires_grad=True)
+    apart = plain.detach().clone().requires_grad_()
+    pairs, theirs = expand_bias_table(plain, window), expand_apart(apart, window)
+    assert torch.equal(pairs, theirs)
+    gradient = torch.randn_like(pairs)
+    pairs.backward(gradient)
+    theirs.backward(gradient)
+    assert torch.equal(plain.grad, apart.grad)
+    torch.library.opcheck(expand_apart, (apart, window), test_utils=("test_schema", "test_faketensor"))

@@ -41,7 +41,7 @@ def assert_same_weights(model: GCViT, other: GCViT) -> None:
         assert torch.equal(value, expected), name
 
 
-LAYOUTS = {"own": dict, "official": weights.to_official_state, "timm": weights.to_timm_state}
+LAYOUTS = {"gcvit": dict, "official": weights.to_official_state, "timm": weights.to_timm_state}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -46,7 +46,7 @@ def run_steps(name: str, world, sizes: tuple[int, int], *overrides: str) -> tupl
         ("zero2", [], (4, 4), 2),
         # One block is wrapped and the other, as the last part, is not: each has graphs of its own.
         ("ddp", ["activation_checkpointing=selective"], (4, 4), 4),
-        # The blocks' rates differ: in training a graph each, in evaluation too, where one guard is on the rate.
+        # As above, and the first block is never dropped.
         ("fsdp", ["model.drop_path=0.3", "activation_checkpointing=full"], (4, 4), 4),
     ],
     ids=["ddp, smaller micro-batch", "fsdp", "zero2", "ddp, linear layers kept", "fsdp, drop path, recomputed"],

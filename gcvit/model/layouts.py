@@ -1,0 +1,204 @@
+"""Weights files of three layouts, the official, timm's and ours, read for a model.
+
+Ours is a GCViT's `state_dict`. `to_official` and `to_timm` say what a parameter of ours is called there;
+that one direction is enough, since a model lists its own names. The squeeze-excitation weights are matrices
+here and in the official layout, 1x1 convolutions in timm's.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gcvit.errors import UserError
+from gcvit.model.fitting import BIAS_TABLE, HEAD, StateDict, fit, resample_bias_tables, window_of
+
+if TYPE_CHECKING:
+    from gcvit.model.gcvit import GCViT
+
+# Where trainers keep the tensors inside a checkpoint, the average first: it is the one that was published.
+CONTAINERS = ("state_dict_ema", "state_dict", "model")
+WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")
+
+OFFICIAL_PARTS = (
+    ("stem.conv.", "patch_embed.proj."),
+    ("stem.downsample.", "patch_embed.conv_down."),
+    ("stages.", "levels."),
+    ("query_generator.fused.", "q_global_gen.to_q_global."),
+    (".fused.", "."),
+    (".depthwise.", ".conv.0."),
+    (".squeeze_excite.fc1.", ".conv.2.fc.0."),
+    (".squeeze_excite.fc2.", ".conv.2.fc.2."),
+    (".pointwise.", ".conv.3."),
+    (".attention.bias_table", ".attn.relative_position_bias_table"),
+    (".attention.", ".attn."),
+    (".scale1.gamma", ".gamma1"),
+    (".scale2.gamma", ".gamma2"),
+    (HEAD, "head."),
+)
+TIMM_PARTS = (
+    ("stem.conv.", "stem.conv1."),
+    ("stem.downsample.", "stem.down."),
+    (".fused.", ".conv_block."),
+    (".depthwise.", ".conv_dw."),
+    (".squeeze_excite.", ".se."),
+    (".pointwise.", ".conv_pw."),
+    (".attention.bias_table", ".attn.rel_pos.relative_position_bias_table"),
+    (".attention.", ".attn."),
+    (".scale1.", ".ls1."),
+    (".scale2.", ".ls2."),
+)
+
+
+def to_official(name: str) -> str:
+    """The official name of our parameter `name`."""
+    # The official model downsamples at the end of a stage, ours at the start of the next.
+    name = re.sub(r"^stages\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) - 1}.downsample", name)
+    return _replace_parts(name, OFFICIAL_PARTS)
+
+
+def to_timm(name: str) -> str:
+    """timm's name of our parameter `name`."""
+    # timm counts the query generator's blocks from one.
+    query_block = r"\.query_generator\.fused\.(\d+)"
+    name = re.sub(query_block, lambda match: f".global_block.blocks.conv{int(match[1]) + 1}", name)
+    return _replace_parts(re.sub(r"^norm\.", "stages.3.norm.", name), TIMM_PARTS)
+
+
+def _replace_parts(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    for ours, theirs in parts:
+        name = name.replace(ours, theirs)
+    return name
+
+
+LAYOUTS: dict[str, Callable[[str], str]] = {"gcvit": str, "official": to_official, "timm": to_timm}
+
+
+def to_official_state(state: Mapping[str, Tensor]) -> StateDict:
+    """Our `state_dict` in the official layout, with the index buffers that belong to its bias tables."""
+    official = {}
+    for name, tensor in state.items():
+        official[to_official(name)] = tensor
+        if name.endswith(BIAS_TABLE):
+            index_name = to_official(name).replace("_bias_table", "_index")
+            official[index_name] = relative_position_index(window_of(tensor.shape))
+    return official
+
+
+def to_timm_state(state: Mapping[str, Tensor]) -> StateDict:
+    """Our `state_dict` in timm's layout."""
+    return {
+        to_timm(name): tensor[:, :, None, None] if ".squeeze_excite." in name else tensor
+        for name, tensor in state.items()
+    }
+
+
+def relative_position_index(window: int) -> Tensor:
+    """The bias table's row of every (query, key) pair of a window, (N, N), as the official layout has it."""
+    y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
+    rows = (y[:, None] - y[None, :] + window - 1) * (2 * window - 1)
+    return rows + (x[:, None] - x[None, :] + window - 1)
+
+
+def load(
+    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
+) -> str:
+    """Load weights from a checkpoint or safetensors file into a whole model; says what was found.
+
+    See `read_fitting` for what is accepted and refused.
+    """
+    assert not any(parameter.is_meta for parameter in model.parameters()), "nothing can be loaded on meta"
+    state, description = read_fitting(model, path, strict, reset_head, resample)
+    model.load_state_dict(state, strict=False)  # read_fitting was strict, and says more
+    return description
+
+
+def read_fitting(
+    model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
+) -> tuple[StateDict, str]:
+    """A file's whole tensors on the CPU, under the names of `model`, and a line that says what was found.
+
+    The file may have any of the three layouts. See `fit` for the rest; raises UserError also for a file that is
+    missing or no checkpoint.
+    """
+    checkpoint, container = read(path)
+    layout = find_layout(checkpoint, model)
+    if layout is None:
+        raise foreign_file(checkpoint, path)
+    state, changes = fit(to_ours(checkpoint, model), model, path, strict, reset_head, resample)
+    return state, ", ".join([f"{path}: {layout} layout", container, f"{len(state)} tensors", *changes])
+
+
+def foreign_file(checkpoint: Mapping[str, Any], path: str | Path) -> UserError:
+    """What to raise for a file whose tensors are no GC ViT's."""
+    return UserError(
+        f"{path} holds no GC ViT",
+        got="tensors " + ", ".join(list(checkpoint)[:3]) + ", ...",
+        allowed="the official layout, timm's, or an export of this project",
+    )
+
+
+def to_fitting(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
+    """timm's hook: a checkpoint's tensors under our names, their bias tables resampled to the model's windows."""
+    state = to_ours(checkpoint, model)
+    resample_bias_tables(state, {name: law.shape for name, law in model.initial_laws.items()})
+    return state
+
+
+def read(path: str | Path) -> tuple[StateDict, str]:
+    """The tensors of a file under its own names, and where in it they stood. Runs no code of the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such weights file", got=path, allowed="a .pth, .pt, .pth.tar or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            # timm's and the official trainer leave their arguments in the checkpoint; a Namespace is inert.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes the readers raise nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be read safely", got=reason) from error
+    tensors, container = find_tensors(content) if isinstance(content, dict) else ({}, "")
+    if not tensors:
+        raise UserError(f"{path} holds no named tensors", got=type(content).__name__)
+    return tensors, container
+
+
+def find_tensors(content: Mapping[str, Any]) -> tuple[StateDict, str]:
+    """The named tensors of a checkpoint's content, without wrappers' prefixes, and where they stood."""
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
+    tensors = content if container is None else content[container]
+    named = {WRAPPER_PREFIX.sub("", str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    return named, container or "bare tensors"
+
+
+def find_layout(checkpoint: Mapping[str, Any], model: "GCViT") -> str | None:
+    """The layout ("gcvit", "official" or "timm") that the names fit best; None where most fit none."""
+    num_matches = {
+        layout: sum(translate(ours) in checkpoint for ours in model.initial_laws)
+        for layout, translate in LAYOUTS.items()
+    }
+    best = max(num_matches, key=lambda layout: num_matches[layout])
+    # Against the shorter list, so that a deeper or shallower GC ViT is still told apart from another network.
+    return best if 2 * num_matches[best] > min(len(model.initial_laws), len(checkpoint)) else None
+
+
+def to_ours(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
+    """A checkpoint's tensors under our names; what has no name here keeps its own."""
+    tensors, _ = find_tensors(checkpoint)
+    translate = LAYOUTS[find_layout(tensors, model) or "gcvit"]
+    names = {translate(ours): ours for ours in [*model.initial_laws, HEAD + "weight", HEAD + "bias"]}
+    state = {}
+    for theirs, tensor in tensors.items():
+        if theirs.endswith("relative_position_index"):
+            continue  # follows from the window
+        ours = names.get(theirs, theirs)
+        state[ours] = tensor.flatten(1) if ".squeeze_excite." in ours else tensor
+    return state

@@ -1,0 +1,168 @@
+"""What is on these images? The likeliest classes of each, by their names.
+
+    python -m gcvit.predict cat.jpg dog.jpg --checkpoint gc_vit_tiny
+    python -m gcvit.predict photos --checkpoint runs/gc_vit_tiny --top 1
+    python -m gcvit.predict cat.jpg --checkpoint gcvit_1k_tiny.pth.tar --json
+
+--checkpoint is a run, a checkpoint or an export of ours; a weights file of any layout, whose variant its shapes tell;
+or the name of a variant, whose published weights are fetched (CC-BY-NC-SA-4.0). Images are prepared as evaluation does,
+and shown as they come, a batch at a time. A run knows the names of its classes; 1000 classes of others are ImageNet's.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from gcvit import checkpoint, runfolder
+from gcvit.config import DataConfig
+from gcvit.config_file import parse_config
+from gcvit.data.decode import DecodeError
+from gcvit.data.folder import SUFFIXES
+from gcvit.data.transforms import EvalTransform, normalize
+from gcvit.errors import UserError, run_main
+from gcvit.export import WEIGHTS_FILE, choose_kind, load_export, read_label_names
+from gcvit.model import VARIANTS, GCViT, weights
+from gcvit.model.variants import fetch_weights
+from gcvit.parallel.build import build_model
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode, how its images are prepared, and the names of its classes in label order."""
+
+    model: GCViT
+    data: DataConfig
+    classes: tuple[str, ...]
+    origin: str  # where it is from, in words
+
+
+def open_classifier(source: str, variant: str | None = None, attention: str = "auto") -> Classifier:
+    """The classifier that `--checkpoint` names, on the CPU in fp32.
+
+    `variant` is of a weights file, None reads it from the shapes; `attention` is a path of `WindowAttention`.
+    Errors: UserError for what is none of these, damaged, or has no head.
+    """
+    if Path(source).is_dir():
+        if variant is not None:
+            raise UserError("a run says itself which model it is", got=f"--model {variant}", cure="leave it out")
+        return _open_folder(Path(source), attention)
+    if not Path(source).exists():
+        if source not in VARIANTS:
+            allowed = f"a run, an export, a weights file, or one of {', '.join(VARIANTS)}"
+            raise UserError("no such checkpoint", got=source, allowed=allowed)
+        variant, source = source, fetch_weights(source)
+    model, variant, found = weights.read_model(source, variant, attention=attention)
+    if not model.num_classes:
+        raise UserError("these weights have no head to classify with", got=source)
+    row = VARIANTS[variant]
+    data = DataConfig(crop_pct=row.crop_pct, eval_resize="squash" if row.crop_mode == "squash" else "crop")
+    return Classifier(model.float().eval(), data, name_classes(None, model.num_classes), found)
+
+
+def _open_folder(path: Path, attention: str) -> Classifier:
+    if (path / WEIGHTS_FILE).exists():
+        model, config = load_export(path, attention)
+        classes, origin = read_label_names(path), f"{path}: export of {config.model.name}"
+    else:
+        found = checkpoint.open_checkpoint(runfolder.find_checkpoint(path))
+        config = parse_config(found.info["config"], source=str(found.path))
+        kind = choose_kind(found, None)
+        with torch.device("meta"):
+            model = build_model(config.model.model_copy(update={"attention": attention}))
+        model.load_state_dict(checkpoint.read_tensors(found, kind), assign=True)
+        classes, origin = found.info.get("classes"), f"{found.path}: {kind} of {config.model.name}"
+    return Classifier(model.eval(), config.data, name_classes(classes, model.num_classes), origin)
+
+
+def name_classes(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Names for people: WordNet's words in the place of its numbers (n02123045), ImageNet-1K's where none are given."""
+    imagenet = ImageNetInfo()
+    if classes is None:
+        if num_classes != imagenet.num_classes():
+            return tuple(f"class {label}" for label in range(num_classes))
+        classes = imagenet.label_names()
+    words = imagenet.label_descriptions(as_dict=True)
+    return tuple(words.get(name, name) for name in classes)
+
+
+def list_images(places: Sequence[Path]) -> list[Path]:
+    """The files among these places, and the images in the folders among them, sorted. Errors: UserError for none."""
+    images: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            images.append(place)
+            continue
+        found = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not found:
+            raise UserError("a folder without images", got=place, allowed=", ".join(f"*{end}" for end in SUFFIXES))
+        images += found
+    return images
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, images: Sequence[Path], batch_size: int, device: torch.device
+) -> Iterator[tuple[Path, Tensor]]:
+    """Each image with the probabilities of all classes, (C,) in fp32 on the CPU.
+
+    Errors: UserError for an image that cannot be read.
+    """
+    model, data = classifier.model.to(device), classifier.data
+    assert isinstance(model.img_size, int), "neither a config nor a file's shapes tell of rectangles"
+    transform = EvalTransform(data, model.img_size)
+    for begin in range(0, len(images), batch_size):
+        paths = images[begin : begin + batch_size]
+        pixels = torch.stack([_read_image(path, transform) for path in paths])
+        logits = model(normalize(pixels.to(device), data.mean, data.std))
+        yield from zip(paths, logits.softmax(dim=1).cpu(), strict=True)
+
+
+def _read_image(path: Path, transform: EvalTransform) -> Tensor:
+    try:
+        return transform(path.read_bytes())
+    except OSError as error:
+        raise UserError("cannot read an image", got=f"{path} ({error.strerror})") from None
+    except DecodeError as error:
+        raise UserError("not an image that can be read", got=f"{path} ({error})") from None
+
+
+def describe(path: Path, probabilities: Tensor, classes: Sequence[str], top: int, as_json: bool) -> str:
+    """The likeliest classes of an image: lines for people, or a line of JSON."""
+    likeliest = probabilities.topk(min(top, len(classes)))
+    rows = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    if as_json:
+        found = [{"label": label, "name": classes[label], "probability": share} for label, share in rows]
+        return json.dumps({"image": str(path), "classes": found})
+    return "\n".join([str(path), *(f"  {100 * share:6.2f} %  {classes[label]}" for label, share in rows)])
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="gcvit.predict", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files, or folders of them")
+    parser.add_argument("--checkpoint", metavar="RUN|FILE|NAME", required=True, help="what to predict with")
+    parser.add_argument("--model", metavar="NAME", help="the variant of a file; default: read from the shapes")
+    parser.add_argument("--top", metavar="K", type=int, default=5, help="classes of each image (5)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images at once (32)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each image")
+    arguments = parser.parse_args()
+    for option, value in (("--top", arguments.top), ("--batch-size", arguments.batch_size)):
+        if value < 1:
+            raise UserError(option, got=value, allowed="1 or more")
+    images = list_images(arguments.images)
+    classifier = open_classifier(arguments.checkpoint, arguments.model)
+    print(classifier.origin, file=sys.stderr, flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for path, probabilities in predict(classifier, images, arguments.batch_size, device):
+        print(describe(path, probabilities, classifier.classes, arguments.top, arguments.json), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
