@@ -42,7 +42,7 @@ $(BIN)/pip:
 # ---- checks ---------------------------------------------------------------------------------------------------
 
 PYTEST := $(BIN)/python -m pytest
-# Unit and parity tests are many and short, so that two processes pay; integration tests start processes themselves.
+# Two processes at a time; the tests of a file share what is set up for them.
 TWO := -n 2 --dist loadfile
 
 lint: $(INSTALLED)
@@ -61,11 +61,11 @@ test-parity: $(INSTALLED)
 	$(PYTEST) tests/parity -m 'not slow' $(TWO)
 
 test-integration: $(INSTALLED)
-	$(PYTEST) tests/integration -m 'not slow' --ignore tests/integration/slurm
+	$(PYTEST) tests/integration -m 'not slow' --ignore tests/integration/slurm $(TWO)
 
 # pytest exits with 5 where it selects no test; no slow test is no failure.
 test-slow: $(INSTALLED)
-	$(PYTEST) tests -m slow --timeout 1800 || test $$? -eq 5
+	$(PYTEST) tests -m slow --timeout 1800 $(TWO) || test $$? -eq 5
 
 # They start daemons and take all cores: no part of `make test`. Without SLURM or root they are skipped, and say so.
 test-slurm: $(INSTALLED)

@@ -39,9 +39,12 @@ COVERED = {
     "make test": "it runs this file",
     "make install": "it made what runs this file",
 }
-# Only parsed here: the first launcher is started by test_train_cli.py, the second waits for other nodes, and the third
-# fetches weights from a server, as test_pretrained.py does from one of its own.
-ONLY_PARSED = ("deepspeed ", "torchrun --nnodes ", "python train.py --config configs/gc_vit_xxtiny_finetune.yaml")
+# Only parsed here: the first launcher is started by test_train_cli.py, the second waits for other nodes, the third is
+# started by slurm/test_jobs.py, and the last fetches weights from a server, as test_pretrained.py does from its own.
+ONLY_PARSED = (
+    *("deepspeed ", "torchrun --nnodes ", "sbatch "),
+    "python train.py --config configs/gc_vit_xxtiny_finetune.yaml",
+)
 SMALL = (
     "model.img_size=32 'model.overrides={width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8]}' "
     "global_batch_size=8 schedule.warmup='0 steps' schedule.cosine='2 steps' schedule.cooldown='0 steps' "
@@ -189,6 +192,8 @@ def parse(line: str, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     elif launcher == "deepspeed":
         read = parse_deepspeed(words)
         words = [read.user_script, *read.user_args]
+    elif launcher == "sbatch":
+        words = ["train.py", "--config", *words[words.index("launch/train.sbatch") + 1 :]]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(UserError) as caught:
