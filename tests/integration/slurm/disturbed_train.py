@@ -1,7 +1,7 @@
-"""train.py with what tests need: slow steps, and a rank that raises. It stands in for train.py in a job's folder.
+"""train.py with what tests need: slow steps and saves, and a rank that raises. It stands in for it in a job's folder.
 
-STEP_SECONDS: how much longer a step takes. RAISE: "RANK:STEP:RESTART", the rank that raises instead of doing that
-step, in that start of the job.
+STEP_SECONDS, SAVE_SECONDS: how much longer a step, and the writing of a checkpoint take. RAISE: "RANK:STEP:RESTART",
+the rank that raises instead of doing that step, in that start of the job.
 """
 
 import importlib.util
@@ -15,21 +15,26 @@ spec = importlib.util.spec_from_file_location("true_train", Path(__file__).resol
 true_train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(true_train)
 parse_arguments = true_train.parse_arguments  # for the pre-flight
-seconds, raises = float(os.environ.get("STEP_SECONDS", 0)), os.environ.get("RAISE")
+step_seconds, save_seconds = (float(os.environ.get(name, 0)) for name in ("STEP_SECONDS", "SAVE_SECONDS"))
+raises = os.environ.get("RAISE")
 
 
 def main():
-    from gcvit import trainer
+    from gcvit import checkpoint, trainer
 
-    take_step = trainer.take_step
+    take_step, read_back = trainer.take_step, checkpoint._read_back
+
+    def read_back_late(*arguments):
+        time.sleep(save_seconds)
+        read_back(*arguments)
 
     def take_disturbed_step(run, batches):
-        time.sleep(seconds)
+        time.sleep(step_seconds)
         if f"{run.world.rank}:{run.state.step}:{os.environ.get('SLURM_RESTART_COUNT', 0)}" == raises:
             raise ArithmeticError("a step that cannot be done")
         return take_step(run, batches)
 
-    trainer.take_step = take_disturbed_step
+    trainer.take_step, checkpoint._read_back = take_disturbed_step, read_back_late
     true_train.main()
 
 

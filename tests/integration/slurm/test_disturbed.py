@@ -31,6 +31,9 @@ class Runs:
         command = [*(options or ("--nodes=2",)), "launch/train.sbatch", "tests/integration/golden.yaml", *words]
         return self.cluster.submit(*command, **{"STEP_SECONDS": "0.3", **variables})
 
+    def is_saving(self, tag: str) -> bool:
+        return any((self.folder / tag / "checkpoints").glob("step_*.tmp"))
+
     def tensors(self, tag: str) -> dict[str, torch.Tensor]:
         found = open_checkpoint(self.folder / tag / f"checkpoints/step_{STEPS:08d}")
         return {f"{kind}.{name}": t for kind in KINDS for name, t in read_tensors(found, kind).items()}
@@ -59,14 +62,17 @@ def whole(runs) -> dict[str, str]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_warning_at_random_moments(runs, whole, engine):
-    """Five in each engine: in steps, around saves, and one before Python has its handler."""
+    """Five in each engine: in steps, with a save in flight, and one before Python has its handler."""
     chance = random.Random(engine)
     launcher = {"LAUNCHER": "deepspeed"} if engine == "zero" else {}
-    job = runs.submit(f"warned-{engine}", engine, STEP_SECONDS="0.6", **launcher)
+    job = runs.submit(f"warned-{engine}", engine, STEP_SECONDS="0.6", SAVE_SECONDS="1.5", **launcher)
     start, step = 0, 0
     for number in range(5):
         if number == 2:
             job.wait_for_log(rf"restart {number}: ", start=start)
+        elif number % 2:
+            job.wait_for_log(r"step \d+/20 +loss", start=start)
+            wait_for(lambda: runs.is_saving(f"warned-{engine}"), 30)
         else:
             job.wait_for_log(rf"step {min(step + chance.randint(1, 2), STEPS - 1)}/{STEPS} +loss", start=start)
         start = len(job.log)
@@ -88,6 +94,19 @@ def test_preempted_by_another_job(runs, whole):
     urgent.complete()
     job.complete(restarts=1)
     runs.check_equal("preempted", "fsdp")
+
+
+def test_a_chain_of_jobs_finishes_what_one_cannot(runs, whole):
+    """Where jobs are not requeued: each goes on from where the one before was warned."""
+    options = ["--nodes=2", "--no-requeue", "--job-name=chain", "--dependency=singleton"]
+    chain = [runs.submit("chain", "fsdp", *options) for _ in range(3)]
+    for job, step in zip(chain, (7, 13), strict=False):
+        job.wait_for_log(rf"step {step}/{STEPS} +loss")
+        job.warn()
+        assert job.end()["ExitCode"] == "75:0"
+        assert "submit it again" in job.log
+    chain[-1].complete()
+    runs.check_equal("chain", "fsdp")
 
 
 def test_one_that_ignores_the_warning_goes_on_from_its_last_checkpoint(runs, whole):
@@ -115,10 +134,10 @@ def test_a_cancelled_job_stays_so(runs):
 def test_a_power_cut(runs, whole, node):
     """Of the node with the batch script and rank 0, and of another; goes on with the two that are left."""
     tag = f"cut-{node}"
-    job = runs.submit(tag, "fsdp", "--nodes=2-3")
+    job = runs.submit(tag, "fsdp", "--nodes=2-3", SAVE_SECONDS="1")
     job.wait_for_log(rf"step {6 if node == 'node1' else 8}/{STEPS} +loss")
     if node != "node1":  # in mid-save
-        wait_for(lambda: list((runs.folder / tag / "checkpoints").glob("*.tmp")), 20)
+        wait_for(lambda: runs.is_saving(tag), 20)
     runs.cluster.call("kill", node)
     job.complete(restarts=1)
     assert re.search(r"from step [1-9]", job.log)
