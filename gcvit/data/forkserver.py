@@ -1,5 +1,6 @@
 """Where loader processes come from. Importing this module loads neither torch nor timm."""
 
+import atexit
 import multiprocessing
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -21,3 +22,11 @@ def loader_context() -> ForkServerContext:
         with notice.held_back():  # once for each: the tracker lets SIGTERM through again on its way
             server.ensure_running()
     return context
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """What is left of them at this process's end. multiprocessing, whose turn is next, asks them by a SIGTERM that is
+    lost among the notices of others, and awaits them for ever."""
+    for loader in multiprocessing.active_children():
+        loader.kill()

@@ -151,3 +151,30 @@ if __name__ == "__main__":
     assert loader.exitcode == 1, loader.exitcode
 """
     succeed(python("-c", script.format(root=str(tmp_path))))
+
+
+def test_a_loader_that_is_stuck_is_left_behind_whatever_signals_rain(tmp_path):
+    """Of two SIGTERMs that wait at once the system keeps one: the trainer's may be the one that it drops."""
+    (tmp_path / "stuck.py").write_text("""
+import os, subprocess, sys, time
+from gcvit.data.forkserver import loader_context
+from gcvit.data.stream import _start_worker
+
+RAIN = "import os, sys, itertools; [os.kill(int(sys.argv[1]), 15) for _ in itertools.count()]"
+
+def load(pipe):
+    _start_worker(0)
+    pipe.send(os.getpid())
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    context = loader_context()
+    here, there = context.Pipe()
+    context.Process(target=load, args=(there,), daemon=True).start()
+    loader = here.recv()
+    subprocess.Popen([sys.executable, "-c", RAIN, str(loader)], stderr=subprocess.DEVNULL)
+    time.sleep(1)
+    print("the end", flush=True)
+""")
+    done = python(tmp_path / "stuck.py", timeout=60)
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr

@@ -297,7 +297,8 @@ def test_the_tree_is_the_repository():
         assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
     modules = [path for folder in ("gcvit", "data_prep") for path in (ROOT / folder).rglob("*.py")]
     needed = {str(path.relative_to(ROOT)) for path in [*modules, *ROOT.glob("*.py")] if path.name != "__init__.py"}
-    assert {path for path in paths if path.endswith(".py")} == needed
+    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "launch").iterdir() if path.is_file()}
+    assert {path for path in paths if path.endswith(".py") or path.startswith("launch/")} == needed | {"launch/"}
     folders = {f"tests/{path.name}/" for path in (ROOT / "tests").iterdir() if list(path.glob("**/test_*.py"))}
     assert folders <= set(paths)
 
