@@ -61,11 +61,11 @@ test-parity: $(INSTALLED)
 	$(PYTEST) tests/parity -m 'not slow' $(TWO)
 
 test-integration: $(INSTALLED)
-	$(PYTEST) tests/integration -m 'not slow' --ignore tests/integration/slurm $(TWO)
+	$(PYTEST) tests/integration -m 'not slow' --ignore tests/integration/slurm $(TWO) --durations 15
 
 # pytest exits with 5 where it selects no test; no slow test is no failure.
 test-slow: $(INSTALLED)
-	$(PYTEST) tests -m slow --timeout 1800 $(TWO) || test $$? -eq 5
+	$(PYTEST) tests -m slow --timeout 1800 $(TWO) --durations 15 || test $$? -eq 5
 
 # They start daemons and take all cores: no part of `make test`. Without SLURM or root they are skipped, and say so.
 test-slurm: $(INSTALLED)

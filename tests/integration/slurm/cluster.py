@@ -111,4 +111,10 @@ def why_not() -> str | None:
         return (
             f"SLURM's tests need {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge openssh-server pdsh)"
         )
-    return None if os.geteuid() == 0 else "SLURM's tests need root, for namespaces and daemons"
+    if os.geteuid():
+        return "SLURM's tests need root, for namespaces and daemons"
+    # What containers forbid, and what a kernel may lack: the links between the nodes.
+    trial = "mount -t tmpfs tmpfs /run && ip link add br0 type bridge && ip link add veth0 type veth peer name veth1"
+    namespaces = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    done = subprocess.run([*namespaces, "sh", "-ec", trial], capture_output=True, text=True, env={"PATH": path})
+    return f"SLURM's tests need namespaces and links: {done.stderr.strip()}" if done.returncode else None

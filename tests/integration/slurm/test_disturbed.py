@@ -46,6 +46,17 @@ class Runs:
         assert losses(self.folder / tag) == losses(self.folder / whole)
         assert not list((self.folder / tag / "checkpoints").glob("*.tmp"))
 
+    def check_near(self, tag: str, whole: str) -> None:
+        """Each step done once, in order, with the losses of another number of ranks: other sums."""
+        found, wanted = losses(self.folder / tag), losses(self.folder / whole)
+        assert list(found) == list(range(1, STEPS + 1))
+        assert list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-4)
+
+
+def numbers_of_nodes(job: Job) -> list[int]:
+    """Of each start."""
+    return [int(number) for number in re.findall(r"restart \d+: train.py on (\d) x 1 processes", job.log)]
+
 
 @pytest.fixture(scope="session")
 def runs(cluster, digits) -> Runs:
@@ -65,7 +76,7 @@ def test_a_warning_at_random_moments(runs, whole, engine):
     """Five in each engine: in steps, with a save in flight, and one before Python has its handler."""
     chance = random.Random(engine)
     launcher = {"LAUNCHER": "deepspeed"} if engine == "zero" else {}
-    job = runs.submit(f"warned-{engine}", engine, STEP_SECONDS="0.6", SAVE_SECONDS="1.5", **launcher)
+    job = runs.submit(f"warned-{engine}", engine, STEP_SECONDS="0.4", SAVE_SECONDS="0.7", **launcher)
     start, step = 0, 0
     for number in range(5):
         if number == 2:
@@ -86,14 +97,16 @@ def test_a_warning_at_random_moments(runs, whole, engine):
     runs.check_equal(f"warned-{engine}", engine)
 
 
-def test_preempted_by_another_job(runs, whole):
-    job = runs.submit("preempted", "fsdp")
+def test_preempted_by_a_job_that_keeps_a_node(runs, whole):
+    """It goes on with those that are left."""
+    job = runs.submit("preempted", "fsdp", "--nodes=2-3")
     job.wait_for_log(rf"step 6/{STEPS} +loss")
-    urgent = runs.cluster.submit("--nodes=3", "--partition=lab-high", "--wrap", "srun sleep 1")
-    job.wait_for_log(r"preempted: rank")
-    urgent.complete()
+    urgent = runs.cluster.submit("--nodes=1", "--partition=lab-high", "--wrap", "sleep 300")
     job.complete(restarts=1)
-    runs.check_equal("preempted", "fsdp")
+    assert "preempted: rank" in job.log
+    assert numbers_of_nodes(job) == [3, 2]
+    assert urgent.show()["JobState"] == "RUNNING"
+    runs.check_near("preempted", whole["fsdp"])
 
 
 def test_a_chain_of_jobs_finishes_what_one_cannot(runs, whole):
@@ -134,18 +147,16 @@ def test_a_cancelled_job_stays_so(runs):
 def test_a_power_cut(runs, whole, node):
     """Of the node with the batch script and rank 0, and of another; goes on with the two that are left."""
     tag = f"cut-{node}"
-    job = runs.submit(tag, "fsdp", "--nodes=2-3", SAVE_SECONDS="1")
+    slow = {} if node == "node1" else {"SAVE_SECONDS": "1"}
+    job = runs.submit(tag, "fsdp", "--nodes=2-3", **slow)
     job.wait_for_log(rf"step {6 if node == 'node1' else 8}/{STEPS} +loss")
     if node != "node1":  # in mid-save
         wait_for(lambda: runs.is_saving(tag), 20)
     runs.cluster.call("kill", node)
     job.complete(restarts=1)
     assert re.search(r"from step [1-9]", job.log)
-    starts = re.findall(r"restart (\d): train.py on (\d) x 1 processes", job.log)
-    assert starts == [("0", "3"), ("1", "2")]
-    assert sorted(losses(runs.folder / tag)) == list(range(1, STEPS + 1))
-    for step, loss in losses(runs.folder / tag).items():  # another number of ranks: other sums
-        assert loss == pytest.approx(losses(runs.folder / whole["fsdp"])[step], rel=1e-4)
+    assert numbers_of_nodes(job) == [3, 2]
+    runs.check_near(tag, whole["fsdp"])
 
 
 def test_a_rank_that_raises_is_named_and_the_job_starts_again(runs, whole):
