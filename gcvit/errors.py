@@ -4,6 +4,7 @@ A `UserError` says what is wrong, what was got, what is allowed and what cures i
 line and exit with 2, which tells launchers and batch scripts that a restart cannot help.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -12,12 +13,16 @@ from typing import NoReturn
 
 from gcvit.outcome import CRASHED, FINISHED, PREEMPTED, USER_ERROR, here, report
 
+_PASSING = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO)
+
 
 class UserError(ValueError):
     """A mistake the user can mend: bad config, data or checkpoint. Every other exception is a bug or the machine.
 
     `UserError("unknown config key", got="optim.lrr", allowed="optim.lr", cure="write optim.lr")` reads
     "unknown config key: got optim.lrr; allowed: optim.lr; cure: write optim.lr".
+
+    `may_pass`: it came of an error that a file system on a network has and loses by itself, so that a restart may help.
     """
 
     def __init__(self, what: str, *, got: object = None, allowed: object = None, cure: str | None = None):
@@ -27,6 +32,8 @@ class UserError(ValueError):
         if cure is not None:
             parts.append(f"cure: {cure}")
         super().__init__("; ".join(parts))
+        cause = sys.exception()
+        self.may_pass = isinstance(cause, OSError) and cause.errno in _PASSING
 
 
 class Preempted(Exception):
@@ -38,6 +45,7 @@ class Preempted(Exception):
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point and exit: 0 when it returns, 2 with one line on stderr for a `UserError`, 75 if `Preempted`.
+    A `UserError` that may pass exits with 1.
 
     Every rank of a job meets a bad config alike, so one of each node speaks: what is wrong may lie on one node
     alone. What a single rank meets (a damaged sample, say) is said by that rank.
@@ -50,7 +58,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "rank_local", False):
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"error{where}: {line}", file=sys.stderr, flush=True)
-        _leave(USER_ERROR, line)
+        _leave(CRASHED if error.may_pass else USER_ERROR, line)
     except Preempted as error:
         _leave(PREEMPTED, str(error))
     except SystemExit as end:  # argparse's way to refuse a command line

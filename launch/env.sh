@@ -30,7 +30,9 @@ export PYTHONUNBUFFERED=1 # the last words of a killed process are in the log
 : "${SCRATCH:=}"                 # local to each node, outliving a job: where --stage copies the shards, as /scratch/$USER
 
 # ---- what a job does by itself ---------------------------------------------------------------------------------
-: "${MAX_RESTARTS:=3}"  # requeues after a crash or a hang; those after a preemption are not counted
+: "${MAX_RESTARTS:=3}"  # requeues within a day after crashes, hangs and bad nodes; those after a preemption do not count
 : "${PREFLIGHT:=on}"    # off: start without asking the nodes
+: "${PREFLIGHT_SECONDS:=60}" # for all of it; more where Python starts slowly from a shared file system
 : "${MIN_READ_MB:=0}"   # slower nodes are bad: MB/s that one process reads a shard with
+: "${NUMA_BINDING:=}"   # node: torchrun binds each process to the CPUs near its GPU (not tried yet)
 : "${TASKS_PER_NODE:=}" # processes on each node; empty: one for each GPU, and one where there are none

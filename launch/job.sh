@@ -1,43 +1,54 @@
 # shellcheck shell=bash
-# What train.sbatch and evaluate.sbatch have in common; they source it in a job.
+# What train.sbatch and evaluate.sbatch have in common; they source it in a job. Needs bash 4.4.
 #     run_job ENTRY.py ARGUMENT...
 # asks the nodes, starts one launcher per node, hands a warning on, waits, reads how all processes ended, says it in
 # one line, and exits or requeues the job. LAUNCHER is torchrun or deepspeed.
 
+set +eu # modules and environments are seldom written for these
 source launch/env.sh
+set -eu
 
 say() { echo "[$(date '+%F %T') job $SLURM_JOB_ID] $*"; }
 die() { say "error: $*" >&2; exit 2; }
 
+# A task of an array has a name of its own: its array's number means all of them.
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 restart=${SLURM_RESTART_COUNT:-0}
 processes=${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+# Of the node with the fewest: "96(x3),48".
+cpus=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
 share=$((cpus > processes ? cpus / processes : 1)) # CPUs of each process
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job_dir=$JOBS_DIR/$SLURM_JOB_ID
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$share}"
-export MASTER_ADDR="${nodes[0]}$NODE_NAME_SUFFIX" MASTER_PORT=$((MASTER_PORT_BASE + SLURM_JOB_ID % 10000))
+# Another port at each restart, where somebody else has this one.
+export MASTER_ADDR="${nodes[0]}$NODE_NAME_SUFFIX" MASTER_PORT=$((MASTER_PORT_BASE + (SLURM_JOB_ID + 1009 * restart) % 10000))
 export GCVIT_REPORT_DIR="$job_dir/restart_$restart" PROCESSES=$processes NODES="${nodes[*]/%/$NODE_NAME_SUFFIX}"
 export LAUNCHER="${LAUNCHER:-torchrun}"
+mkdir -p "$GCVIT_REPORT_DIR" || die "cannot write JOBS_DIR=$JOBS_DIR; cure: set it in launch/env.sh"
+rm -f "$GCVIT_REPORT_DIR"/*
+((restart)) || rm -f "$job_dir/failures" # of an older job of this number
 
-# One task per node with all of its CPUs: since 22.05 srun does not inherit them. A task that fails ends the others,
-# which could wait for it forever.
-per_node=(srun --nodes="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus" --cpu-bind=none --kill-on-bad-exit=1)
+# One task per node with all of its CPUs, however the job divided them. A task that fails ends the others, which could
+# wait for it forever.
+unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK \
+    SLURM_TRES_PER_TASK
+per_node=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus"
+    --cpu-bind=none --kill-on-bad-exit=1)
 
-# A warning (--signal=B:USR1@120, or a preemption's). It is only remembered here: the loop below sends it on.
+# A warning (--signal=B:USR1@120, or a preemption's). It is only remembered here: the loops below act on it.
 is_told=0
 trap 'is_told=1' USR1 TERM
 
 run_job() {
-    mkdir -p "$GCVIT_REPORT_DIR" || die "cannot write JOBS_DIR=$JOBS_DIR; cure: set it in launch/env.sh"
-    rm -f "$GCVIT_REPORT_DIR"/*
     say "restart $restart: $1 on ${#nodes[@]} x $processes processes with $share CPUs each: ${nodes[*]}"
     [[ $PREFLIGHT == off ]] || ask_nodes "$@"
     "${per_node[@]}" launch/node.sh "$@" &
     local step=$! nap code=0
     while kill -0 "$step" 2> /dev/null; do # wait returns at a signal too
         # Again and again, since it is lost on a process that is still starting; more than one changes nothing.
-        if ((is_told)); then scancel --signal=USR1 "$SLURM_JOB_ID" || true; fi
+        if ((is_told)); then scancel --signal=USR1 "$job" || true; fi
         sleep 3 & nap=$!
         wait -n "$step" "$nap" || true
         kill "$nap" 2> /dev/null || true
@@ -46,9 +57,21 @@ run_job() {
     conclude "$code"
 }
 
+# What comes before the training, and does nothing for long that a restart would not do again: at a warning it is left.
+before_training() {
+    "$@" &
+    local step=$! code=0
+    wait "$step" || code=$?
+    if ((is_told)); then
+        kill "$step" 2> /dev/null || true
+        restart_after "warned before the training began" ""
+    fi
+    return "$code"
+}
+
 ask_nodes() {
     local code=0
-    launch/preflight.sh "$@" || code=$?
+    before_training launch/preflight.sh "$@" || code=$?
     case $code in
         0) ;;
         2) exit 2 ;;
@@ -68,33 +91,61 @@ conclude() {
     esac
 }
 
-# After a crash, a hang or bad nodes ($2): a limited number of times.
+# After a crash, a hang or bad nodes ($2): a limited number of times within a day, since a long run on many nodes will
+# meet a few.
 restart_after() {
-    local failures=0
-    [[ ! -f $job_dir/failures ]] || failures=$(wc -l < "$job_dir/failures")
+    local failures=0 now
+    now=$(date +%s)
+    [[ ! -f $job_dir/failures ]] || failures=$(awk -v since=$((now - 86400)) '$1 > since' "$job_dir/failures" | wc -l)
     if ((failures >= MAX_RESTARTS)); then
-        say "not requeued: $failures restarts after failures, MAX_RESTARTS=$MAX_RESTARTS"
+        say "not requeued: $failures restarts after failures within a day, MAX_RESTARTS=$MAX_RESTARTS"
         exit 1
     fi
-    echo "$1" >> "$job_dir/failures"
+    echo "$now $1" >> "$job_dir/failures"
     say "restart $((failures + 1)) of at most $MAX_RESTARTS after failures"
     requeue "$2"
+}
+
+# A controller that is busy answers a while later; what is forbidden stays so.
+ask_slurm() {
+    local try words
+    for try in 1 2 3 4 5 6; do
+        if words=$("$@" 2>&1); then
+            echo "$words"
+            return
+        fi
+        [[ ! $words =~ disabled|denied|permission|Invalid ]] || break
+        ((try == 6)) || sleep 5
+    done
+    echo "$words" >&2
+    return 1
+}
+
+job_field() { # what SLURM says of this job under the name $1; nothing where it does not answer
+    ask_slurm scontrol show job --oneliner "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p" || true
 }
 
 requeue() {
     # A job that somebody cancelled would come back to life.
     local state
-    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
-    [[ $state == RUNNING ]] || { say "not requeued: the job is $state"; exit 75; }
+    state=$(job_field JobState)
+    [[ ${state:-RUNNING} == RUNNING ]] || { say "not requeued: the job is $state"; exit 75; }
     # From here on SLURM ends this script; until it has, the job is pending and cannot start, and can be changed.
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue it: submit it again"; exit 75; }
-    if [[ -n $1 ]]; then
-        local excluded
-        excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-        [[ $excluded != "(null)" && -n $excluded ]] && excluded="$excluded,$1" || excluded=$1
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" && say "excluded from now on: $excluded"
-    fi
+    ask_slurm scontrol requeue "$job" || { say "SLURM does not requeue it: submit it again"; exit 75; }
+    [[ -z $1 ]] || exclude "$1"
     say "requeued"
     exit 75
+}
+
+exclude() { # these nodes, from the next start on; not so many that the job could wait for ever
+    local excluded count
+    excluded=$(job_field ExcNodeList)
+    [[ $excluded == "(null)" || -z $excluded ]] && excluded=$1 || excluded="$excluded,$1"
+    count=$(scontrol show hostnames "$excluded" | sort -u | wc -l)
+    if ((count > 2 && count > ${#nodes[@]} / 4)); then
+        say "not excluded: $1; with those before it would be $count nodes"
+    else
+        ask_slurm scontrol update JobId="$job" ExcNodeList="$excluded" && say "excluded from now on: $excluded"
+    fi
 }

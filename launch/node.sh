@@ -10,12 +10,13 @@ set -euo pipefail
 # until Python has its handler.
 trap '' USR1
 if [[ $LAUNCHER == deepspeed ]]; then
-    hostfile=$(mktemp)
+    hostfile=$GCVIT_REPORT_DIR/hostfile.$SLURM_NODEID
     # shellcheck disable=SC2086 # NODES is a list
     printf "%s slots=$PROCESSES\n" $NODES > "$hostfile"
     # --no_ssh: srun is here already, and what srun starts ends with the job.
     exec "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID" \
         --force_multi --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" \
-    --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"
+exec "$PYTHON" launch/agent.py --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" \
+    --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+    ${NUMA_BINDING:+--numa-binding "$NUMA_BINDING"} "$@"

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gcvit.errors import run_main
+from gcvit.errors import UserError, run_main
 
 MAX_CLOCK_SECONDS = 10.0  # the run folder's lock tells the dead from the living by the time
 READ_BYTES = 256 << 20
@@ -52,13 +52,21 @@ def read_command(entry: str, arguments: list[str]) -> tuple[str | None, Any]:
 
 def look(answers: Path, entry: str, arguments: list[str]) -> None:
     problems: list[str] = []
-    answer: dict[str, Any] = {"host": host(), "problems": problems}
+    answer: dict[str, Any] = {"host": host(), "problems": problems, "refused": None}
     answer |= {"code": digest_code(), "python": platform.python_version()}
     try:
         answer["torch"] = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         answer["torch"] = "missing"
-    data, config = read_command(entry, arguments)
+    data = config = None
+    try:
+        data, config = read_command(entry, arguments)
+    except UserError as error:
+        answer["refused"] = str(error)
+    except SystemExit as end:  # of argparse, which has said why
+        if end.code != 2:
+            raise
+        answer["refused"] = "the command line is not understood"
     if data is not None and "://" not in data:
         answer["data"] = digest_names(Path(data))
         answer["read_mb"] = read_speed(Path(data), problems)
@@ -89,7 +97,7 @@ def read_speed(data: Path, problems: list[str]) -> float | None:
     if not data.is_dir() or not any(data.iterdir()):  # empty: not mounted here
         problems.append(f"does not see the data {data}")
         return None
-    shards = sorted(data.rglob("*.tar"))
+    shards = sorted([*data.glob("*.tar"), *data.glob("*/*.tar")])  # no deeper, where millions of images may lie
     if not shards:
         return None
     shard = shards[int(os.environ.get("SLURM_NODEID", 0)) % len(shards)]
@@ -132,7 +140,12 @@ def judge(answers: Path, hosts: list[str]) -> None:
     found = {
         path.stem: json.loads(path.read_bytes()) | {"landed": path.stat().st_mtime} for path in answers.glob("*.json")
     }
+    if found and all(answer["refused"] for answer in found.values()):
+        raise UserError(next(iter(found.values()))["refused"])
     problems = {name: ["does not answer, or does not see JOBS_DIR or the code"] for name in hosts if name not in found}
+    for answer in found.values():
+        if answer["refused"]:  # by this node alone: a config that it does not see, say
+            answer["problems"].append(answer["refused"])
     sound = {name: answer for name, answer in found.items() if not answer["problems"]}  # the others are named anyway
     for key in ALIKE:
         values = Counter(str(answer.get(key)) for answer in sound.values()).most_common()
@@ -166,7 +179,13 @@ def end_with(problems: dict[str, list[str]], num_hosts: int) -> None:
 
 
 def name_silent(answers: Path, hosts: list[str]) -> None:
-    silent = {name: ["did not come to the all-reduce"] for name in hosts if not (answers / f"{name}.reduced").exists()}
+    num_processes = int(os.environ["PROCESSES"])
+    came = {name: len(list(answers.glob(f"{name}.*.came"))) for name in hosts}
+    silent = {
+        name: [f"only {number} of its {num_processes} processes came to the all-reduce"]
+        for name, number in came.items()
+        if number < num_processes
+    }
     if not silent or len(silent) == len(hosts):
         print(f"pre-flight: the all-reduce among {', '.join(hosts)} failed", file=sys.stderr)
         sys.exit(1)

@@ -5,10 +5,14 @@
 # Exit code 0: all are. 2: a restart cannot cure it. 1: the nodes that are not are named, and listed, divided by
 # commas, in the file bad_nodes of GCVIT_REPORT_DIR. Each phase has its own time limit, whatever the nodes do.
 set -euo pipefail
+set +eu # modules and environments are seldom written for these
 source launch/env.sh
+set -eu
 
 processes=${PROCESSES:-${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
 num_nodes=$SLURM_NNODES
+unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK \
+    SLURM_TRES_PER_TASK
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export PROCESSES=$processes MASTER_ADDR="${MASTER_ADDR:-${nodes[0]}$NODE_NAME_SUFFIX}" MIN_READ_MB
 export MASTER_PORT="${MASTER_PORT:-$((MASTER_PORT_BASE + SLURM_JOB_ID % 10000))}"
@@ -20,10 +24,9 @@ trap 'rm -rf "$answers"' EXIT
 code=0
 # By each node alone: it writes down what it finds, and one that is silent is bad. `timeout`, since a node whose file
 # system is gone may never come back; srun's own --wait does not count then.
-timeout 40 srun --nodes="$num_nodes" --ntasks-per-node=1 --cpu-bind=none \
-    "$PYTHON" launch/preflight.py look "$answers" "$@" || code=$?
-((code != 2)) || exit 2
-code=0
+# Its code says nothing: of a node without Python it is 2, too.
+timeout --kill-after=5 $((PREFLIGHT_SECONDS * 2 / 5)) srun --nodes="$num_nodes" --ntasks="$num_nodes" \
+    --ntasks-per-node=1 --cpu-bind=none "$PYTHON" launch/preflight.py look "$answers" "$@" || true
 bad=$("$PYTHON" launch/preflight.py judge "$answers" "${nodes[@]}") || code=$?
 if ((code)); then
     [[ -z ${GCVIT_REPORT_DIR-} ]] || echo "$bad" > "$GCVIT_REPORT_DIR/bad_nodes"
@@ -31,7 +34,9 @@ if ((code)); then
 fi
 
 # By all together: that they reach one another, and how fast.
-timeout 60 srun --nodes="$num_nodes" --ntasks-per-node="$processes" --cpu-bind=none --kill-on-bad-exit=1 \
+left=$((PREFLIGHT_SECONDS - SECONDS))
+timeout --kill-after=5 "$left" srun --nodes="$num_nodes" --ntasks=$((num_nodes * processes)) \
+    --ntasks-per-node="$processes" --cpu-bind=none --kill-on-bad-exit=1 \
     "$PYTHON" launch/preflight_together.py "$answers" "$@" || code=$?
 ((code != 2)) || exit 2
 if ((code)); then

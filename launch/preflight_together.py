@@ -2,7 +2,8 @@
 
     python launch/preflight_together.py ANSWERS ENTRY ARGUMENT...    in each process; see preflight.sh
 
-It does an all-reduce, and leaves ANSWERS/HOST.reduced. Exit code 2: no room for the checkpoints, or a wrong command.
+Each leaves ANSWERS/HOST.LOCAL_RANK.came before an all-reduce, which waits for all. Exit code 2: no room for the
+checkpoints, or a wrong command.
 """
 
 import os
@@ -17,7 +18,6 @@ import torch.distributed as dist
 from preflight import host, read_command
 
 from gcvit.errors import UserError, run_main
-from gcvit.model import create_model
 
 
 def reduce(answers: Path, entry: str, arguments: list[str]) -> None:
@@ -27,10 +27,12 @@ def reduce(answers: Path, entry: str, arguments: list[str]) -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["SLURM_LOCALID"]))
         torch.cuda.set_device(device)
+    (answers / f"{host()}.{os.environ['LOCAL_RANK']}.came").touch()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     numbers = torch.ones((64 if device.type == "cuda" else 4) << 20, device=device)
     dist.all_reduce(numbers)  # opens the connections, and is not timed
-    (answers / f"{host()}.reduced").touch()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     dist.all_reduce(numbers)
     total = numbers[-1].item()  # waits for it
@@ -49,6 +51,8 @@ def reduce(answers: Path, entry: str, arguments: list[str]) -> None:
 
 def check_room(config: Any) -> None:
     """For the checkpoints that a run keeps: masters, two moments, and the average, in fp32. Errors: UserError."""
+    from gcvit.model import create_model  # loads timm, in one process
+
     given = config.model.overrides.model_dump(exclude_none=True) if config.model.overrides else {}
     with torch.device("meta"):
         model = create_model(

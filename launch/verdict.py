@@ -2,13 +2,15 @@
 
     python launch/verdict.py REPORT_DIR PROCESSES_PER_NODE CODE_OF_SRUN NODE...
 
-0: all finished; 75: preempted, go on later; 2: a restart cannot cure it; 1: crashed, hung or killed, to be tried
-again. Every process leaves a report where it can; the cause is what was first. One that was killed, by the system for
-its memory say, leaves none, and the others' reports say only that they lost the connection to it.
+0: all finished; 75: preempted, go on later; 2: a restart cannot cure it; 1: crashed, hung, killed, or preempted before
+the first step, to be tried again. Every process leaves a report where it can; the cause is what was first. One that was
+killed, by the system for its memory say, leaves none, and the others' reports say only that they lost the connection to
+it; torchrun's own word (agent.py) says which one it was.
 """
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ FINISHED, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
 LOST = re.compile(r"connection|peer|gloo|nccl|DistBackendError|DistNetworkError|DistStoreError", re.IGNORECASE)
 
 
-def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
+def read_reports(folder: Path, of: str = "rank") -> dict[int, dict[str, Any]]:
+    """By rank: of the ranks themselves, or what an "agent" says of the first of its own that failed."""
     reports = {}
-    for path in folder.glob("rank_*.json"):
+    for path in folder.glob(f"{of}_*.json"):
         try:
             report = json.loads(path.read_bytes())
             reports[int(report["rank"])] = report
@@ -29,11 +32,17 @@ def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
     return reports
 
 
-def judge(reports: dict[int, dict[str, Any]], num_processes: int, code: int, nodes: list[str]) -> tuple[int, str]:
+def judge(
+    reports: dict[int, dict[str, Any]],
+    agents: dict[int, dict[str, Any]],
+    num_processes: int,
+    code: int,
+    nodes: list[str],
+) -> tuple[int, str]:
     """The code to exit with, and the line. `num_processes` is that of each node; `code` is srun's."""
     size = num_processes * len(nodes)
     silent = [rank for rank in range(size) if rank not in reports]
-    by_time = sorted(reports.values(), key=lambda report: float(report["time"]))
+    by_time = sorted(reports.values(), key=when)
     of = {
         outcome: [report for report in by_time if report["outcome"] == outcome]
         for outcome in ("user error", "failed", "hung", "preempted", "finished")
@@ -52,12 +61,24 @@ def judge(reports: dict[int, dict[str, Any]], num_processes: int, code: int, nod
     if of["failed"] and not (silent and LOST.search(of["failed"][0]["what"])):
         return FAILED, f"crashed: {describe(of['failed'][0])}{without}"
     if of["preempted"] and not of["failed"]:
-        return PREEMPTED, f"preempted: {describe(of['preempted'][0])}{without}"
+        # One that never comes to a step would be preempted for ever.
+        has_moved = any(report["step"] is not None for report in of["preempted"])
+        return PREEMPTED if has_moved else FAILED, f"preempted: {describe(of['preempted'][0])}{without}"
     where = describe_ranks(silent, num_processes, nodes)
-    cause = f"killed without a word: {where}; out of memory (see the node's kernel log), or its node died"
-    if len(silent) == size:
+    killed = min((agents[rank] for rank in silent if agents.get(rank, {}).get("exit", 0) < 0), key=when, default=None)
+    if killed:
+        name = signal.Signals(-killed["exit"]).name
+        cause = f"killed by {name}: rank {killed['rank']} on {nodes[killed['rank'] // num_processes]}"
+        cause += "; out of memory (see the node's kernel log), or somebody else" if name == "SIGKILL" else ""
+    elif len(silent) == size:
         cause = f"no process left a report, srun ended with {code}: {where} did not start, or all were killed"
-    return FAILED, cause
+    else:
+        cause = f"killed without a word: {where}; out of memory (see the node's kernel log), or its node died"
+    return FAILED, cause + (f"; the first word: {describe(of['failed'][0])}" if of["failed"] else "")
+
+
+def when(report: dict[str, Any]) -> float:
+    return float(report["time"])
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -72,6 +93,7 @@ def describe_ranks(ranks: list[int], num_processes: int, nodes: list[str]) -> st
 
 if __name__ == "__main__":
     folder, num_processes, code, *nodes = sys.argv[1:]
-    verdict, line = judge(read_reports(Path(folder)), int(num_processes), int(code), nodes)
+    of_ranks, of_agents = (read_reports(Path(folder), of) for of in ("rank", "agent"))
+    verdict, line = judge(of_ranks, of_agents, int(num_processes), int(code), nodes)
     print(line)
     sys.exit(verdict)

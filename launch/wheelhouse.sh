@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Install on a cluster without a network, from wheels gathered on a machine that has one.
-#     launch/wheelhouse.sh gather FOLDER [--python 3.11] [--platform manylinux_2_28_x86_64] [--extras test]
+#     launch/wheelhouse.sh gather FOLDER [--platform manylinux_2_28_x86_64] [--extras test]
 #     (carry FOLDER and the checkout over)
 #     launch/wheelhouse.sh install FOLDER [VENV]
 #
-# `gather` takes wheels for the cluster's Python and platform, whatever this machine has. What has no wheel, DeepSpeed
-# alone, is built here, as pure Python.
+# `gather` takes wheels for the cluster's platform, with the cluster's version of Python (PYTHON names it here) on a
+# Linux: pip decides by what it runs on which packages a requirement means. What has no wheel, DeepSpeed alone, is built
+# here, as pure Python.
 # The 2_28 of --platform is the oldest C library of the cluster: `ldd --version` tells it there.
 # PIP_INDEX_URL and PIP_EXTRA_INDEX_URL choose the index, for PyTorch of another CUDA say.
 set -euo pipefail
@@ -18,10 +19,9 @@ gather() {
     shift
     while (($#)); do
         case $1 in
-            --python) version=$2 ;;
             --platform) platform=$2 ;;
             --extras) extras=$2 ;;
-            *) echo "error: got $1; allowed: --python, --platform, --extras" >&2; exit 2 ;;
+            *) echo "error: got $1; allowed: --platform, --extras" >&2; exit 2 ;;
         esac
         shift 2
     done
@@ -31,6 +31,7 @@ gather() {
     local glibc machine=${BASH_REMATCH[2]} platforms=(--platform "linux_${BASH_REMATCH[2]}")
     for ((glibc = BASH_REMATCH[1]; glibc >= 5; glibc--)); do platforms+=(--platform "manylinux_2_${glibc}_$machine"); done
     platforms+=(--platform "manylinux2014_$machine" --platform "manylinux2010_$machine" --platform "manylinux1_$machine")
+    [[ $(uname -s) == Linux ]] || { echo "error: got $(uname -s); allowed: Linux, as on the cluster" >&2; exit 2; }
     mkdir -p "$folder"
     # What `install` needs itself to build the project.
     "$PYTHON" -m pip download --quiet --only-binary :all: --constraint constraints.txt --dest "$folder" \

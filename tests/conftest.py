@@ -21,6 +21,8 @@ settings.load_profile("repeatable")
 def own_signals() -> Iterator[None]:
     """A training in the tests' own process takes SIGTERM for a notice; whoever wants to end the tests does not."""
     handlers = {number: signal.getsignal(number) for number in notice.SIGNALS}
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -20,6 +20,10 @@ run_main(main)
 ENDS = {
     "return": ("finished", 0, ""),
     "raise UserError('no', got='a\\nb')": ("user error", 2, "no: got a b"),
+    # A server's file system that was away: a restart may help.
+    "try: raise OSError(116, 'Stale file handle')\n    except OSError: raise UserError('cannot read')": (
+        *("failed", 1, "cannot read"),
+    ),
     "raise Preempted": ("preempted", 75, "told to leave by SIGUSR1 or SIGTERM"),
     "raise ValueError('ours')": ("failed", 1, "ValueError: ours"),
     "raise KeyboardInterrupt": ("failed", -2, "KeyboardInterrupt"),

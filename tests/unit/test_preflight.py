@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 
+from gcvit.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "launch/preflight.py"
 HOSTS = [f"node{number}" for number in range(64)]
-SOUND = {"problems": [], "code": "c0de", "python": "3.11.2", "torch": "2.9", "data": "da7a", "read_mb": 900.0}
+SOUND: dict[str, Any] = {
+    "problems": [],
+    "refused": None,
+    "code": "c0de",
+    "python": "3.11.2",
+    "torch": "2.9",
+    "data": "da7a",
+    "read_mb": 900.0,
+}
 NOW = 1_700_000_000.0
 
 
@@ -49,15 +59,17 @@ def test_each_bad_one_is_named_with_its_reason(judge):
         node9=None,
         node17={"problems": ["has 7 working GPUs, 8 wanted"]},
         node30={"time": NOW - 60},
+        node40={"refused": "the config cannot be read"},
         node63={"code": "01d"},
     )
     assert code == 1
-    assert sorted(bad) == ["node17", "node3", "node30", "node63", "node9"]
+    assert sorted(bad) == ["node17", "node3", "node30", "node40", "node63", "node9"]
     reasons = {
         "node3": "has torch 2.8, the others 2.9",
         "node9": "does not answer",
         "node17": "has 7 working GPUs",
         "node30": "its clock is -60 s off",
+        "node40": "the config cannot be read",
         "node63": "has code 01d, the others c0de",
     }
     for host, reason in reasons.items():
@@ -68,3 +80,8 @@ def test_where_all_are_bad_none_can_be_left_out(judge):
     code, bad, words = judge(**{host: {"problems": ["does not see the data"]} for host in HOSTS})
     assert (code, bad) == (1, [])
     assert words.count("bad node") == 64
+
+
+def test_what_all_refuse_is_the_commands_fault(judge):
+    with pytest.raises(UserError, match="unknown config key"):
+        judge(**{host: {"refused": "unknown config key: got optim.lrr"} for host in HOSTS})

@@ -56,3 +56,29 @@ def test_the_cause_and_what_follows(tmp_path, outcomes, code, line):
 def test_a_half_written_report_is_none(tmp_path):
     (tmp_path / "rank_1.json").write_text("{")
     assert judge(tmp_path, FINISHED, None, FINISHED, FINISHED)[1].startswith("killed without a word: rank 1 on n1")
+
+
+def test_the_first_word_of_the_others_is_told_too(tmp_path):
+    """Where a network breaks, most ranks are killed, and one says why."""
+    reports = [("failed", "DistBackendError: NCCL error: mlx5_2 port down"), None, None, None]
+    line = judge(tmp_path, *reports)[1]
+    assert line.startswith("killed without a word: rank 1 on n1, rank 2 on n2, rank 3 on n2; ")
+    assert line.endswith("; the first word: rank 0 on n1, after step 7: DistBackendError: NCCL error: mlx5_2 port down")
+
+
+def test_of_the_ranks_of_a_node_the_killed_one_is_named(tmp_path):
+    """Its torchrun ends the others of its node, which leave no word either; those of another node are lost later."""
+    for node, rank, code, time in ((0, 1, 1, 5.0), (1, 3, -9, 4.0)):
+        content = {"rank": rank, "host": f"n{node + 1}", "exit": code, "time": time}
+        (tmp_path / f"agent_{node}.json").write_text(json.dumps(content))
+    code, line = judge(tmp_path, BROKE, BROKE, None, None)
+    assert code == 1
+    assert line.startswith("killed by SIGKILL: rank 3 on n2; out of memory")
+
+
+def test_one_that_never_comes_to_a_step_is_no_mere_preemption(tmp_path):
+    judge(tmp_path, LEFT, LEFT, LEFT, LEFT)
+    for path in tmp_path.glob("rank_*"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": None}))
+    found = judge(tmp_path)
+    assert found == (1, "preempted: rank 3 on n2: told")

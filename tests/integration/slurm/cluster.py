@@ -98,8 +98,11 @@ def wait_for(condition: Callable[[], object], seconds: float, describe: Callable
 
 
 def losses(run_dir: Path) -> dict[int, float]:
+    """By step; each step must be there once, in order."""
     rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+    found = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1))
+    return dict(found)
 
 
 def why_not() -> str | None:

@@ -39,7 +39,7 @@ class Runs:
         return {f"{kind}.{name}": t for kind in KINDS for name, t in read_tensors(found, kind).items()}
 
     def check_equal(self, tag: str, whole: str) -> None:
-        """Bit-equal at the end, and each step done once, in order."""
+        """Bit-equal at the end, and so are all losses."""
         found, wanted = self.tensors(tag), self.tensors(whole)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
@@ -47,9 +47,9 @@ class Runs:
         assert not list((self.folder / tag / "checkpoints").glob("*.tmp"))
 
     def check_near(self, tag: str, whole: str) -> None:
-        """Each step done once, in order, with the losses of another number of ranks: other sums."""
+        """With the losses of another number of ranks: other sums."""
         found, wanted = losses(self.folder / tag), losses(self.folder / whole)
-        assert list(found) == list(range(1, STEPS + 1))
+        assert len(found) == STEPS
         assert list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-4)
 
 
@@ -165,27 +165,30 @@ def test_a_rank_that_raises_is_named_and_the_job_starts_again(runs, whole):
     job = runs.submit("raised", "fsdp", RAISE="1:6:0", **stage).complete(restarts=1)
     assert re.search(r"crashed: rank 1 on node2, after step 6: ArithmeticError: a step that cannot be done", job.log)
     runs.check_equal("raised", "fsdp")
-    staged = re.findall(r"(node\d): all (\d+) shards are in /dev/shm/shards, (\d+) of them copied now", job.log)
+    place = r"/dev/shm/shards-[0-9a-f]{8}"
+    staged = re.findall(rf"(node\d): all (\d+) shards are in {place}, (\d+) of them copied now", job.log)
     (num_shards,) = {num for _, num, _ in staged}
     assert sorted(staged[:2]) == [("node1", num_shards, num_shards), ("node2", num_shards, num_shards)]
     assert sorted(staged[2:]) == [("node1", num_shards, "0"), ("node2", num_shards, "0")]
 
 
 def test_a_rank_that_is_killed_is_named_and_so_is_one_that_hangs(runs):
-    """By the system for its memory; stopped, it says nothing itself. After two restarts there is no third."""
-    job = runs.submit("killed", "fsdp", knobs=("trainer.hang_timeout=6",), MAX_RESTARTS="2", STEP_SECONDS="0.6")
+    """One of two on its node, as by the system for its memory; stopped, it says nothing itself. After two restarts
+    there is no third."""
+    settings = {"MAX_RESTARTS": "2", "STEP_SECONDS": "0.6", "TASKS_PER_NODE": "2"}
+    job = runs.submit("killed", "fsdp", knobs=("trainer.hang_timeout=8",), **settings)
     job.wait_for_log(rf"step 5/{STEPS} +loss")
-    job.signal_rank("node2", "KILL", 1)
-    job.wait_for_log(r"killed without a word: rank 1 on node2; out of memory")
+    job.signal_rank("node2", "KILL", 3)
+    job.wait_for_log(r"killed by SIGKILL: rank 3 on node2; out of memory")
     job.wait_for_log(r"restart 1: ")
     start = len(job.log)
     job.wait_for_log(rf"step \d+/{STEPS} +loss", start=start)
-    job.signal_rank("node2", "STOP", 1)
-    job.wait_for_log(r"hung: rank 0 on node1.*the cause may be rank 1 on node2", start=start)
+    job.signal_rank("node2", "STOP", 3)
+    job.wait_for_log(r"hung: rank \d on node\d.*the cause may be rank 3 on node2", start=start)
     assert re.search(r"\[rank 0 on node1\].*the stacks of all threads", job.log)
     start = len(job.log)
     job.wait_for_log(r"restart 2: [\s\S]*step \d+/20 +loss", start=start)
-    job.signal_rank("node2", "KILL", 1)
+    job.signal_rank("node2", "KILL", 3)
     job.wait_for_log("not requeued: 2 restarts after failures")
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "2", "1:0")
