@@ -45,7 +45,7 @@ def _watch(seconds: float, is_over: threading.Event) -> None:
             idle, seen = 0.0, progress.num_marks()
         limit = seconds if progress.last_step() is not None else _PATIENCE_BEFORE_FIRST_STEP * seconds
         if idle >= limit and not _is_debugged():
-            _end(idle)
+            _end(idle, 2 * tick)
 
 
 def _is_debugged() -> bool:
@@ -58,15 +58,16 @@ def _is_debugged() -> bool:
     return False
 
 
-def _end(idle: float) -> None:
+def _end(idle: float, pause: float) -> None:
     # What makes us hang, a dead file system say, may make the telling hang too: then the system ends us, with 1.
-    faulthandler.dump_traceback_later(_SECONDS_TO_TELL, exit=True)
+    faulthandler.dump_traceback_later(_SECONDS_TO_TELL + pause, exit=True)
     step = progress.last_step()
     what = f"no progress for {idle:.0f} s " + ("before the first step" if step is None else f"after step {step}")
     lines = [f"hung: {what}; the stacks of all threads:", *_read_stacks().splitlines()]
     with open(2, "wb", closefd=False) as stderr:  # in one piece, and not through a lock that another thread may hold
         stderr.write("".join(f"[{outcome.here()}] {line}\n" for line in lines).encode())
     outcome.report(outcome.HUNG, what)
+    time.sleep(pause)  # the other ranks tell theirs, before a launcher ends them because of this one
     os._exit(outcome.HUNG)
 
 

@@ -44,14 +44,15 @@ trap 'is_told=1' USR1 TERM
 run_job() {
     say "restart $restart: $1 on ${#nodes[@]} x $processes processes with $share CPUs each: ${nodes[*]}"
     [[ $PREFLIGHT == off ]] || ask_nodes "$@"
+    ((!is_told)) || leave_early
     "${per_node[@]}" launch/node.sh "$@" &
     local step=$! nap code=0
     while kill -0 "$step" 2> /dev/null; do # wait returns at a signal too
-        # Again and again, since it is lost on a process that is still starting; more than one changes nothing.
-        if ((is_told)); then scancel --signal=USR1 "$job" || true; fi
         sleep 3 & nap=$!
         wait -n "$step" "$nap" || true
         kill "$nap" 2> /dev/null || true
+        # Again and again, since it is lost on a process that is still starting; more than one changes nothing.
+        if ((is_told)); then scancel --signal=USR1 "$job" || true; fi
     done
     wait "$step" || code=$?
     conclude "$code"
@@ -64,9 +65,14 @@ before_training() {
     wait "$step" || code=$?
     if ((is_told)); then
         kill "$step" 2> /dev/null || true
-        restart_after "warned before the training began" ""
+        leave_early
     fi
     return "$code"
+}
+
+leave_early() { # counted: a job that is always warned so early would come back for ever
+    say "preempted: before the training began"
+    restart_after "preempted before the training began" ""
 }
 
 ask_nodes() {
@@ -83,6 +89,8 @@ ask_nodes() {
 conclude() {
     local code=0 verdict
     verdict=$("$PYTHON" launch/verdict.py "$GCVIT_REPORT_DIR" "$processes" "$1" "${nodes[@]}") || code=$?
+    # One that has not come as far as to ignore the signal dies of it.
+    ((!is_told)) || [[ $verdict != "no process left a report"* ]] || verdict="preempted: before the training began"
     say "$verdict"
     case $code in
         0 | 2) exit "$code" ;;

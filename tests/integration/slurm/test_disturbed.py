@@ -89,7 +89,7 @@ def test_a_warning_at_random_moments(runs, whole, engine):
         start = len(job.log)
         job.warn()
         job.wait_for_log(r"requeued\n", start=start)
-        told = re.findall(r"preempted: rank \d on node\d(?:, after step (\d+))?", job.log[start:])
+        told = re.findall(r"preempted: (?:rank \d on node\d|before)(?:, after step (\d+))?", job.log[start:])
         assert len(told) == 1, job.log[start:]
         step = int(told[0] or step)
         start = len(job.log)
