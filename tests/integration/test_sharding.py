@@ -137,7 +137,7 @@ def test_a_killed_run_leaves_no_process_and_its_repetition_the_same_bytes(source
     arguments = [source / "train", tmp_path / "out", "--shard-size", 2, "--workers", 2]
     process = start(*arguments)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("train-*.tar")):
+    while not list((tmp_path / "out").glob("train-*.tar.json")):  # its tar alone is no complete shard yet
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
