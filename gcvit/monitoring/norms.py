@@ -1,0 +1,85 @@
+"""Norms of single parameters and gradients, by the model's stages, of any engine: what its fragments tell."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gcvit.config import OptimConfig
+from gcvit.metrics import Metrics
+from gcvit.parallel.engine import EXP_AVG, MODEL, Engine, Fragments, StepResult
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What this rank has of an update, on the device: squares of norms, [P] in the order of the parameters."""
+
+    step: int
+    of_parameters: Tensor
+    of_gradients: Tensor  # as clipped
+    result: StepResult
+
+
+class Norms:
+    """Measures at steps that `is_due`. Every rank has one and makes the same calls.
+
+    Engines keep gradients in places of their own, and AdamW's first moment in a common one: m' = b m + (1 - b) g tells
+    the clipped gradient g. That takes a copy of this rank's part of m, in host memory, for the time of the update.
+    """
+
+    def __init__(self, engine: Engine, optim: OptimConfig, is_due: Callable[[int], bool]):
+        self._engine, self._beta, self._clip_norm, self._is_due = engine, optim.betas[0], optim.clip_norm, is_due
+        self._names = [name for name, _ in engine.module.named_parameters()]
+        self._found: _Found | None = None
+
+    def watch(self, step: int, update: Callable[[], StepResult]) -> StepResult:
+        """Do the update that follows `step` finished ones."""
+        if not self._is_due(step + 1):
+            return update()
+        before = {name: part.data.to("cpu", copy=True) for name, part in self._engine.fragments()[EXP_AVG].items()}
+        result = update()
+        fragments = self._engine.fragments()
+        beta = self._beta
+
+        def gradient(name: str, moment: Tensor) -> Tensor:
+            return (moment - beta * before[name].to(moment.device)) / (1 - beta)
+
+        of_parameters = self._sum_squares(fragments[MODEL], lambda name, data: data)
+        self._found = _Found(step + 1, of_parameters, self._sum_squares(fragments[EXP_AVG], gradient), result)
+        return result
+
+    def log(self, metrics: Metrics) -> None:
+        """Show what was measured since the last call (waits for ranks)."""
+        found, self._found = self._found, None
+        if found is None:
+            return
+        norms = {"parameter_norms": self._total(found.of_parameters)}
+        if found.result.applied.item():
+            clip = min(1.0, self._clip_norm / (found.result.grad_norm.item() + 1e-6)) if self._clip_norm else 1.0
+            norms["gradient_norms"] = self._total(found.of_gradients) / clip
+        for kind, values in norms.items():
+            metrics.log_norms(found.step, kind, self._by_stage(values))
+
+    @torch.no_grad()
+    def _sum_squares(self, fragments: Fragments, look: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Of this rank's part of each parameter, [P] on the device; of replicas the first one's alone counts."""
+        device = self._engine.world.device
+        squares = torch.zeros(len(self._names), dtype=torch.float32, device=device)
+        for place, name in enumerate(self._names):
+            if name in fragments and fragments[name].replica == 0:
+                squares[place] = look(name, fragments[name].data).square().sum().to(device)
+        return squares
+
+    def _total(self, squares: Tensor) -> npt.NDArray[np.float64]:
+        return self._engine.world.sum(squares).double().sqrt().cpu().numpy()
+
+    def _by_stage(self, norms: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
+        stages: dict[str, list[float]] = defaultdict(list)
+        for name, norm in zip(self._names, norms.tolist(), strict=True):
+            parts = name.split(".")
+            stages[".".join(parts[:2]) if parts[0] == "stages" else parts[0]].append(norm)
+        return {stage: np.array(values) for stage, values in stages.items()}

@@ -1,0 +1,89 @@
+"""`trainer.profile=START:STEPS`: what the steps after START did, in RUN/profile, a set of files for each rank.
+
+- trace_rankR.json.gz: all operations on a time line, for https://ui.perfetto.dev or chrome://tracing.
+- operations_rankR.txt: the operations that took longest, and those that took most memory.
+- memory_rankR: on a GPU a snapshot of its memory's blocks with their stacks, for https://pytorch.org/memory_viz
+  (.pickle: torch writes it so, and nothing here reads it); on a CPU its use over time, [[microseconds, bytes], ...].
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from gcvit.config import Config
+from gcvit.errors import UserError
+from gcvit.parallel.world import World
+
+_NUM_ROWS = 40
+_MAX_EVENTS = 200_000  # of a memory snapshot
+
+
+class Profiler:
+    """Profiles some steps of a run; `where` they begin counts finished steps. Every rank has one."""
+
+    def __init__(self, config: Config, world: World, num_steps: int):
+        """Errors: UserError where the first of them is past the run's end, which is that of `num_steps`."""
+        self._folder, self._world = config.run_dir / "profile", world
+        self._first, self._last = config.trainer.profiled_steps or (-1, -1)
+        if self._first >= num_steps:
+            raise UserError(
+                "trainer.profile begins where the run has ended",
+                got=config.trainer.profile,
+                allowed=f"START below {num_steps}",
+                cure="choose an earlier step",
+            )
+        self._profile: profile | None = None
+        self._step = 0
+
+    def look(self, step: int) -> None:
+        """Between two steps, `step` being finished: begin or end where it is time."""
+        self._step = step
+        if step == self._first and self._profile is None:
+            self._begin()
+        elif step >= self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was seen. Nothing happens where nothing was begun."""
+        if self._profile is None:
+            return
+        profiled, self._profile = self._profile, None
+        profiled.stop()
+        name = f"rank{self._world.rank}"
+        trace = self._folder / f"trace_{name}.json.gz"
+        profiled.export_chrome_trace(str(trace))
+        where = "cuda" if self._world.device.type == "cuda" else "cpu"
+        averages = profiled.key_averages()
+        tables = [
+            averages.table(f"self_{where}_{what}", row_limit=_NUM_ROWS) for what in ("time_total", "memory_usage")
+        ]
+        (self._folder / f"operations_{name}.txt").write_text("\n".join(tables))
+        if where == "cuda":
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{name}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        else:
+            (self._folder / f"memory_{name}.json").write_text(json.dumps(read_memory_use(trace)))
+        if self._world.is_first:
+            print(f"profile of steps {self._first + 1} to {self._step}: {self._folder}", file=sys.stderr, flush=True)
+
+    def _begin(self) -> None:
+        self._folder.mkdir(exist_ok=True, parents=True)
+        on_cuda = self._world.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.memory._record_memory_history(max_entries=_MAX_EVENTS)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+        self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+        self._profile.start()
+
+
+def read_memory_use(trace: Path) -> list[tuple[float, int]]:
+    """(microseconds, bytes) after each piece of memory that was taken or given back, as the profiler saw it."""
+    with gzip.open(trace, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    seen = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"]
+    begin = min((time for time, _ in seen), default=0.0)
+    return [(round(time - begin, 3), num_bytes) for time, num_bytes in sorted(seen)]

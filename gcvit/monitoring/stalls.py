@@ -1,0 +1,210 @@
+"""What bounds a run: where the seconds of a step go on each rank, and which rank the others wait for.
+
+1. A rank's step is cut into stages by a clock that the loop switches (`StepClock`). On a GPU the marks are events in
+   its stream, so that a stage's time is what the GPU spent or stood still for; nothing waits for them but the row.
+2. Waiting for data is split by what the loader did to the very pieces that were waited for.
+3. A rank that is slow in anything makes the others wait inside of collectives, whose time says nothing of a network:
+   the slowest rank is the one that waits least for others (`attribute`), and its largest stage bounds the run.
+4. The ranks meet before a row is taken: who was slow after the last collective is waited for here.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gcvit.data.batch import Batch
+from gcvit.monitoring.schema import STAGES
+from gcvit.monitoring.stopwatch import Stopwatch
+from gcvit.parallel.engine import Engine
+
+LOADING = STAGES[:4]
+"""Stages of the loader. The device's part of the augmentation is compute."""
+
+_DATA, _WAITING = "data", "waiting"  # for a batch; for other ranks. They become stages of a row by `attribute`.
+_TALKING = ("compute", "checkpoint", _WAITING)  # stages in which ranks talk to each other
+_MAX_MARKS = 4096  # in a GPU's stream, before those that it has passed are added up
+# What the training's own thread may stand still in. DDP waits in C++ and is seen by `watch_waits`.
+_ISSUE = (
+    *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "allgather", "all_gather_single", "_allgather_base"),
+    *("reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base", "allgather_into_tensor_coalesced"),
+)
+
+
+class StepClock:
+    """Times the stages of one rank's steps. `switch` waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._host = Stopwatch()
+        self._stage: str | None = None
+        self._marks: list[tuple[str | None, torch.cuda.Event]] = []  # each stage's begin
+        self._seconds: dict[str, float] = {}
+        self._loading: dict[str, float] = dict.fromkeys(LOADING, 0.0)
+
+    @property
+    def stage(self) -> str | None:
+        return self._stage
+
+    def switch(self, stage: str | None) -> str | None:
+        """From now on it is this stage's time, or nobody's; returns the one before."""
+        before, self._stage = self._stage, stage
+        if not self._is_cuda:
+            return self._host.switch(stage)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((stage, event))
+        if len(self._marks) > _MAX_MARKS and self._marks[_MAX_MARKS // 2][1].query():
+            self._add_up(_MAX_MARKS // 2)
+        return before
+
+    @contextmanager
+    def during(self, stage: str | None) -> Iterator[None]:
+        before = self.switch(stage)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def batches(self, stream: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
+        """Pass on the stream, timing the waits for it."""
+        while True:
+            with self.during(_DATA):
+                batches = next(stream, None)
+            if batches is None:
+                return
+            for batch in batches:
+                for stage, seconds in batch.waited.items():
+                    self._loading[stage] += seconds
+            yield batches
+
+    def take(self, meet: Callable[[], None] = lambda: None) -> "Seconds":
+        """What has added up since the last call. On a GPU it waits for all that was launched.
+
+        `meet` waits for the other ranks, which counts as such.
+        """
+        if self._is_cuda:
+            torch.cuda.current_stream().synchronize()  # a rank is there when its GPU is
+        with self.during(_WAITING):
+            meet()
+        self.switch(self._stage)
+        if self._is_cuda:
+            self._marks[-1][1].synchronize()
+            self._add_up(len(self._marks) - 1)
+        found = Seconds(self._seconds if self._is_cuda else self._host.take(), self._loading)
+        self._seconds, self._loading = {}, dict.fromkeys(LOADING, 0.0)
+        return found
+
+    def _add_up(self, num_marks: int) -> None:
+        for (stage, begin), (_, end) in zip(self._marks[:num_marks], self._marks[1:], strict=False):
+            if stage is not None:
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + begin.elapsed_time(end) / 1000
+        del self._marks[:num_marks]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where one rank's time went by the clock, and by the loader while it was waited for."""
+
+    clock: Mapping[str, float] = field(default_factory=dict)
+    loading: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> float:
+        """For other ranks."""
+        return self.clock.get(_WAITING, 0.0)
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time that was spent waiting for data, 0..1."""
+        return self.clock.get(_DATA, 0.0) / (sum(self.clock.values()) or 1.0)
+
+    def by_stage(self) -> dict[str, float]:
+        """Seconds of each of `STAGES`."""
+        stages = {stage: self.clock.get(stage, 0.0) for stage in STAGES}
+        stages["communication"] += self.waiting
+        loaded = sum(self.loading.values())
+        for stage in LOADING:
+            # Nothing measured (no sample here) is nobody's fault but the storage's.
+            share = self.loading.get(stage, 0.0) / loaded if loaded else float(stage == "storage")
+            stages[stage] = self.clock.get(_DATA, 0.0) * share
+        return stages
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What bounds a run, as a row of metrics says it."""
+
+    slowest_rank: int
+    bound_by: str
+    bound_share: float  # of the slowest rank's time, 0..1
+    data_wait: float  # share of the slowest rank's time, 0..1
+    stages: dict[str, float]  # seconds of the slowest rank, of all steps together
+
+
+def attribute(of_ranks: Sequence[Seconds]) -> Bound:
+    """Name the rank that all others wait for, and what takes it longest."""
+    slowest = min(range(len(of_ranks)), key=lambda rank: of_ranks[rank].waiting)
+    stages = of_ranks[slowest].by_stage()
+    bound_by = max(STAGES, key=lambda stage: stages[stage])
+    share = stages[bound_by] / (sum(stages.values()) or 1.0)
+    return Bound(slowest, bound_by, share, of_ranks[slowest].data_share, stages)
+
+
+@contextmanager
+def watch_waits(clock: StepClock, engine: Engine) -> Iterator[None]:
+    """While inside, the clock tells what of compute and of a save is communication, and what is waiting.
+
+    PyTorch has no hook on waits, so its methods are wrapped. On a CPU a collective is issued and then waited for;
+    on a GPU it takes its place in a stream, and what the stream of the training stands still for is all waiting.
+    Called by the thread that trains; collectives of other threads pass through untimed.
+    """
+    if engine.world.size == 1:
+        yield
+        return
+    is_cuda = engine.world.device.type == "cuda"
+    main_stream = torch.cuda.current_stream() if is_cuda else None
+    trainer = threading.current_thread()
+
+    def is_training() -> bool:
+        # Checkpoints are written by a thread that talks to other ranks too.
+        here = threading.current_thread()
+        is_ours = here is trainer or (is_cuda and isinstance(here, threading._DummyThread))  # a GPU's autograd
+        return is_ours and clock.stage in _TALKING and (not is_cuda or torch.cuda.current_stream() == main_stream)
+
+    def timed(method: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if clock.stage == stage or not is_training():
+                return method(*arguments, **options)
+            with clock.during(stage):
+                return method(*arguments, **options)
+
+        return call
+
+    issuing = _WAITING if is_cuda else "communication"
+    wrapped: list[tuple[type, str, str]] = [
+        (dist.ProcessGroup, name, issuing) for name in _ISSUE if name in vars(dist.ProcessGroup)
+    ]
+    wrapped += [(dist.Work, "wait", _WAITING)]
+    wrapped += [(torch.cuda.Stream, name, _WAITING) for name in ("wait_event", "wait_stream") if is_cuda]
+
+    def see_last_gradient(parameter: torch.Tensor) -> None:
+        # Of the first layer: what is left of the backward pass is the exchange of gradients.
+        if clock.stage == "compute":
+            clock.switch(_WAITING)
+
+    first_weight = next(engine.module.stem.parameters())
+    handle = first_weight.register_post_accumulate_grad_hook(see_last_gradient)
+    with ExitStack() as stack:
+        stack.callback(handle.remove)
+        for owner, name, stage in wrapped:
+            # Not what `getattr` gives, which would not be bound to its object when it is put back.
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, timed(getattr(owner, name), stage))
+        yield

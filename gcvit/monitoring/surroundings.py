@@ -1,0 +1,83 @@
+"""What a run works with, for the "start" row of its metrics: hosts, devices, versions, and what an image costs."""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gcvit
+from gcvit.config import Config
+from gcvit.devices import find_device
+from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
+from gcvit.parallel.build import build_model
+from gcvit.parallel.world import World
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "deepspeed")
+
+
+def describe_surroundings(config: Config, world: World, *, micro_steps: int) -> dict[str, Any]:
+    """The row, but for the samples consumed; every rank calls it. `docs/metrics.md` lists its keys."""
+    hosts = world.gather(socket.gethostname())
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
+    known = find_device(device) if world.device.type == "cuda" else None
+    with torch.device("meta"):
+        # Which kernel attends makes no difference to the products that are counted, but some cannot run on meta.
+        model = build_model(config.model.model_copy(update={"attention": "reference"}))
+    return {
+        "world_size": world.size,
+        "hosts": sorted(set(hosts), key=hosts.index),
+        "device": device,
+        "num_devices": world.size,
+        "engine": config.engine,
+        "precision": config.precision,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": config.trainer.settled_micro_batch_size or -(-config.global_batch_size // world.size),
+        "accumulation": micro_steps,
+        "versions": {"gcvit": gcvit.__version__, "python": platform.python_version(), **_package_versions()},
+        "commit": _commit(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_flops_per_image": TRAINING_PASSES * count_forward_flops(model, config.model.img_size),
+        "peak_flops": known.peaks.get(config.precision) if known else None,
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    there = {}
+    for name in _PACKAGES:
+        try:
+            there[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return there
+
+
+def _commit() -> str | None:
+    """Of the working tree that this file lies in, "+" behind it where files differ; None for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True, env=quiet
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
