@@ -1,0 +1,62 @@
+"""Write a report of one or several runs: one HTML file that opens offline.
+
+    python -m gcvit.report runs/demo-fsdp
+    python -m gcvit.report runs/small runs/small-lr2 --out comparison.html
+
+It reads what the runs left (config, metrics.jsonl, evaluations/, samples/) and computes nothing anew. A run that still
+trains may be read, too.
+"""
+
+import argparse
+from pathlib import Path
+
+from gcvit.errors import UserError, run_main
+
+REPORT_FILE = "report.html"
+
+
+def parse_arguments() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="gcvit.report", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    runs = parser.add_argument_group("what to report")
+    runs.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, runs/TAG; several are compared"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--out", metavar="FILE", type=Path, help="the page; of one run, by default (RUN/report.html)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out = arguments.out
+    if out is None:
+        if len(arguments.runs) > 1:
+            raise UserError("where to write a report of several runs?", cure="add --out FILE")
+        out = arguments.runs[0] / REPORT_FILE
+    if out.is_dir():
+        raise UserError("--out", got=f"{out}, a folder", allowed="a file")
+    try:
+        from gcvit.report.page import render  # what draws is an extra
+    except ModuleNotFoundError as error:
+        if error.name not in ("plotly", "jinja2", "markupsafe"):
+            raise
+        raise UserError(f"a report needs {error.name}", cure="pip install plotly jinja2") from None
+    from gcvit.report.record import read_records
+    from gcvit.report.style import MAX_RUNS
+
+    if len(arguments.runs) > MAX_RUNS:
+        raise UserError("more runs than colours to tell them apart", got=len(arguments.runs), allowed=MAX_RUNS)
+    page = render(read_records(arguments.runs))
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
+        part.replace(out)
+    except OSError as error:
+        cure = "give another --out"
+        raise UserError("cannot write the report", got=f"{out} ({error.strerror})", cure=cure) from None
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_main(main)

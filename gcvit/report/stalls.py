@@ -1,0 +1,62 @@
+"""What bounds a run: the seconds of each stage of a step, and the stage that a logging step named."""
+
+from collections import Counter
+
+import numpy as np
+
+from gcvit.report.record import Record, column, section
+from gcvit.report.style import Chart, KeyItem, as_list, new_figure, safe, tone
+from gcvit.report.thinning import thin
+from gcvit.report.training import Scale
+from gcvit.report.wording import count, percent
+
+STAGES = ("compute", "communication", "copy", "collation", "augmentation", "decoding", "storage", "checkpoint")
+"""From the bottom of the chart: the work itself, then its way back to the disk."""
+_MUCH_MORE = 1.5  # times its share among the ranks that were ever slowest, which is worth a word
+
+
+def draw_stages(record: Record, scale: Scale, has_siblings: bool) -> Chart | None:
+    """Seconds per step by stage, stacked; None where no row has them."""
+    rows = record.of_kind("train")
+    stages = [section(row, "stages") for row in rows]
+    x = scale.of(record, rows)
+    seconds = {stage: column(stages, stage) for stage in STAGES}
+    known = {stage: values for stage, values in seconds.items() if np.nan_to_num(values).max(initial=0.0) > 0}
+    if not known:
+        return None
+    figure, rows_per_point = new_figure(scale.title, y={"rangemode": "tozero"}), 1
+    for stage, values in known.items():
+        thinned = thin(x, values)
+        rows_per_point = thinned.rows_per_point
+        figure.add_scatter(
+            x=as_list(thinned.x),
+            y=as_list(np.nan_to_num(thinned.mean)),
+            mode="lines",
+            line={"width": 0.5, "color": tone("card")},
+            stackgroup="stages",
+            fillcolor=tone(stage),
+            hovertemplate=f"{stage}: %{{y:.3g}} s<extra>{safe(record.name)}</extra>",
+        )
+    # The key reads as the stack does, from above.
+    key = tuple(KeyItem(stage, stage, "area") for stage in reversed(known))
+    note = describe_bounds(record)
+    if rows_per_point > 1:
+        note += f" A point is the mean of up to {count(rows_per_point)} rows."
+    title = "Seconds a step, by stage" + (f": {record.name}" if has_siblings else "")
+    return Chart(title, figure, note, key, is_wide=not has_siblings)
+
+
+def describe_bounds(record: Record) -> str:
+    """How often each stage bound the run, and which rank was the slowest most often."""
+    rows = record.of_kind("train")
+    bounds = Counter(str(row["bound_by"]) for row in rows if row.get("bound_by") is not None)
+    if not bounds:
+        return ""
+    total = bounds.total()
+    shares = ", ".join(f"{stage} in {percent(100 * num / total, 0)}" for stage, num in bounds.most_common(3))
+    ranks = Counter(str(row["slowest_rank"]) for row in rows if row.get("slowest_rank") is not None)
+    slowest = ""
+    rank, num = ranks.most_common(1)[0] if ranks else ("", 0)
+    if num > _MUCH_MORE * ranks.total() / max(1, len(ranks)):
+        slowest = f" Rank {rank} was the slowest in {percent(100 * num / ranks.total(), 0)} of them."
+    return f"The run was bound by {shares} of its logging steps.{slowest}"

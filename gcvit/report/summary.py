@@ -1,0 +1,74 @@
+"""What a reader wants to know of a run first: a sentence and a few figures."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gcvit.report.record import Record, best_top1, column, number, section
+from gcvit.report.wording import count, duration, gigabytes, moment, percent, plain, plural, short
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The head of a run: a sentence, and its figures as (name, value, note)."""
+
+    name: str
+    color: str
+    sentence: str
+    tiles: list[tuple[str, str, str]]
+    problems: list[str]
+
+
+def summarize(record: Record, color: str) -> Summary:
+    """The head of a run; `color` is the palette's name of its colour."""
+    if not record.rows:
+        return Summary(record.name, color, "The run has left no rows yet.", [], record.problems)
+    start, model = record.start, section(record.config, "model")
+    size = f" at {model['img_size']} × {model['img_size']}" if number(model.get("img_size")) else ""
+    of = f" of {count(record.batch_size)} images" if record.batch_size else ""
+    where = f" on {count(number(start.get('num_devices')))} × {start.get('device')}" if start else ""
+    engine = f", by {record.config['engine']}" if isinstance(record.config.get("engine"), str) else ""
+    steps = f"{plural(record.num_steps, 'step')}{of}{engine}{where}"
+    sentence = f"{model.get('name', 'A model')}{size}: {steps}. {_tell_end(record)}"
+    return Summary(record.name, color, sentence, _count_up(record), record.problems)
+
+
+def _count_up(record: Record) -> list[tuple[str, str, str]]:
+    start, train = record.start, record.of_kind("train")
+    tiles = []
+    if best := best_top1(record):
+        weights, top1, step = best
+        which = "EMA" if weights == "ema" else "raw weights"
+        tiles.append(("best top-1", percent(top1), f"{which}, step {count(step)}"))
+    losses, speeds, seconds, memory = (
+        column(train, name) for name in ("loss", "images_per_second", "seconds", "memory_bytes")
+    )
+    if np.isfinite(losses).any():
+        tiles.append(("last loss", plain(float(losses[np.isfinite(losses)][-1])), "on training batches"))
+    if (speeds > 0).any():
+        median, devices = float(np.median(speeds[speeds > 0])), number(start.get("num_devices"))
+        note = f"median; {short(median / devices)} a device" if devices else "median"
+        tiles.append(("throughput", f"{short(median)}\u202fimg/s", note))
+    if (seconds > 0).any():
+        total = float(seconds[seconds > 0].sum())
+        tiles.append(("training time", duration(total), "without evaluations and saves"))
+    if parameters := number(start.get("parameters")):
+        flops = number(start.get("train_flops_per_image"))
+        tiles.append(("parameters", short(parameters), f"{flops / 6e9:.3g} GMAC an image" if flops else ""))
+    if (memory > 0).any():
+        tiles.append(("peak memory", gigabytes(float(memory[memory > 0].max())), "of the fullest process"))
+    return tiles
+
+
+def _tell_end(record: Record) -> str:
+    ends = record.of_kind("end")
+    outcome = ends[-1].get("outcome") if ends else None
+    restarts = len(record.of_kind("start")) - 1
+    again = f" It was started {count(restarts + 1)} times." if restarts > 0 else ""
+    if outcome == "finished":
+        return f"It finished.{again}"
+    if outcome == "preempted":
+        return f"It was told to leave, saved, and waits for its next start.{again}"
+    times = [time for rows in record.rows.values() for row in rows if (time := number(row.get("time"))) is not None]
+    last = f" Its last row is of {moment(max(times))}." if times else ""
+    return f"No row says that it ended: it still runs, was stopped, or is of an older release.{last}{again}"
