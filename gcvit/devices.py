@@ -1,0 +1,73 @@
+"""GPUs by name: their memory, and the most operations a second that they can do. For plans, and for shares of the peak.
+
+Peaks are those of dense matrices; a data sheet that counts zeros of sparse ones ("with sparsity") says twice as much,
+and is halved here. In fp32 nothing is rounded to TF32, as `gcvit.parallel.world` has it, so tensor cores stand still.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gcvit.errors import UserError
+
+_TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of GPU. `peaks` are FLOP/s by the config's precision; what it cannot compute in has none."""
+
+    name: str
+    torch_names: tuple[str, ...]
+    """As `torch.cuda.get_device_name` has it; a slice of a GPU (MIG) has a longer one."""
+    memory_bytes: int
+    """By the data sheet, whose GB are 10^9 bytes. What a driver shows differs by a few percent either way."""
+    peaks: Mapping[str, float]
+
+
+def _device(name: str, torch_names: tuple[str, ...], gigabytes: int, fp32: float, half: float, bf16: bool) -> Device:
+    """`fp32` and `half` (16 bits, summed in fp32) in TFLOP/s."""
+    peaks = {"fp32": fp32 * _TERA, "fp16": half * _TERA} | ({"bf16": half * _TERA} if bf16 else {})
+    return Device(name, torch_names, gigabytes * 10**9, peaks)
+
+
+# fmt: off
+_ALL = [
+    # V100 data sheet (NVIDIA 1165301, January 2020): SXM2; its tensor cores know fp16 alone.
+    _device("v100-32", ("Tesla V100-SXM2-32GB",), 32, 15.7, 125, bf16=False),
+    # A100 data sheet (NVIDIA 1758950, June 2021): the same peaks for PCIe and SXM.
+    _device("a100-40", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 19.5, 312, bf16=True),
+    _device("a100-80", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 80, 19.5, 312, bf16=True),
+    # H100 data sheet (NVIDIA 2430615, 2023), SXM: 1,979 with sparsity, PCIe: 1,513 with sparsity.
+    _device("h100-80", ("NVIDIA H100 80GB HBM3",), 80, 67, 1979 / 2, bf16=True),
+    _device("h100-pcie", ("NVIDIA H100 PCIe",), 80, 51, 1513 / 2, bf16=True),
+    # H200 data sheet (NVIDIA, 2024), SXM: the H100's chip, 1,979 with sparsity.
+    _device("h200", ("NVIDIA H200",), 141, 67, 1979 / 2, bf16=True),
+    # A10 data sheet (NVIDIA, March 2021): bf16 125, 250 with sparsity.
+    _device("a10", ("NVIDIA A10",), 24, 31.2, 125, bf16=True),
+    # L4 data sheet (NVIDIA, March 2023): 242 with sparsity.
+    _device("l4", ("NVIDIA L4",), 24, 30.3, 121, bf16=True),
+    # L40S data sheet (NVIDIA, 2023): 362.05, 733 with sparsity.
+    _device("l40s", ("NVIDIA L40S",), 48, 91.6, 362.05, bf16=True),
+    # "NVIDIA Ada GPU architecture" (white paper, 2023), appendix A: GeForce cards sum fp16 in fp32 at half speed.
+    _device("rtx4090", ("NVIDIA GeForce RTX 4090",), 24, 82.6, 165.2, bf16=True),
+]
+# fmt: on
+DEVICES: dict[str, Device] = {device.name: device for device in _ALL}
+
+
+def find_device(torch_name: str) -> Device | None:
+    """The row of a GPU, by the name that PyTorch gives it; None for what is not in the table."""
+    return next((device for device in _ALL if torch_name in device.torch_names), None)
+
+
+def get_device(name: str) -> Device:
+    """The row by its own name. Errors: UserError for an unknown one, with the nearest."""
+    if name not in DEVICES:
+        near = next((known for known in DEVICES if known.startswith(name)), None) or _nearest(name)
+        raise UserError("unknown GPU", got=name, allowed=", ".join(DEVICES), cure=f"did you mean {near}?")
+    return DEVICES[name]
+
+
+def _nearest(name: str) -> str:
+    return difflib.get_close_matches(name, DEVICES, n=1, cutoff=0.0)[0]

@@ -1,0 +1,197 @@
+"""The memory of a config on any number of devices, for any micro-batch, in seconds and without a device.
+
+A step is recorded for two micro-batches; what lies between or beyond them is a line through both, event by event: every
+tensor of a step has as many elements as images, or as weights, or the sum of both.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gcvit.config import Config, FsdpConfig, ZeroConfig
+from gcvit.data.assignment import num_micro_steps
+from gcvit.errors import UserError
+from gcvit.model import GCViT
+from gcvit.parallel.budget import Compute, choose_parts
+from gcvit.parallel.build import DTYPES, build_model
+from gcvit.parallel.recompute import recompute, recompute_parts
+from gcvit.planning.memory import Layout, Memory, Played, PlayedDdp, PlayedFsdp
+from gcvit.planning.memory_zero import PlayedZero3, PlayedZero12
+from gcvit.planning.step_trace import Event, compute_as_on_gpu, record_step
+
+MODES = ("none", "selective", "blocks", "full")
+GPUS_PER_NODE = 8
+_RECORDED = (8, 16)  # images
+_Key = tuple[str, int | None, str, bool]  # mode and budget, precision, autocast
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A step's events: what each adds to the memory [e], and those that say where the step is, by their place."""
+
+    num_bytes: npt.NDArray[np.int64]
+    marks: list[tuple[int, Event]]
+
+
+class Forecast:
+    """Predicts the memory of configs that differ in engine, recomputation and micro-batch, not in their model."""
+
+    def __init__(self, config: Config, *, on_gpu: bool):
+        with torch.device("meta"):
+            self.model = build_model(config.model)
+        if on_gpu:
+            compute_as_on_gpu(self.model)
+        self._layout = Layout(self.model)
+        self._on_gpu = on_gpu
+        self._records: dict[tuple[_Key, int], _Record] = {}
+
+    def predict(self, config: Config, world_size: int, num_images: int) -> Memory:
+        """A training step of this config, with `num_images` in a full micro-batch.
+
+        Errors: UserError for an activation budget that is too small.
+        """
+        micro_steps = num_micro_steps(config.global_batch_size, world_size, num_images, config.augment.mix is not None)
+        played = player_of(config)(config, self._layout, world_size, micro_steps, self._on_gpu)
+        return played.play(self._events(config, num_images))
+
+    def largest(self, config: Config, world_size: int, limit_bytes: float) -> int:
+        """The most images in a micro-batch with which a step takes no more than that; 0 where none does.
+
+        It may be more than a rank's share of the global batch, which then leaves room.
+        """
+        unit, share = share_of(config, world_size)
+        fits, fails = 0, share // unit
+        # A share without accumulation holds less for the same images: it stands apart.
+        while self._fits(config, world_size, fails * unit, limit_bytes):
+            fits, fails = fails, 2 * fails
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if self._fits(config, world_size, middle * unit, limit_bytes):
+                fits = middle
+            else:
+                fails = middle
+        return fits * unit
+
+    def recomputing(self, config: Config, num_images: int) -> GCViT:
+        """A copy of the model that recomputes as the config says for such a micro-batch."""
+        model = copy.deepcopy(self.model)
+        if config.activation_budget_bytes is None:
+            recompute_parts(model, config.activation_checkpointing)
+        else:
+            compute = Compute(torch.device("cpu"), DTYPES[config.precision], autocast=config.engine == "ddp")
+            choice = choose_parts(model, compute, num_images, config.activation_budget_bytes, _count_flops)
+            recompute(model, choice.names)
+        return model
+
+    def _fits(self, config: Config, world_size: int, num_images: int, limit_bytes: float) -> bool:
+        try:
+            return self.predict(config, world_size, num_images).peak <= limit_bytes
+        except UserError:  # an activation budget that is too small for so many
+            return False
+
+    def _events(self, config: Config, num_images: int) -> list[Event]:
+        if config.activation_budget_bytes is not None:  # which chooses other parts for another number
+            record = self._record(config, num_images)
+            return condense(record.num_bytes, record.marks)
+        first, second = (self._record(config, number) for number in _RECORDED)
+        assert len(first.num_bytes) == len(second.num_bytes), "other operations for another number of images"
+        slope = (second.num_bytes - first.num_bytes) / (_RECORDED[1] - _RECORDED[0])
+        return condense(np.rint(first.num_bytes + slope * (num_images - _RECORDED[0])), first.marks)
+
+    def _record(self, config: Config, num_images: int) -> _Record:
+        autocast = config.engine == "ddp" and config.precision != "fp32"
+        mode, budget = config.activation_checkpointing, config.activation_budget_bytes
+        key = ((mode, budget, config.precision, autocast), num_images)
+        if key not in self._records:
+            events = record_step(
+                self.recomputing(config, num_images),
+                num_images=num_images,
+                dtype=DTYPES[config.precision],
+                autocast=autocast,
+            )
+            num_bytes = np.array([event.num_bytes for event in events], dtype=np.int64)
+            self._records[key] = _Record(num_bytes, [(i, event) for i, event in enumerate(events) if event.what])
+        return self._records[key]
+
+
+def condense(num_bytes: npt.NDArray[Any], marks: list[tuple[int, Event]]) -> list[Event]:
+    """The marks, and between two of them no more than by how much memory rose, and fell after that."""
+    total = np.cumsum(num_bytes)
+    events, start, base = [], 0, 0
+    for place, mark in [*marks, (len(total), None)]:
+        if place > start:
+            rise, end = max(0, int(total[start:place].max()) - base), int(total[place - 1])
+            events += [Event(n) for n in (rise, end - base - rise) if n]
+            base = end
+        if mark is not None:
+            events.append(mark)
+        start = place + 1
+    return events
+
+
+def share_of(config: Config, world_size: int) -> tuple[int, int]:
+    """Samples that stay together (pairs, where they are mixed), and the largest share of a rank in a global batch."""
+    unit = 1 if config.augment.mix is None else 2
+    return unit, math.ceil(config.global_batch_size / unit / world_size) * unit
+
+
+def split_evenly(config: Config, world_size: int, most: int) -> int:
+    """The smallest micro-batch with which a share takes no more micro-steps than with `most` images in one."""
+    unit, share = share_of(config, world_size)
+    micro_steps = math.ceil(share / (max(most, unit) // unit * unit))
+    return math.ceil(share / unit / micro_steps) * unit
+
+
+def _count_flops(part: nn.Module, inputs: Iterable[tuple[torch.Size, torch.dtype]], compute: Compute) -> float:
+    """A part's forward pass: where nothing can be timed, time goes with its operations."""
+    tensors = [torch.empty(shape, device="meta") for shape, _ in inputs]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        part(*tensors)
+    return 1.0 + counter.get_total_flops()
+
+
+def player_of(config: Config) -> type[Played]:
+    """Who plays a step of its engine."""
+    if config.engine == "ddp":
+        return PlayedDdp
+    if config.engine == "fsdp":
+        return PlayedFsdp
+    return PlayedZero3 if (config.zero or ZeroConfig()).stage == 3 else PlayedZero12
+
+
+def engine_name(config: Config, world_size: int) -> str:
+    """In one word: ddp, fsdp, hsdp, zero1 to zero3, with +offload."""
+    if config.engine == "fsdp":
+        fsdp = config.fsdp or FsdpConfig()
+        has_replicas = (fsdp.shard_size or world_size) < world_size
+        return ("hsdp" if has_replicas else "fsdp") + ("+offload" if fsdp.cpu_offload else "")
+    if config.engine == "zero":
+        zero = config.zero or ZeroConfig()
+        offloads = zero.offload_optimizer or zero.offload_parameters
+        return f"zero{zero.stage}" + ("+offload" if offloads else "")
+    return config.engine
+
+
+def with_engine(config: Config, name: str) -> Config:
+    """The same training by another engine, as `engine_name` calls it, with its default options."""
+    sections: dict[str, dict[str, Any]] = {
+        "ddp": {"engine": "ddp"},
+        "fsdp": {"engine": "fsdp"},
+        "hsdp": {"engine": "fsdp", "fsdp": FsdpConfig(shard_size=GPUS_PER_NODE)},
+        "zero1": {"engine": "zero", "zero": ZeroConfig(stage=1)},
+        "zero2": {"engine": "zero", "zero": ZeroConfig(stage=2)},
+        "zero3": {"engine": "zero", "zero": ZeroConfig(stage=3)},
+    }
+    return config.model_copy(update={"fsdp": None, "zero": None} | sections[name])
+
+
+def with_micro_batch(config: Config, micro_batch: int) -> Config:
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"micro_batch_size": micro_batch})})

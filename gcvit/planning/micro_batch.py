@@ -1,0 +1,128 @@
+"""`trainer.micro_batch_size=auto`: the largest micro-batch that fits, found by trying, at the start of a run.
+
+Each rank tries by itself, without a word to the others, whom a rank that runs out of memory in the middle of an
+exchange would leave waiting; then all take the smallest answer. What the engine will hold beside the model's own
+computing is what `gcvit.planning.forecast` says, and is taken up during the trial.
+"""
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gcvit.config import Config
+from gcvit.errors import UserError
+from gcvit.loss import soft_target_loss
+from gcvit.parallel.budget import Compute
+from gcvit.parallel.build import DTYPES
+from gcvit.parallel.world import World
+from gcvit.planning.forecast import Forecast, share_of, with_micro_batch
+
+_MARGIN = 0.05  # of a GPU's memory, for NCCL's buffers and the gaps that many steps leave
+
+
+def settle_micro_batch(config: Config, world: World, trained: Mapping[str, Any] | None, notices: list[str]) -> Config:
+    """Put a number in the place of "auto", the same on all ranks; how it came about is added to `notices`.
+
+    `trained` is the info of the checkpoint to go on from: where as many ranks go on, they keep the number, since it
+    decides where drop path falls. Every rank calls it. Errors: UserError where not even a single image fits.
+    """
+    if config.trainer.micro_batch_size != "auto":
+        return config
+    before = (trained or {}).get("config", {})
+    is_same = trained is not None and trained["world_size"] == world.size
+    if is_same and before["global_batch_size"] == config.global_batch_size:
+        size = before["trainer"]["micro_batch_size"]
+        notices.append(f"trainer.micro_batch_size=auto: {size}, as the checkpoint had it")
+        return with_micro_batch(config, size)
+    trial = Trial(config, world)
+    size = min(world.gather(find_largest(config, world.size, trial.fits)))
+    trial.end()
+    if not size:
+        raise UserError(
+            "not even the smallest micro-batch fits",
+            got="trainer.micro_batch_size=auto",
+            cure="see what does: --plan --gpus N --gpu NAME",
+        )
+    share = share_of(config, world.size)[1]
+    steps = -(-share // size)
+    notices.append(f"trainer.micro_batch_size=auto: {size} of {share} images fit at once, {steps} micro-step(s)")
+    return with_micro_batch(config, size)
+
+
+def find_largest(config: Config, world_size: int, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch that `fits`, of those that divide a rank's share evenly; 0 where none does.
+
+    Tries as few as it can: one that is too large takes time to find out.
+    """
+    unit, share = share_of(config, world_size)
+    most_steps = share // unit
+    enough = 1
+    while not fits(_split(share, unit, enough)):
+        if enough == most_steps:
+            return 0
+        enough = min(2 * enough, most_steps)
+    too_few = enough // 2
+    while enough - too_few > 1:
+        middle = (enough + too_few) // 2
+        if fits(_split(share, unit, middle)):
+            enough = middle
+        else:
+            too_few = middle
+    return _split(share, unit, enough)
+
+
+def _split(share: int, unit: int, num_steps: int) -> int:
+    return -(-share // unit // num_steps) * unit
+
+
+class Trial:
+    """Forward and backward of micro-batches on this rank's device, with the memory that its engine would hold taken."""
+
+    def __init__(self, config: Config, world: World):
+        self._config, self._world, self._on_gpu = config, world, world.device.type == "cuda"
+        self._compute = Compute(world.device, DTYPES[config.precision], autocast=config.engine == "ddp")
+        self._forecast = Forecast(config, on_gpu=self._on_gpu)
+
+    def fits(self, num_images: int) -> bool:
+        self._clean_up()
+        try:
+            self._step(num_images)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def end(self) -> None:
+        self._clean_up()
+
+    def _step(self, num_images: int) -> None:
+        config, compute, device = self._config, self._compute, self._world.device
+        memory = self._forecast.predict(config, self._world.size, num_images)
+        model = self._forecast.recomputing(config, num_images).to(compute.weights_dtype).to_empty(device=device).train()
+        weights = sum(p.nbytes for p in model.parameters())
+        margin = _MARGIN * torch.cuda.mem_get_info(device)[1] if self._on_gpu else 0
+        others = memory.peak - memory.at_peak["activations"] - weights + margin
+        _others = torch.empty(max(0, int(others)), dtype=torch.uint8, device=device)
+        for p in model.parameters():
+            nn.init.constant_(p, 0.01)
+            p.register_post_accumulate_grad_hook(_forget)
+        images = torch.full((num_images, *model.input_size), 0.5, device=device)
+        targets = torch.zeros(num_images, config.model.num_classes, device=device)
+        # Drop path draws random numbers, of which the run must not feel anything.
+        with torch.random.fork_rng(devices=[device] if self._on_gpu else []):
+            with compute.context():
+                logits = model(images.to(compute.weights_dtype)).float()
+            soft_target_loss(logits, targets).sum().backward()
+        if self._on_gpu:
+            torch.cuda.synchronize(device)
+
+    def _clean_up(self) -> None:
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _forget(p: torch.Tensor) -> None:
+    p.grad = None

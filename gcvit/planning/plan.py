@@ -1,0 +1,296 @@
+"""`train.py --plan`: what a training will take, before any GPU does it, and whether it can work at all.
+
+Counted: parameters, operations, images, checkpoints. Predicted: memory (`forecast.py`). Assumed, and said so: the
+share of the GPUs' peak that is reached, and without data ImageNet-1K. `text.py` puts it into words.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gcvit.config import Config, FsdpConfig
+from gcvit.data.assignment import micro_batch_capacity, num_micro_steps
+from gcvit.data.source import Source
+from gcvit.data.stream import check_world
+from gcvit.devices import Device, find_device, get_device
+from gcvit.errors import UserError
+from gcvit.model import GCViT
+from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
+from gcvit.optim import decays
+from gcvit.parallel.fsdp import check_shards
+from gcvit.planning.forecast import (
+    GPUS_PER_NODE,
+    MODES,
+    Forecast,
+    engine_name,
+    share_of,
+    split_evenly,
+    with_engine,
+    with_micro_batch,
+)
+from gcvit.planning.memory import Memory
+from gcvit.schedule import Schedule, build_schedule, to_steps
+
+ROOM = 0.9
+"""Share of a GPU's memory that a step may take: beside it are CUDA's context, NCCL, workspaces and gaps."""
+ASSUMED_MFU = 0.30
+"""Share of the peak at which images' operations are done, while GPUs compute. Not measured here."""
+ASSUMED_GPU = "h100-80"
+_SMALL = 8  # images: a GPU that computes fewer at once is badly used, so that other changes are proposed first
+
+
+@dataclass(frozen=True)
+class Data:
+    """What there is to train on; `num_shards` is None where that is not known."""
+
+    name: str
+    num_samples: int
+    num_val: int
+    bytes_per_image: float
+    num_shards: int | None
+
+
+# The mean is that of ILSVRC2012_img_train.tar, 147,897,477,120 bytes, over its images.
+IMAGENET = Data("ImageNet-1K (assumed: there is no data.dir)", 1_281_167, 50_000, 115_440.0, None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An engine with a mode of recomputation: what it takes with the plan's micro-batch, and the most that fits."""
+
+    engine: str
+    mode: str
+    memory: Memory
+    largest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training that fits."""
+
+    config: Config
+    data: Data
+    device: Device
+    num_gpus: int
+    mfu: float
+    schedule: Schedule
+    forward_flops: int
+    """Of an image."""
+    recomputing: float
+    """Operations of a step, as a multiple of those without recomputing."""
+    num_parameters: int
+    num_undecayed: int
+    num_tensors: int
+    micro_batch: int
+    micro_steps: int
+    memory: Memory
+    cells: tuple[Cell, ...]
+
+    @property
+    def train_flops(self) -> float:
+        """Of an image, recomputing included."""
+        return TRAINING_PASSES * self.forward_flops * self.recomputing
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all GPUs, of which none waits for data or for another."""
+        return self.num_gpus * self.mfu * self.device.peaks[self.config.precision] / self.train_flops
+
+    @property
+    def num_trained(self) -> int:
+        return self.schedule.total_steps * self.config.global_batch_size
+
+    @property
+    def num_evaluations(self) -> int:
+        config = self.config
+        length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": self.data.num_samples}
+        return math.ceil(self.schedule.total_steps / max(1, to_steps(config.trainer.eval_every, **length)))
+
+    @property
+    def num_evaluated(self) -> int:
+        """Images, by the weights and by their EMA."""
+        return self.num_evaluations * self.data.num_val * (2 if self.config.ema else 1)
+
+    @property
+    def hours(self) -> float:
+        flops = self.num_trained * self.train_flops + self.num_evaluated * self.forward_flops
+        return flops / self.train_flops / self.images_per_second / 3600
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Parameters, two moments and the EMA in fp32."""
+        return 4 * self.num_parameters * (4 if self.config.ema else 3)
+
+
+def make_plan(
+    config: Config,
+    sources: tuple[Source, Source] | None = None,
+    *,
+    num_gpus: int | None = None,
+    gpu: str | None = None,
+    mfu: float | None = None,
+) -> Plan:
+    """Plan a config for so many GPUs (None: those of this job, or machine) of a kind (None: this machine's).
+
+    Errors: UserError for what cannot work, where it can with the nearest that does.
+    """
+    device, num_gpus = choose_device(gpu), count_gpus() if num_gpus is None else num_gpus
+    if num_gpus < 1:
+        raise UserError("no plan", got=f"--gpus {num_gpus}", allowed="1 or more")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError("no plan", got=f"--mfu {mfu}", allowed="above 0, at most 1")
+    if config.precision not in device.peaks:
+        raise UserError(
+            f"{device.name} does not compute in {config.precision}",
+            allowed=", ".join(device.peaks),
+            cure="set precision=fp16" if config.precision == "bf16" else None,
+        )
+    data = IMAGENET
+    if sources is not None:
+        train, val = sources
+        check_world(train, num_gpus)
+        mean = float(train.length.mean(dtype="float64"))
+        data = Data(str(config.data.dir), train.num_samples, val.num_samples, mean, len(train.first) - 1)
+    schedule = build_schedule(
+        config.schedule, config.optim, global_batch_size=config.global_batch_size, samples_per_epoch=data.num_samples
+    )
+    forecast = Forecast(config, on_gpu=True)
+    if config.engine == "fsdp":
+        check_shards(forecast.model, (config.fsdp or FsdpConfig()).shard_size or num_gpus, num_gpus)
+    limit = ROOM * device.memory_bytes
+    if config.trainer.micro_batch_size == "auto":
+        config = with_micro_batch(config, split_evenly(config, num_gpus, forecast.largest(config, num_gpus, limit)))
+    given = config.trainer.settled_micro_batch_size
+    batching = (config.global_batch_size, num_gpus, given)
+    micro_batch = micro_batch_capacity(*batching, paired=config.augment.mix is not None)
+    memory = forecast.predict(config, num_gpus, micro_batch)
+    if memory.peak > limit:
+        raise UserError(
+            f"the training does not fit on {num_gpus} x {device.name}",
+            got=f"{memory.peak / 1e9:,.1f} GB in {memory.moment}, of micro-batches of {micro_batch}",
+            allowed=f"{limit / 1e9:,.1f} GB ({ROOM:.0%} of its memory)",
+            cure=propose(config, forecast, num_gpus, limit),
+        )
+    shapes = {name: tuple(p.shape) for name, p in forecast.model.named_parameters()}
+    bias_tables = config.optim.decay_bias_tables
+    return Plan(
+        config=config,
+        data=data,
+        device=device,
+        num_gpus=num_gpus,
+        mfu=ASSUMED_MFU if mfu is None else mfu,
+        schedule=schedule,
+        forward_flops=count_forward_flops(forecast.model, config.model.img_size),
+        recomputing=count_recomputing(config, forecast, micro_batch),
+        num_parameters=sum(map(math.prod, shapes.values())),
+        num_undecayed=sum(not decays(name, shape, decay_bias_tables=bias_tables) for name, shape in shapes.items()),
+        num_tensors=len(shapes),
+        micro_batch=micro_batch,
+        micro_steps=num_micro_steps(*batching, config.augment.mix is not None),
+        memory=memory,
+        cells=tuple(compare(config, forecast, num_gpus, micro_batch, limit)),
+    )
+
+
+def choose_device(gpu: str | None) -> Device:
+    """The kind of GPU that is named, or that is here, or `ASSUMED_GPU`. Errors: UserError for an unknown one."""
+    if gpu is not None:
+        return get_device(gpu)
+    if not torch.cuda.is_available():
+        return get_device(ASSUMED_GPU)
+    name = torch.cuda.get_device_name()
+    if (found := find_device(name)) is None:
+        raise UserError("this machine's GPU is not in the table of plans", got=name, cure="name one with --gpu")
+    return found
+
+
+def count_gpus() -> int:
+    """Those of this job, or of this machine; 1 where there is none."""
+    return int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
+
+
+def compare(config: Config, forecast: Forecast, num_gpus: int, micro_batch: int, limit: float) -> Iterator[Cell]:
+    """Every engine in every mode, the plan's own among them."""
+    for by_engine in _engines(config, forecast, num_gpus):
+        for by_mode in _modes(by_engine, MODES):
+            yield Cell(
+                engine_name(by_mode, num_gpus),
+                by_mode.activation_checkpointing,
+                forecast.predict(by_mode, num_gpus, micro_batch),
+                forecast.largest(by_mode, num_gpus, limit),
+            )
+
+
+def propose(config: Config, forecast: Forecast, num_gpus: int, limit: float) -> str:
+    """The nearest that fits, in words: smaller micro-batches before more recomputing, that before another engine."""
+    later_modes = MODES[MODES.index(config.activation_checkpointing) + 1 :] if config in _modes(config, MODES) else ()
+    own = [config, *_modes(config, later_modes)]
+    engines = [other for other in _engines(config, forecast, num_gpus) if other.engine != config.engine]
+    candidates = [*own, *(by_mode for other in engines for by_mode in _modes(other, MODES))]
+    for enough in (min(_SMALL, share_of(config, num_gpus)[1]), 1):
+        for candidate in candidates:
+            most = forecast.largest(candidate, num_gpus, limit)
+            if most >= enough:
+                micro_batch = split_evenly(candidate, num_gpus, most)
+                peak = forecast.predict(candidate, num_gpus, micro_batch).peak
+                return f"{' '.join(_overrides(config, candidate, micro_batch))}, which takes {peak / 1e9:,.1f} GB"
+    return "take more GPUs, or larger ones: nothing fits these"
+
+
+def _overrides(config: Config, candidate: Config, micro_batch: int) -> Iterator[str]:
+    """The command line's words that make the one of the other."""
+    if candidate.engine != config.engine:
+        yield f"engine={candidate.engine}"
+        for name in ("fsdp", "zero"):
+            if getattr(config, name) is not None:
+                yield f"{name}=null"
+        if candidate.fsdp and candidate.fsdp.shard_size:
+            yield f"fsdp.shard_size={candidate.fsdp.shard_size}"
+        if candidate.zero:
+            yield f"zero.stage={candidate.zero.stage}"
+    if candidate.activation_checkpointing != config.activation_checkpointing:
+        yield f"activation_checkpointing={candidate.activation_checkpointing}"
+        if config.activation_budget_bytes is not None:
+            yield "activation_budget_bytes=null"
+    yield f"trainer.micro_batch_size={micro_batch}"
+
+
+def _modes(config: Config, modes: tuple[str, ...]) -> list[Config]:
+    return [
+        config.model_copy(update={"activation_checkpointing": mode, "activation_budget_bytes": None}) for mode in modes
+    ]
+
+
+def _engines(config: Config, forecast: Forecast, num_gpus: int) -> list[Config]:
+    """The same training by each engine that can be had; by its own with the config's options."""
+    own = engine_name(config, num_gpus)
+    names = ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+    if num_gpus <= GPUS_PER_NODE or num_gpus % GPUS_PER_NODE:
+        names.remove("hsdp")
+    if config.compile:
+        names.remove("zero3")
+    try:
+        check_shards(forecast.model, num_gpus, num_gpus)
+    except UserError:
+        names.remove("fsdp")
+    others = [with_engine(config, name) for name in names if name != own]
+    return [config, *others]
+
+
+def count_recomputing(config: Config, forecast: Forecast, micro_batch: int) -> float:
+    """Operations of a step, as a multiple of those without recomputing."""
+    if config.activation_checkpointing == "none":
+        return 1.0
+    return _count_step(forecast.recomputing(config, micro_batch)) / _count_step(forecast.model)
+
+
+def _count_step(model: GCViT) -> int:
+    """FLOPs of forward and backward of an image, on meta."""
+    with FlopCounterMode(display=False) as counter:
+        model.train()(torch.empty(2, *model.input_size, device="meta")).sum().backward()
+    model.zero_grad()
+    return int(counter.get_total_flops()) // 2

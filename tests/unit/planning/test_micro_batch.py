@@ -1,0 +1,87 @@
+"""trainer.micro_batch_size=auto: the search, a real trial that runs out of memory, and what all ranks agree on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcvit.config_file import load_config
+from gcvit.errors import UserError
+from gcvit.parallel.world import World
+from gcvit.planning.forecast import share_of
+from gcvit.planning.micro_batch import find_largest, settle_micro_batch
+from tests.integration.launching import ROOT
+
+AUTO = load_config(ROOT / "tests/integration/golden.yaml", ["trainer.micro_batch_size=auto", "global_batch_size=24"])[0]
+
+
+class Answers(World):
+    """A world whose other ranks have found these."""
+
+    others: tuple[int, ...] = ()
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def world_of(*others: int) -> World:
+    world = Answers(0, 1 + len(others), torch.device("cpu"), None)  # type: ignore[arg-type]
+    object.__setattr__(world, "others", others)
+    return world
+
+
+@given(pairs=st.integers(1, 400), world_size=st.integers(1, 9), limit=st.integers(0, 900))
+def test_the_largest_that_fits_is_found_with_few_trials(pairs, world_size, limit):
+    config = AUTO.model_copy(update={"global_batch_size": 2 * pairs})
+    unit, share = share_of(config, world_size)
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    found = find_largest(config, world_size, fits)
+    even = {-(-share // unit // steps) * unit for steps in range(1, share // unit + 1)}
+    assert found == max((size for size in even if size <= limit), default=0)
+    assert len(tried) <= 2 * (share // unit).bit_length() + 1
+    assert all(size % unit == 0 for size in tried)
+
+
+def test_all_ranks_take_the_smallest_answer(monkeypatch):
+    monkeypatch.setattr(
+        "gcvit.planning.micro_batch.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
+    )
+    for others, wanted in (((8, 8), 8), ((4, 8), 4), ((), 8)):
+        notices: list[str] = []
+        config = settle_micro_batch(AUTO, world_of(*others), None, notices)
+        assert config.trainer.settled_micro_batch_size == wanted
+        assert config.global_batch_size == AUTO.global_batch_size
+        assert f"auto: {wanted} of" in notices[0]
+    with pytest.raises(UserError, match="not even the smallest micro-batch fits"):
+        settle_micro_batch(AUTO, world_of(0), None, [])
+
+
+def test_a_number_is_left_alone_and_a_resumed_run_keeps_what_it_had(monkeypatch):
+    monkeypatch.setattr(
+        "gcvit.planning.micro_batch.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
+    )
+    given = load_config(ROOT / "tests/integration/golden.yaml", ["trainer.micro_batch_size=4"])[0]
+    assert settle_micro_batch(given, world_of(), None, []) is given
+    tree = AUTO.model_dump(mode="json")
+    tree["trainer"]["micro_batch_size"] = 6
+    for world, wanted in ((world_of(), 6), (world_of(8), 6), (world_of(8, 8), 8)):
+        notices: list[str] = []
+        trained = {"world_size": min(world.size, 2), "config": tree}
+        config = settle_micro_batch(AUTO, world, trained, notices)
+        assert config.trainer.settled_micro_batch_size == wanted
+        assert len(notices) == 1
+
+
+def test_auto_and_a_budget_of_activations_are_refused():
+    with pytest.raises(UserError, match="each follow the other"):
+        load_config(
+            ROOT / "tests/integration/golden.yaml",
+            ["trainer.micro_batch_size=auto", "activation_checkpointing=budget", "activation_budget_bytes=1000"],
+        )
