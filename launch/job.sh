@@ -1,12 +1,10 @@
 # shellcheck shell=bash
-# What train.sbatch and evaluate.sbatch have in common; they source it in a job. Needs bash 4.4.
+# What train.sbatch and evaluate.sbatch have in common; they source it in a job.
 #     run_job ENTRY.py ARGUMENT...
 # asks the nodes, starts one launcher per node, hands a warning on, waits, reads how all processes ended, says it in
 # one line, and exits or requeues the job. LAUNCHER is torchrun or deepspeed.
 
-set +eu # modules and environments are seldom written for these
-source launch/env.sh
-set -eu
+source launch/allocation.sh
 
 say() { echo "[$(date '+%F %T') job $SLURM_JOB_ID] $*"; }
 die() { say "error: $*" >&2; exit 2; }
@@ -15,25 +13,18 @@ die() { say "error: $*" >&2; exit 2; }
 job=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_TASK_ID-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 restart=${SLURM_RESTART_COUNT:-0}
-processes=${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 # Of the node with the fewest: "96(x3),48".
 cpus=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
 share=$((cpus > processes ? cpus / processes : 1)) # CPUs of each process
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 job_dir=$JOBS_DIR/$SLURM_JOB_ID
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$share}"
-# Another port at each restart, where somebody else has this one.
-export MASTER_ADDR="${nodes[0]}$NODE_NAME_SUFFIX" MASTER_PORT=$((MASTER_PORT_BASE + (SLURM_JOB_ID + 1009 * restart) % 10000))
-export GCVIT_REPORT_DIR="$job_dir/restart_$restart" PROCESSES=$processes NODES="${nodes[*]/%/$NODE_NAME_SUFFIX}"
+export GCVIT_REPORT_DIR="$job_dir/restart_$restart" NODES="${nodes[*]/%/$NODE_NAME_SUFFIX}"
 export LAUNCHER="${LAUNCHER:-torchrun}"
 mkdir -p "$GCVIT_REPORT_DIR" || die "cannot write JOBS_DIR=$JOBS_DIR; cure: set it in launch/env.sh"
 rm -f "$GCVIT_REPORT_DIR"/*
 ((restart)) || rm -f "$job_dir/failures" # of an older job of this number
 
-# One task per node with all of its CPUs, however the job divided them. A task that fails ends the others, which could
-# wait for it forever.
-unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK \
-    SLURM_TRES_PER_TASK
+# One task per node with all of its CPUs. A task that fails ends the others, which could wait for it forever.
 per_node=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus"
     --cpu-bind=none --kill-on-bad-exit=1)
 

@@ -5,17 +5,9 @@
 # Exit code 0: all are. 2: a restart cannot cure it. 1: the nodes that are not are named, and listed, divided by
 # commas, in the file bad_nodes of GCVIT_REPORT_DIR. Each phase has its own time limit, whatever the nodes do.
 set -euo pipefail
-set +eu # modules and environments are seldom written for these
-source launch/env.sh
-set -eu
-
-processes=${PROCESSES:-${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
-num_nodes=$SLURM_NNODES
-unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK \
-    SLURM_TRES_PER_TASK
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export PROCESSES=$processes MASTER_ADDR="${MASTER_ADDR:-${nodes[0]}$NODE_NAME_SUFFIX}" MIN_READ_MB
-export MASTER_PORT="${MASTER_PORT:-$((MASTER_PORT_BASE + SLURM_JOB_ID % 10000))}"
+source launch/allocation.sh
+export MIN_READ_MB
+num_nodes=${#nodes[@]}
 mkdir -p "${JOBS_DIR:?}/$SLURM_JOB_ID"
 # It holds what the nodes answer: a new folder, so that no old answer counts, and one that all nodes should see.
 answers=$(mktemp -d "$JOBS_DIR/$SLURM_JOB_ID/preflight.XXXXXX")
