@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -106,21 +107,33 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     return {"parameters": num_parameters, "saves": len(saves), "step_seconds": plain, **medians, **extra}
 
 
-def measure_saves(quick: bool) -> dict[str, Any]:
-    """The results of each engine: "saving_step" and "whole_cost" in steps, and the medians behind them."""
+def measure_engines(module: str, engines: Sequence[str], *words: str) -> dict[str, Any]:
+    """What the worker of a benchmark's module writes of each engine, in processes and with images of its own."""
     results = {}
-    for name in ENGINES:
+    for name in engines:
         with tempfile.TemporaryDirectory() as folder:
             make_images(Path(folder) / "images")
             out = Path(folder) / "result.json"
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
-            cycles = ["--cycles", "2" if quick else "15"]
-            worker = ["-m", "benchmarks.engines_saves", "--worker", name, *cycles, "--json", str(out)]
+            worker = ["-m", module, "--worker", name, "--json", str(out), *words]
             done = subprocess.run([sys.executable, *launcher, *worker], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             results[name] = json.loads(out.read_text())
     return results
+
+
+def measure_saves(quick: bool) -> dict[str, Any]:
+    """The results of each engine: "saving_step" and "whole_cost" in steps, and the medians behind them."""
+    return measure_engines("benchmarks.engines_saves", ENGINES, "--cycles", "2" if quick else "15")
+
+
+def conclude(results: dict[str, Any], misses: list[str], arguments: argparse.Namespace) -> NoReturn:
+    """Keep the results as --json asks, name the bars that are missed, and exit as --check asks."""
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print("All bars are met." if not misses else "Missed: " + "; ".join(misses))
+    sys.exit(1 if misses and arguments.check else 0)
 
 
 def find_misses(results: dict[str, Any]) -> list[str]:
@@ -156,11 +169,7 @@ def main() -> None:
         return
     results = measure_saves(arguments.quick)
     print_saves(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    misses = find_misses(results)
-    print("All bars are met." if not misses else "Missed: " + "; ".join(misses))
-    sys.exit(1 if misses and arguments.check else 0)
+    conclude(results, find_misses(results), arguments)
 
 
 if __name__ == "__main__":

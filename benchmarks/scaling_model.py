@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.model import create_model
-from gcvit.parallel.fsdp import _units
+from gcvit.parallel.fsdp import find_units
 from gcvit.parallel.zero_settings import _sizes
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
@@ -180,7 +180,7 @@ def profile_variant(variant: str, unit_parameters: int = 4_000_000) -> Profile:
     ]
     root = tuple(tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(tuple(names)))
     parts.append(Part(root, flops.get_total_flops() - sum(part.flops for part in parts)))
-    units = tuple(len(unit) for unit in _units(model, unit_parameters))
+    units = tuple(len(unit) for unit in find_units(model, unit_parameters))
     return Profile(tuple(parts), units, operations.count)
 
 

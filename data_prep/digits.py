@@ -102,9 +102,21 @@ def write_tree(out: Path, files: dict[str, bytes]) -> int:
     return len(missing)
 
 
+HELP = """Write the demo's images: scikit-learn's handwritten digits as class folders of JPEGs.
+
+    python -m data_prep.digits data/digits/raw
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.digits", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write: new, empty or this command's own")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.digits",
+        usage="%(prog)s OUT",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("where to").add_argument
+    add("out", metavar="OUT", type=Path, help="folder to write: new, empty or this command's own")
     out = parser.parse_args().out
     files = make_tree()
     num_written = write_tree(out, files)

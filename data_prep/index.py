@@ -257,18 +257,30 @@ def number_classes(names: tuple[str, ...] | None, results: list[Result]) -> tupl
     return names
 
 
+HELP = """Write the manifest of shards that are there already; they stay as they are.
+
+    python -m data_prep.index /data/others-wds --checksums
+    python -m data_prep.index /data/imagenet-wds
+
+The first line is for tars that others made, the second for what data_prep.shard --part wrote.
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.index",
-        description="Write the manifest of tars that are there already.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s DIR [flags]",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dir", type=Path, help="folder of tars, or of train/ and val/ with tars")
-    parser.add_argument("--split", choices=SPLITS, help="index this split alone; it is also that of tars without one")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
-    parser.add_argument("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels")
-    parser.add_argument("--skip-unusable", action="store_true", help="leave out samples without one image and label")
+    add = parser.add_argument_group("where").add_argument
+    add("dir", metavar="DIR", type=Path, help="folder of tars, or of train/ and val/ with tars")
+    add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
+    add = parser.add_argument_group("of tars that others made").add_argument
+    add("--split", choices=SPLITS, help="this split alone; also that of tars whose name tells none")
+    add("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels, a line each")
+    add("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
+    add("--skip-unusable", action="store_true", help="leave out samples without one image and one label")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError("--workers is too small", got=args.workers, allowed="at least 1")

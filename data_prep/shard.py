@@ -220,23 +220,38 @@ def parse_part(text: str) -> Part:
     return Part(int(index), int(count))
 
 
+HELP = """Pack images into shards: WebDataset tars with a manifest.
+
+    python -m data_prep.shard /data/imagenet /data/imagenet-wds
+    python -m data_prep.shard /data/flowers /data/flowers-wds --val-fraction 0.2
+    python -m data_prep.shard /data/imagenet /data/imagenet-wds --part 3/16
+
+Was it stopped? The same command goes on. When all parts are through, data_prep.index makes the manifest.
+"""
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.shard",
-        description="Images -> WebDataset tars with a manifest.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s SOURCE OUT [flags]",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help=KINDS)
-    parser.add_argument("out", type=Path, help="new folder; gets train/ and val/ too where SOURCE has them")
-    parser.add_argument("--split", choices=("train", "val"), help="a single tree's split; train where absent")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels")
-    parser.add_argument("--val-fraction", type=float, metavar="F", help="hold out this share of a single tree as val")
-    parser.add_argument("--part", metavar="I/N", help="write every N-th shard from shard I on; then data_prep.index")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
-    parser.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples' order")
-    parser.add_argument("--short-side", type=int, metavar="S", help="re-encode images whose short side exceeds S")
-    parser.add_argument("--quality", type=int, help=f"of re-encoded JPEGs, 1 to 100; {DEFAULT_QUALITY} where absent")
+    add = parser.add_argument_group("from where, to where").add_argument
+    add("source", metavar="SOURCE", type=Path, help=KINDS)
+    add("out", metavar="OUT", type=Path, help="new folder; gets train/ and val/ where SOURCE has them")
+    add = parser.add_argument_group("which images").add_argument
+    add("--split", choices=("train", "val"), help="that of a source with one (train)")
+    add("--val-fraction", type=float, metavar="F", help="hold out this share of a source with one split")
+    add("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels, a line each")
+    add = parser.add_argument_group("how they are stored").add_argument
+    add("--shard-size", type=int, default=1000, metavar="N", help="samples in a shard (1000)")
+    add("--seed", type=int, default=0, metavar="N", help="of the samples' order (0)")
+    add("--short-side", type=int, metavar="N", help="shrink images whose short side exceeds N pixels")
+    add("--quality", type=int, metavar="N", help=f"of JPEGs that were shrunk, 1 to 100 ({DEFAULT_QUALITY})")
+    add = parser.add_argument_group("who does it").add_argument
+    add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
+    add("--part", metavar="I/N", help="every N-th shard from shard I on, for many nodes")
     args = parser.parse_args(arguments)
     counts = {"--workers": args.workers, "--shard-size": args.shard_size, "--short-side": args.short_side}
     for name, value in counts.items():

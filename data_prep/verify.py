@@ -339,18 +339,30 @@ def refresh_timm_info(out: Path) -> None:
         write_timm_info(out)
 
 
+HELP = """Check shards against their manifest, down to the last pixel.
+
+    python -m data_prep.verify /data/imagenet-wds
+    python -m data_prep.verify /data/imagenet-wds --repair --source /data/imagenet
+
+A line for each problem; the exit code is 2 where there is one.
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.verify",
-        description="Check shards against their manifest, and decode every image.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s DIR [flags]",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", type=Path, help="folder that data_prep.shard or data_prep.index wrote")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the problems there, as a list of objects")
-    parser.add_argument("--repair", action="store_true", help="rewrite damaged shards without the damaged samples")
-    parser.add_argument("--source", type=Path, help="take damaged samples from here again, as it was sharded")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="the class map that the source was sharded with")
+    add = parser.add_argument_group("what to check").add_argument
+    add("out", metavar="DIR", type=Path, help="folder that data_prep.shard or data_prep.index wrote")
+    add("--json", type=Path, metavar="FILE", help="write the problems there, as a list of objects")
+    add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
+    add = parser.add_argument_group("what to do about it").add_argument
+    add("--repair", action="store_true", help="rewrite damaged shards without the damaged samples")
+    add("--source", type=Path, metavar="SOURCE", help="... with them, taken again from what was sharded")
+    add("--classes", type=Path, metavar="FILE", help="... where it was sharded with --classes FILE")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError("--workers is too small", got=args.workers, allowed="at least 1")

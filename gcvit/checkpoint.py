@@ -50,6 +50,7 @@ class RunState:
     best_top1: float = -1.0  # percent; the EMA's where there is one
     best_step: int = -1
     evaluation_due: bool = False  # of this step: it was preempted before that, or meanwhile
+    initial_weights: str | None = None  # where --init-from had them from, in words; None: drawn from the seed
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def save(
         check_lock()
         prepare(folder)
 
+    def clear() -> None:
+        with suppress(OSError):  # of the lock's file, where the whole disk is gone
+            check_lock()  # whoever takes a run over clears what this one writes: then that is the reason
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk others want the room
+
     world.on_first(begin)
     try:
         with _naming(part):
@@ -116,10 +122,7 @@ def save(
         }
         world.on_first(lambda: _complete(part, final, content, check_lock))
     except UserError:
-        if world.is_first:
-            with suppress(UserError):
-                check_lock()
-                shutil.rmtree(part, ignore_errors=True)  # all have stopped; on a full disk others want the room
+        world.on_first(clear)
         raise
     return final
 

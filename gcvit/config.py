@@ -33,6 +33,12 @@ def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
+def _check_micro_batch(size: int | str | None) -> int | str | None:
+    if size is None or size == "auto" or (isinstance(size, int) and size > 0):
+        return size
+    raise ValueError("1 or more, auto or null")
+
+
 Duration = Annotated[str, AfterValidator(_check_duration)]
 Length = Annotated[str, AfterValidator(_check_length)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,6 +46,8 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Profile = Annotated[str, Field(pattern=r"^\d+:[1-9]\d*$")]
+MicroBatch = Annotated[int | str | None, AfterValidator(_check_micro_batch)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_check_range)]
 
 
@@ -265,8 +273,8 @@ class ZeroConfig(Section):
 
 
 class TrainerConfig(Section):
-    micro_batch_size: Count | None = None
-    """Most samples per device and forward pass; null takes a device's whole share of the global batch."""
+    micro_batch_size: MicroBatch = None
+    """Most samples per device and forward pass; null: a device's share of the global batch; auto: as many as fit."""
     log_every: Length = "50 steps"
     """Time between rows of metrics."""
     eval_every: Length = "1 epoch"
@@ -283,6 +291,22 @@ class TrainerConfig(Section):
     """Seconds without a step, after which a process shows where it hangs and ends; null waits (in a debugger, say)."""
     deterministic: bool = False
     """On a GPU, take kernels that give the same bits in every run, some of them slower; a CPU always does."""
+    profile: Profile | None = None
+    """START:STEPS writes traces, memory and the dearest operations of the steps after START to RUN/profile."""
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """Finished steps at which `profile` begins and ends."""
+        if self.profile is None:
+            return None
+        start, steps = map(int, self.profile.split(":"))
+        return start, start + steps
+
+    @property
+    def settled_micro_batch_size(self) -> int | None:
+        """`micro_batch_size` where "auto" has become a number, see `gcvit.planning.micro_batch`."""
+        assert not isinstance(self.micro_batch_size, str), "auto is not settled yet"
+        return self.micro_batch_size
 
 
 class Config(Section):
@@ -318,6 +342,8 @@ class Config(Section):
     ema: EmaConfig | None = None
     """Moving average of the weights, evaluated beside them and choosing the best checkpoint; null is off."""
     trainer: TrainerConfig = TrainerConfig()
+    wandb: bool = False
+    """Send metrics to Weights & Biases too, where it is installed; who and where say its own environment variables."""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -331,6 +357,11 @@ class Config(Section):
             )
         if (self.activation_checkpointing == "budget") != (self.activation_budget_bytes is not None):
             raise ValueError("activation_budget_bytes belongs to activation_checkpointing=budget: set both or neither")
+        if self.activation_checkpointing == "budget" and self.trainer.micro_batch_size == "auto":
+            raise ValueError(
+                "trainer.micro_batch_size=auto and activation_checkpointing=budget each follow the other: "
+                "give a number, or another mode"
+            )
         if self.augment.mix and self.global_batch_size % 2:
             raise ValueError("global_batch_size must be even where mixup or cutmix is on: samples are mixed in pairs")
         return self

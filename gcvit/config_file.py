@@ -18,7 +18,7 @@ from gcvit.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `5e-6` as a text, since it wants a dot; users mean a number (as YAML 1.2 says)."""
+    """As YAML 1.2: `5e-6` is a number, though it has no dot, and `10:20` is a text, not 620 by sixties."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -29,10 +29,13 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
     )
+    for _digit in "0123456789":
+        by_sixties = ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d+)+$"))
+        _class.yaml_implicit_resolvers[_digit].insert(0, by_sixties)
 
 
 def parse_yaml(text: str) -> Any:
-    """Safe YAML in which `5e-6` is a number. Errors: `yaml.YAMLError`."""
+    """Safe YAML in which `5e-6` is a number and `10:20` a text. Errors: `yaml.YAMLError`."""
     return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
 
 
@@ -60,17 +63,39 @@ def load_config(
     for override in overrides:
         _set(tree, *_read_override(override))
     config = parse_config(tree, source=str(path))
-    if not isinstance(file_batch, int) or file_batch < 1 or config.global_batch_size == file_batch:
-        return config, []
-    factor = config.global_batch_size / file_batch
-    scale = {"none": 1.0, "sqrt": factor**0.5, "linear": factor}[config.optim.lr_scaling]
-    optim = config.optim.model_copy(update={"lr": config.optim.lr * scale})
+    if isinstance(file_batch, int) and file_batch > 0:
+        is_asked = any(override.partition("=")[0] == "optim.lr_scaling" for override in overrides)
+        return _guard_recipe(config, file_batch, is_asked)
+    return config, []
+
+
+def _guard_recipe(config: Config, file_batch: int, is_asked: bool) -> tuple[Config, list[str]]:
+    """Scale the learning rate where the global batch is not the file's, and say what else that changes.
+
+    `is_asked` is whether the command line gives optim.lr_scaling. Errors: UserError where nothing of the rate is left.
+    """
+    batch, optim = config.global_batch_size, config.optim
+    if batch == file_batch:
+        idle = is_asked and optim.lr_scaling != "none"
+        told = f"optim.lr_scaling={optim.lr_scaling} changes nothing: the global batch is the recipe's {file_batch}"
+        return config, [told] if idle else []
+    factor = batch / file_batch
+    lr = optim.lr * {"none": 1.0, "sqrt": factor**0.5, "linear": factor}[optim.lr_scaling]
+    if lr < optim.min_lr:
+        raise UserError(
+            "optim.lr_scaling leaves less than optim.min_lr",
+            got=f"{lr:g} at global_batch_size={batch}",
+            allowed=f"{optim.min_lr:g} or more",
+            cure="lower optim.min_lr, or take optim.lr_scaling=sqrt",
+        )
+    becomes = f"stays {lr:g}" if lr == optim.lr else f"becomes {lr:g} instead of {optim.lr:g}"
     notice = (
-        f"global batch {config.global_batch_size} instead of the recipe's {file_batch}: "
-        f"optim.lr_scaling={config.optim.lr_scaling} makes the peak learning rate {optim.lr:g} "
-        f"(it was {config.optim.lr:g}); warm-up and EMA keep their length in samples"
+        f"global batch {batch} instead of the recipe's {file_batch}: by optim.lr_scaling={optim.lr_scaling} the peak "
+        f"learning rate {becomes}; an epoch has {1 / factor:.3g} times as many updates, and each decays the weights "
+        f"as before; AdamW's moments reach over {factor:.3g} times as many samples; what the config gives in epochs "
+        "keeps its length"
     )
-    return config.model_copy(update={"optim": optim}), [notice]
+    return config.model_copy(update={"optim": optim.model_copy(update={"lr": lr})}), [notice]
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
@@ -86,7 +111,12 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, which `load_config` reads back to an equal config."""
-    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(json.loads(config.model_dump_json()))
+
+
+def dump_yaml(tree: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads back."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def _read_override(override: str) -> tuple[str, Any]:

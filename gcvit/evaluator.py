@@ -4,26 +4,21 @@ All ranks take equally many steps of one fixed shape (a sharded model gathers it
 that stopped early would hang the others); padding is masked. Ranks sum integers, and one division comes last.
 """
 
-import json
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gcvit import checkpoint, progress, runfolder
-from gcvit.config import Config, DataConfig
-from gcvit.config_file import parse_config
+from gcvit import progress
+from gcvit.config import DataConfig
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
 from gcvit.errors import UserError
-from gcvit.export import WEIGHTS_FILE, choose_kind, load_export
-from gcvit.model import VARIANTS, GCViT, create_model, weights
-from gcvit.parallel.build import build_model
+from gcvit.evaluation.label_sets import Targets
 from gcvit.parallel.world import World
 
 
@@ -36,6 +31,7 @@ class Result:
     correct_top5: int
     loss: float  # mean cross entropy
     num_skipped: int = 0  # damaged samples, which are not among `num_samples`
+    num_unlabelled: int = 0  # samples of which a label set says nothing, neither
 
     @property
     def top1(self) -> float:
@@ -46,11 +42,6 @@ class Result:
     def top5(self) -> float:
         """Percent."""
         return 100 * self.correct_top5 / self.num_samples
-
-    def as_json(self) -> str:
-        """What `evaluate.py` prints. JSON has no word for the loss of a model that has diverged: null."""
-        row = {name: value if math.isfinite(value) else None for name, value in self.as_dict().items()}
-        return json.dumps(row, allow_nan=False)
 
     def as_dict(self) -> dict[str, float | int]:
         """The counts and what follows from them, as a row of metrics."""
@@ -64,58 +55,100 @@ class Result:
         }
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a batch came to, on the device; b rows, of which those where `valid` is False are padding."""
+
+    indices: Tensor  # int64 [b], numbers of the samples in their source
+    labels: Tensor  # int64 [b], the class that a sample is filed under
+    logits: Tensor  # fp32 [b, C]
+    ranks: Tensor  # int64 [b], see `rank_of_label`
+    valid: Tensor  # bool [b]
+
+
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     source: Source,
     data: DataConfig,
     world: World,
     *,
-    img_size: int,
+    img_size: int | Sequence[int],
     batch_size: int,
     skip_damaged: bool = False,
+    five_crop: bool = False,
+    targets: Targets | None = None,
+    watch: Callable[[Scored], None] = lambda scored: None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Result:
     """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks.
 
-    `on_batch` is called after each step, equally often on all ranks. Errors: what it raises, and UserError for a
-    damaged sample, unless `skip_damaged` leaves it out and counts it.
+    With several sizes the model takes as many batches, of the same samples, and with `five_crop` [5B, 3, H, W].
+    `targets` says which classes are right, by default the source's labels. `watch` sees each batch; `on_batch` is
+    called after each step, equally often on all ranks. Errors: what they raise, and UserError for a damaged sample,
+    unless `skip_damaged` leaves it out and counts it.
     """
     if batch_size < 1:
         raise UserError("--batch-size", got=batch_size, allowed="1 or more")
-    counts = torch.zeros(4, dtype=torch.int64, device=world.device)
+    counts = torch.zeros(5, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    stream = eval_stream(
-        source,
-        data,
-        img_size=img_size,
-        batch_size=batch_size,
-        world_size=world.size,
-        rank=world.rank,
-        pin_memory=world.device.type == "cuda",
-        skip_damaged=skip_damaged,
-    )
-    for batch in stream:
-        for damage in batch.damaged:
-            print(f"skipped: {damage.where} ({damage.reason})", file=sys.stderr, flush=True)
-        labels, valid, images = (
-            tensor.to(world.device, non_blocking=True) for tensor in (batch.labels, batch.valid, batch.images)
+    streams = [
+        eval_stream(
+            source,
+            data,
+            img_size=size,
+            batch_size=batch_size,
+            world_size=world.size,
+            rank=world.rank,
+            pin_memory=world.device.type == "cuda",
+            skip_damaged=skip_damaged,
+            five_crop=five_crop,
         )
-        logits = model(normalize(images, data.mean, data.std))
-        ranks = rank_of_label(logits, labels)
+        for size in ([img_size] if isinstance(img_size, int) else img_size)
+    ]
+    targets = targets.to(world.device) if targets else None
+    for batches in zip(*streams, strict=True):
+        damaged = {damage.sample: damage for batch in batches for damage in batch.damaged}
+        for damage in damaged.values():
+            print(f"skipped: {damage.where} ({damage.reason})", file=sys.stderr, flush=True)
+        indices, labels, valid = (
+            tensor.to(world.device, non_blocking=True)
+            for tensor in (
+                batches[0].indices,
+                batches[0].labels,
+                torch.stack([batch.valid for batch in batches]).all(0),  # what is damaged may depend on the size
+            )
+        )
+        images = (batch.images.to(world.device, non_blocking=True) for batch in batches)
+        logits = model(*(normalize(image, data.mean, data.std) for image in images))
+        counts[3] += len(damaged)
+        if targets:
+            labels = targets.labels[indices]
+        if targets is None or targets.rights is None:
+            ranks, losses = rank_of_label(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+        else:
+            rights = targets.rights[indices]
+            is_labelled = rights[:, 0] >= 0
+            counts[4] += (valid & ~is_labelled).sum()
+            valid = valid & is_labelled
+            ranks, losses = judge_by_any(logits, rights.clamp(min=0))
         counts[:3] += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
-        counts[3] += len(batch.damaged)
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
-        loss += torch.where(valid, losses, 0.0).sum()
+        loss += torch.where(valid, losses.double(), 0.0).sum()
+        watch(Scored(indices, labels, logits, ranks, valid))
         progress.mark()
         on_batch()
     world.sum(counts)
     world.sum(loss)
-    num_samples, correct_top1, correct_top5, num_skipped = counts.tolist()
-    assert num_samples + num_skipped == source.num_samples, f"counted {num_samples} of {source.num_samples} samples"
+    num_samples, correct_top1, correct_top5, num_skipped, num_unlabelled = counts.tolist()
+    num_found = num_samples + num_skipped + num_unlabelled
+    assert num_found == source.num_samples, f"counted {num_found} of {source.num_samples} samples"
     if not num_samples:
-        raise UserError("all samples are damaged", got=num_skipped, cure="python -m data_prep.verify tells more")
-    return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples, num_skipped)
+        raise UserError(
+            "there is no sample to count",
+            got=f"{num_skipped} damaged, {num_unlabelled} without a label",
+            cure="python -m data_prep.verify tells more" if num_skipped else "give other images",
+        )
+    return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples, num_skipped, num_unlabelled)
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,44 +162,11 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return before.sum(1)
 
 
-def load_run(path: str, kind: str | None, *, num_classes: int) -> tuple[GCViT, DataConfig]:
-    """The model of a run folder (its best checkpoint), a checkpoint or an export, and how its data is prepared.
+def judge_by_any(logits: Tensor, rights: Tensor) -> tuple[Tensor, Tensor]:
+    """The rank of the best of several right classes, and minus the logarithm of the share that all of them get.
 
-    `kind` is "ema" or "model"; None takes the EMA where there is one, and an export has no other. Errors: UserError
-    where there is none.
+    `logits` is [B, C], `rights` int64 [B, R], where a class may stand repeatedly; both results are [B].
     """
-    if (Path(path) / WEIGHTS_FILE).exists():
-        if kind is not None:
-            raise UserError("an export holds one kind of weights", got=f"--weights {kind}", cure="leave it out")
-        model, config = load_export(Path(path))
-        _check_classes(config, path, num_classes)
-        return model, config.data
-    found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
-    config = parse_config(found.info["config"], source=str(found.path))
-    _check_classes(config, found.path, num_classes)
-    tensors = checkpoint.read_tensors(found, choose_kind(found, kind))
-    model = build_model(config.model)
-    model.load_state_dict(tensors)
-    return model, config.data
-
-
-def _check_classes(config: Config, path: str | Path, num_classes: int) -> None:
-    if config.model.num_classes != num_classes:
-        raise UserError(
-            "the data has another number of classes than the model",
-            got=f"{num_classes} classes",
-            allowed=f"the {config.model.num_classes} of {path}",
-            cure="give the data that it was trained for",
-        )
-
-
-def load_file(name: str, path: str, *, num_classes: int, img_size: int | None = None) -> tuple[GCViT, DataConfig]:
-    """A variant with the weights in a file of any layout, and how the variant's card says data is prepared.
-
-    At another `img_size` than the variant's the bias tables are resampled. Errors: UserError for a file that does not
-    fit.
-    """
-    model = create_model(name, num_classes, img_size=img_size)
-    weights.load(model, path, resample=img_size is not None)
-    card = VARIANTS[name]
-    return model, DataConfig(crop_pct=card.crop_pct, eval_resize="squash" if card.crop_mode == "squash" else "crop")
+    ranks = torch.stack([rank_of_label(logits, right) for right in rights.unbind(1)]).amin(0)
+    is_right = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, rights, True)
+    return ranks, logits.logsumexp(1) - logits.masked_fill(~is_right, -torch.inf).logsumexp(1)

@@ -1,4 +1,4 @@
-"""Export a run's weights for everybody: one safetensors file and a config.json, in the layout of timm's hub.
+"""Export a run's weights for everybody: a safetensors file, its config.json and a model card, as timm's hub has them.
 
     python -m gcvit.export runs/demo-fsdp
     python -m gcvit.export runs/gc_vit_tiny --out /models/gc_vit_tiny --weights model
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gcvit import checkpoint, runfolder
+from gcvit.card import read_records, write_card
 from gcvit.checkpoint import Checkpoint
 from gcvit.config import Config, ModelConfig
 from gcvit.config_file import parse_config
@@ -30,7 +31,8 @@ from gcvit.model import VARIANTS, GCViT, layouts
 from gcvit.model.fitting import HEAD
 from gcvit.parallel.build import build_model
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names that timm and the hub look for
+# The names that timm and the hub look for.
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 
 
 def export(run: Path, out: Path | None = None, kind: str | None = None, layout: str | None = None) -> str:
@@ -60,9 +62,16 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
     tensors = checkpoint.read_tensors(found, kind)
     if name == timm_name:
         tensors = layouts.to_timm_state(tensors)
-    card = describe(config, name, found.info.get("classes"))
-    origin = {"weights": kind, "step": str(found.state.step), "samples": str(found.state.samples)}
-    _write(out, tensors, card, {"format": "pt", **origin, "config": json.dumps(_without_places(config))})
+    classes, state = found.info.get("classes"), found.state
+    records = read_records(found.path.parent.parent, kind, state)
+    texts = {
+        CONFIG_FILE: json.dumps(describe(config, name, classes), indent=2) + "\n",
+        CARD_FILE: write_card(config, name, kind, state, records, classes),
+    }
+    origin = {"weights": kind, "step": str(state.step), "samples": str(state.samples)}
+    if state.initial_weights is not None:
+        origin["initial_weights"] = state.initial_weights
+    _write(out, tensors, {"format": "pt", **origin, "config": json.dumps(_without_places(config))}, texts)
     first = "" if name == timm_name else "import gcvit.model; "
     return (
         f"{out}: {name}, {kind} of {found.path}\n"
@@ -172,7 +181,7 @@ def _has_timm(name: str) -> bool:
     return bool(timm.is_model(_to_timm(name)))
 
 
-def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def _write(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], texts: Mapping[str, str]) -> None:
     out = out.resolve()
     part = out.with_name(f"{out.name}.tmp")
     try:
@@ -181,8 +190,9 @@ def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], me
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         # Not by save_file, whose file nobody else may read.
         (part / WEIGHTS_FILE).write_bytes(safetensors.torch.save(contiguous, metadata))
-        (part / CONFIG_FILE).write_text(json.dumps(card, indent=2) + "\n")
-        for path in (part / WEIGHTS_FILE, part / CONFIG_FILE, part):
+        for file, text in texts.items():
+            (part / file).write_text(text)
+        for path in (part / WEIGHTS_FILE, *(part / file for file in texts), part):
             checkpoint.sync(path)
         part.rename(out)  # also onto an empty folder
         checkpoint.sync(out.parent)
@@ -191,12 +201,19 @@ def _write(out: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], me
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="gcvit.export", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="runs/TAG (its best) or a checkpoint in it")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to make (RUN/export)")
-    parser.add_argument("--weights", choices=["ema", "model"], help="default: ema where there is one")
-    parser.add_argument("--layout", choices=["timm", "own"], help="of names; default: timm's where timm has the model")
+    parser = argparse.ArgumentParser(
+        prog="python -m gcvit.export",
+        usage="%(prog)s RUN_OR_CHECKPOINT [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what, and where to").add_argument
+    add("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="runs/TAG (its best) or a checkpoint in it")
+    add("--weights", choices=["ema", "model"], help="which ones (ema where there is one)")
+    add("--out", metavar="DIR", type=Path, help="folder to make (RUN/export)")
+    add = parser.add_argument_group("how").add_argument
+    add("--layout", choices=["timm", "own"], help="names of tensors (timm's where timm has the model)")
     arguments = parser.parse_args()
     print(export(arguments.run, arguments.out, arguments.weights, arguments.layout), flush=True)
 

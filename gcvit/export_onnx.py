@@ -108,13 +108,17 @@ def compare(classifier: Classifier, path: Path) -> float:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="gcvit.export_onnx", description=__doc__, formatter_class=raw, allow_abbrev=False
+        prog="python -m gcvit.export_onnx",
+        usage="%(prog)s SRC DST [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="a run, a checkpoint, an export, a weights file or a variant")
-    parser.add_argument("target", metavar="DST", type=Path, help="file to make")
-    parser.add_argument("--model", metavar="NAME", help="the variant of a file; default: read from the shapes")
+    add = parser.add_argument_group("what, and where to").add_argument
+    add("source", metavar="SRC", help="a run, a checkpoint, an export, a weights file or a variant")
+    add("target", metavar="DST", type=Path, help="file to make")
+    add("--model", metavar="NAME", help="the variant of a file (read from the shapes)")
     arguments = parser.parse_args()
     classifier = open_classifier(arguments.source, arguments.model, attention="reference")
     print(classifier.origin, flush=True)

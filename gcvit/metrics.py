@@ -1,84 +1,169 @@
-"""What the user sees of a run: a progress bar or lines, `metrics.jsonl` and TensorBoard events.
+"""What the user sees of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events and W&B.
 
-Sums stay on the device between logging steps; only there are they read, once, after one reduction over ranks.
+Sums stay on the device between logging steps; only there are they read, once, after one reduction over ranks. What
+each row holds is said, and checked, in `gcvit.monitoring.schema`.
 """
 
 import json
 import math
+import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gcvit.config import Config
-from gcvit.config_file import dump_config
 from gcvit.data.batch import Damage
+from gcvit.monitoring.events import Events
+from gcvit.monitoring.stalls import Seconds, attribute
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World
 
+_WAITS_MUCH = 0.02  # share of the time that the line tells to be spent on waiting for data
+_NAN = math.nan
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What one rank has to say at a logging step."""
+
+    seconds: Seconds
+    num_correct: int
+    memory_bytes: int
+
 
 class Metrics:
-    """Collects a run's numbers. All ranks take part; rank 0 writes."""
+    """Collects a run's numbers. All ranks take part; rank 0 writes.
 
-    def __init__(self, config: Config, world: World, *, first_step: int, total_steps: int):
+    `train_flops` is what an image costs in training, and `peak_flops` the most that one device does in a second.
+    Errors: UserError, on all ranks alike, where W&B is asked for and does not start.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        first_step: int,
+        total_steps: int,
+        train_flops: float | None = None,
+        peak_flops: float | None = None,
+    ):
         self._world = world
         self._batch_size = config.global_batch_size
         self._total_steps = total_steps
+        self._load = train_flops / peak_flops if train_flops and peak_flops else _NAN  # device seconds of an image
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=world.device)
         self._refused = torch.zeros((), device=world.device)
         # In fp16 a loss scale that grows too high is refused every so often: nothing to shout about.
         self._refused_word = "refused" if config.precision == "fp16" else "REFUSED"
         self._num_steps, self._since = 0, time.perf_counter()
         self._rows: Path | None = None
-        self._events: SummaryWriter | None = None
+        self._has_ended = False  # before this start: then nothing more is to be told
+        self._events: Events | None = None
         self._bar: tqdm[Any] | None = None
         if world.is_first:
             self._rows = config.run_dir / "metrics.jsonl"
-            _drop_rows_after(self._rows, first_step)
-            self._events = SummaryWriter(str(config.run_dir), purge_step=first_step + 1)
-            self._events.add_text("config", f"```yaml\n{dump_config(config)}\n```", first_step)
+            last = _drop_rows_after(self._rows, first_step)
+            self._has_ended = first_step == total_steps and last is not None and last.get("outcome") == "finished"
             # A bar only where someone looks at it: a log file gets plain lines and no control characters.
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        world.on_first(lambda: self._begin_events(config, first_step))
 
-    def add(self, loss_sum: Tensor, result: StepResult) -> None:
-        """Take in one step: the sum of this rank's losses and what the update did. Waits for nothing."""
+    def add(self, loss_sum: Tensor, num_correct: Tensor, result: StepResult) -> None:
+        """Take in one step: this rank's sum of losses and of right answers, and what the update did. Never waits."""
         self._loss_sum += torch.where(result.applied > 0, loss_sum, 0.0)  # one NaN would hide all others
+        self._correct += torch.where(result.applied > 0, num_correct, 0)
         self._refused += 1 - result.applied
         self._num_steps += 1
         if self._bar is not None:
             self._bar.update()
 
-    def log_step(self, step: int, lr: float, result: StepResult) -> None:
-        """Log the mean over the steps since the last call that were not refused; `step` counts finished steps."""
+    def log_step(self, step: int, lr: float, result: StepResult, seconds: Seconds, num_damaged: int) -> None:
+        """Log the mean over the steps since the last call that were not refused; `step` counts finished steps.
+
+        `seconds` is where this rank's time went in them, `num_damaged` counts the run's damaged samples so far.
+        """
         num_refused = int(self._refused.item())
         num_samples = (self._num_steps - num_refused) * self._batch_size
-        loss = self._world.sum(self._loss_sum).item() / num_samples if num_samples else math.nan
-        seconds = time.perf_counter() - self._since
+        loss = self._world.sum(self._loss_sum).item() / num_samples if num_samples else _NAN
+        tallies = self._world.gather(_Tally(seconds, int(self._correct.item()), _peak_memory(self._world.device)))
+        bound = attribute([tally.seconds for tally in tallies])
+        clock_seconds = time.perf_counter() - self._since
+        speed = self._num_steps * self._batch_size / clock_seconds
         row = {
             "loss": loss,
+            "train_top1": 100 * sum(tally.num_correct for tally in tallies) / num_samples if num_samples else _NAN,
             "lr": lr,
             "grad_norm": result.grad_norm.item(),
             "refused_steps": num_refused,
-            "images_per_second": self._num_steps * self._batch_size / seconds,
+            "images_per_second": speed,
+            "images_per_second_per_device": speed / self._world.size,
+            "mfu": speed / self._world.size * self._load,
+            "memory_bytes": max(tally.memory_bytes for tally in tallies),
+            "seconds": clock_seconds,
+            "seconds_left": (self._total_steps - step) * clock_seconds / self._num_steps,
+            "num_damaged": num_damaged,
+            "data_wait": bound.data_wait,
+            "bound_by": bound.bound_by,
+            "bound_share": bound.bound_share,
+            "slowest_rank": bound.slowest_rank,
+            "stages": {stage: spent / self._num_steps for stage, spent in bound.stages.items()},
         }
         self._write(step, "train", row)
-        self._say(
-            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {lr:.3g}  norm {row['grad_norm']:.3g}"
-            f"  {row['images_per_second']:.0f} img/s"
-            + (f"  {self._refused_word} {num_refused} steps: gradient not finite" if num_refused else "")
-        )
-        self._loss_sum.zero_()
-        self._refused.zero_()
+        self._say(self._describe(step, row))
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} img/s")
+        for total in (self._loss_sum, self._correct, self._refused):
+            total.zero_()
         self._num_steps, self._since = 0, time.perf_counter()
+
+    def _describe(self, step: int, row: Mapping[str, Any]) -> str:
+        parts = [
+            f"step {step}/{self._total_steps}",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['lr']:.3g}",
+            f"norm {row['grad_norm']:.3g}",
+            f"{row['images_per_second']:.0f} img/s",
+            *([f"{row['images_per_second_per_device']:.0f} a device"] if self._world.size > 1 else []),
+            f"train top-1 {row['train_top1']:.1f} %",
+            *([f"MFU {row['mfu']:.1%}"] if not math.isnan(row["mfu"]) else []),
+            f"{row['memory_bytes'] / 1e9:.1f} GB",
+            f"data {row['data_wait']:.0%}",
+            f"bound by {row['bound_by']} {row['bound_share']:.0%}"
+            + (f" on rank {row['slowest_rank']}" if self._world.size > 1 else ""),
+            f"{timedelta(seconds=round(row['seconds_left']))} left",
+            *([f"{row['num_damaged']} damaged"] if row["num_damaged"] else []),
+        ]
+        if num_refused := row["refused_steps"]:
+            parts.append(f"{self._refused_word} {num_refused} steps: gradient not finite")
+        return "  ".join(parts)
+
+    def log_start(self, step: int, row: dict[str, Any]) -> None:
+        """Log what the run works with from here on."""
+        if not self._has_ended:
+            self._append(step, "start", row)
+
+    def log_end(self, step: int, outcome: str, samples: int, best_top1: float | None) -> None:
+        """Log how it ended: "finished", then with the best accuracy in percent, or "preempted"."""
+        if self._has_ended:
+            return
+        best = {} if best_top1 is None else {"best_top1": best_top1}
+        self._append(step, "end", {"outcome": outcome, "samples": samples, **best})
+        if self._events is not None and best:
+            self._events.add_result(best, step)
 
     def log_evaluation(self, step: int, name: str, row: dict[str, float | int]) -> None:
         """Log an evaluation of the "weights" or of their "ema"."""
@@ -102,7 +187,7 @@ class Metrics:
         `samples` names the first of `num_samples`; where there is none, no sample's own share was at fault.
         """
         row = {"rank": rank, "what": what, "samples": list(samples), "num_samples": num_samples}
-        self._append({"step": step, "kind": "bad_step", **row})
+        self._append(step, "bad_step", row)
         if samples:
             more = f" and {num_samples - len(samples)} more" if num_samples > len(samples) else ""
             text = f"{what} of {num_samples} samples on rank {rank}: {', '.join(samples)}{more}"
@@ -114,8 +199,19 @@ class Metrics:
     def log_damage(self, step: int, new: Sequence[Damage], num_damaged: int) -> None:
         """Log samples that were found damaged and replaced by others; `num_damaged` counts all so far."""
         for damage in new:
-            self._append({"step": step, "kind": "damage", **asdict(damage), "num_damaged": num_damaged})
+            self._append(step, "damage", {**asdict(damage), "num_damaged": num_damaged})
             self._say(f"step {step}/{self._total_steps}  DAMAGED, replaced: {damage.where} ({damage.reason})")
+
+    def log_norms(self, step: int, name: str, of_stages: Mapping[str, npt.NDArray[np.float64]]) -> None:
+        """Show norms of single tensors as a histogram for each stage of the model."""
+        if self._events is not None:
+            for stage, norms in of_stages.items():
+                self._events.add_histogram(f"{name}/{stage}", norms, step)
+
+    def log_image(self, step: int, name: str, image: npt.NDArray[np.uint8], caption: str) -> None:
+        """Show a picture, uint8 [H, W, 3]."""
+        if self._events is not None:
+            self._events.add_image(name, image, caption, step)
 
     def say(self, text: str) -> None:
         """A line for the user, from rank 0."""
@@ -134,30 +230,48 @@ class Metrics:
         if self._bar is not None:
             self._bar.close()
 
+    def _begin_events(self, config: Config, first_step: int) -> None:
+        self._events = Events(config, first_step)
+
     def _say(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._world.is_first:
             print(text, file=sys.stderr, flush=True)
 
-    def _write(self, step: int, kind: str, row: dict[str, float | int]) -> None:
+    def _write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
         """JSON has no word for what is not finite (of steps that were all refused): it gets null, TensorBoard none."""
-        finite = {name: value for name, value in row.items() if math.isfinite(value)}
-        self._append({"step": step, "kind": kind, **dict.fromkeys(row), **finite})
+        bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        self._append(step, kind, {**row, **dict.fromkeys(bad)})
         if self._events is not None:
-            for name, value in finite.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+            stages = {f"stages/{stage}": seconds for stage, seconds in row.get("stages", {}).items()}
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            good = {name: value for name, value in numbers.items() if name not in bad}
+            self._events.add_scalars(kind, good | stages, step)
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
         if self._rows is not None:
             with open(self._rows, "a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **row}, allow_nan=False) + "\n")
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """A resumed run does its steps again: rows of the first try go, and a last line that was cut off."""
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = path.with_suffix(".tmp")
-        kept.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
-        kept.replace(path)
+def _peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had at most, of a GPU's memory where it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _drop_rows_after(path: Path, step: int) -> dict[str, Any] | None:
+    """A resumed run does its steps again: rows of the first try go, and a last line that was cut off.
+
+    Returns the last row that stays.
+    """
+    if not path.exists():
+        return None
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    kept = path.with_suffix(".tmp")
+    kept.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    kept.replace(path)
+    return rows[-1] if rows else None

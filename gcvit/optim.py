@@ -109,6 +109,16 @@ class Group(NamedTuple):
     decays: bool
 
 
+def find_group(name: str, shape: tuple[int, ...], optim: OptimConfig, layers: Mapping[str, int]) -> Group:
+    """The group of a parameter of this whole shape; `layers` as for `build_adamw`."""
+    head = max(layers.values())
+    return Group(
+        lr_scale=(optim.layer_decay or 1.0) ** (head - layers[name]),
+        is_head=optim.frozen_backbone is None or layers[name] == head,
+        decays=decays(name, shape, decay_bias_tables=optim.decay_bias_tables),
+    )
+
+
 def build_adamw(
     parameters: Iterable[tuple[str, tuple[int, ...], torch.Tensor]], optim: OptimConfig, layers: Mapping[str, int]
 ) -> torch.optim.AdamW:
@@ -118,15 +128,9 @@ def build_adamw(
     parameters, the head being the last: of two neighbours the first learns at `optim.layer_decay` of the other's rate
     (Bao et al., BEiT, 2021). The learning rate is set at every step by `set_lr`.
     """
-    head = max(layers.values())
     groups: dict[Group, list[torch.Tensor]] = {}
     for name, shape, tensor in parameters:
-        group = Group(
-            lr_scale=(optim.layer_decay or 1.0) ** (head - layers[name]),
-            is_head=optim.frozen_backbone is None or layers[name] == head,
-            decays=decays(name, shape, decay_bias_tables=optim.decay_bias_tables),
-        )
-        groups.setdefault(group, []).append(tensor)
+        groups.setdefault(find_group(name, shape, optim, layers), []).append(tensor)
     return torch.optim.AdamW(
         [
             {

@@ -144,14 +144,21 @@ def describe(path: Path, probabilities: Tensor, classes: Sequence[str], top: int
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="gcvit.predict", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files, or folders of them")
-    parser.add_argument("--checkpoint", metavar="RUN|FILE|NAME", required=True, help="what to predict with")
-    parser.add_argument("--model", metavar="NAME", help="the variant of a file; default: read from the shapes")
-    parser.add_argument("--top", metavar="K", type=int, default=5, help="classes of each image (5)")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images at once (32)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each image")
+    parser = argparse.ArgumentParser(
+        prog="python -m gcvit.predict",
+        usage="%(prog)s IMAGE... --checkpoint RUN|FILE|NAME [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what, and with what").add_argument
+    add("images", metavar="IMAGE", nargs="+", type=Path, help="files, or folders of them")
+    add("--checkpoint", metavar="RUN|FILE|NAME", required=True, help="what to predict with")
+    add("--model", metavar="NAME", help="the variant of a file (read from the shapes)")
+    add("--batch-size", metavar="N", type=int, default=32, help="images at once (32)")
+    add = parser.add_argument_group("what is shown").add_argument
+    add("--top", metavar="K", type=int, default=5, help="classes of each image (5)")
+    add("--json", action="store_true", help="one line of JSON for each image")
     arguments = parser.parse_args()
     for option, value in (("--top", arguments.top), ("--batch-size", arguments.batch_size)):
         if value < 1:

@@ -54,7 +54,7 @@ def replay(
             notices.append(f"{told}: drop path falls otherwise, and sums differ in the last bits")
     with ExitStack() as stack:
         folder = world.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
-        scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None})
+        scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None, "wandb": False})
         run = stack.enter_context(start(scratch, world, sources, chosen, init_from, reset_head, notices))
         if not run.state.step < step <= run.schedule.total_steps:
             raise UserError(

@@ -1,6 +1,7 @@
 """A run: all that a training consists of, how it starts, is evaluated, saved and resumed. The loop is `trainer.py`."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gcvit import checkpoint, runfolder
+from gcvit.card import describe_origin
 from gcvit.checkpoint import Checkpoint, RunState
 from gcvit.config import Config
 from gcvit.damage import DamageBudget
@@ -23,12 +25,18 @@ from gcvit.metrics import Metrics
 from gcvit.model import VARIANTS, weights
 from gcvit.model.fitting import fit
 from gcvit.model.variants import fetch_weights
+from gcvit.monitoring.norms import Norms
+from gcvit.monitoring.profiling import Profiler
+from gcvit.monitoring.samples import Samples
+from gcvit.monitoring.stalls import StepClock
+from gcvit.monitoring.surroundings import describe_surroundings
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import MODEL, Engine, Fragments, fill
+from gcvit.parallel.engine import MODEL, Engine, Fragments, StepResult, fill
 from gcvit.parallel.world import World
+from gcvit.planning.micro_batch import settle_micro_batch
 from gcvit.runlock import RunLock
 from gcvit.saver import Saver
-from gcvit.schedule import Schedule, build_schedule, to_samples, to_steps
+from gcvit.schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 
@@ -60,6 +68,10 @@ class Run:
     saver: Saver
     metrics: Metrics
     damage: DamageBudget
+    clock: StepClock
+    samples: Samples
+    norms: Norms
+    profiler: Profiler
 
 
 def open_sources(config: Config) -> tuple[Source, Source]:
@@ -103,14 +115,16 @@ def start(
     length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train.num_samples}
     schedule = build_schedule(config.schedule, config.optim, **length)
     trainer = config.trainer
+    profiler = Profiler(config, world, schedule.total_steps)
     every = Intervals(*(to_steps(x, **length) for x in (trainer.log_every, trainer.eval_every, trainer.save_every)))
-    paired = config.augment.mix is not None
-    micro_steps = num_micro_steps(config.global_batch_size, world.size, trainer.micro_batch_size, paired)
     with ExitStack() as stack:
         lock = RunLock(config.run_dir)
         world.on_first(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
         found, damaged = runfolder.open_sound(config.run_dir, resume, world)
         notices = list(notices)
+        config = settle_micro_batch(config, world, found.info if found else None, notices)
+        micro_batch_size, paired = config.trainer.settled_micro_batch_size, config.augment.mix is not None
+        micro_steps = num_micro_steps(config.global_batch_size, world.size, micro_batch_size, paired)
         if reset_head and not init_from:
             raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: heads begin anew")
         if config.optim.frozen_backbone and not found and not init_from:
@@ -132,6 +146,8 @@ def start(
                 global_batch_size=config.global_batch_size,
             )
         state = RunState()
+        if init_from and not found:
+            state.initial_weights = world.on_first(lambda: describe_origin(init_from))
         if found:
             state, changes = restore(found, engine, ema, config, train)
             notices += [*changes, *world.on_first(lambda: runfolder.set_aside(damaged))]
@@ -148,12 +164,14 @@ def start(
             start_step=state.step,
             world_size=world.size,
             rank=world.rank,
-            micro_batch_size=trainer.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             pin_memory=world.device.type == "cuda",
         )
         augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
         world.on_first(lambda: runfolder.write_config(config))
-        metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps)
+        surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
+        costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
+        metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
         stack.callback(metrics.close)
         for notice in notices:
             metrics.say(notice)
@@ -181,10 +199,29 @@ def start(
         folder = runfolder.checkpoints_of(config.run_dir)
         saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints, check_lock=lock.check)
         metrics.say(saver.begin(state, all_fragments(engine, ema)))
+        metrics.log_start(state.step, {**surroundings, "samples": state.samples})
         stack.push(saver)
+        if trainer.profiled_steps and trainer.profiled_steps[0] < state.step:
+            metrics.say(f"trainer.profile={trainer.profile} begins before step {state.step}: nothing is profiled")
+        stack.callback(profiler.close)
+
+        def is_shown(step: int) -> bool:
+            return step == 1 or is_time(step, every.evaluate, schedule.total_steps)
+
+        samples = Samples(config, train, is_shown)
+        norms = Norms(engine, config.optim, is_shown)
         yield Run(
-            config, world, train, val, schedule, every, stream, augment, engine, ema, state, saver, metrics, damage
+            *(config, world, train, val, schedule, every, stream, augment, engine, ema, state, saver, metrics, damage),
+            *(StepClock(world.device), samples, norms, profiler),
         )
+
+
+def log_step(run: Run, lr: float, result: StepResult) -> None:
+    """A row of metrics, and what is shown now and then beside it: sample images, norms of weights and gradients."""
+    run.metrics.log_step(run.state.step, lr, result, run.clock.take(run.world.barrier), len(run.damage.found))
+    if run.world.is_first:
+        run.samples.write(run.metrics)
+    run.norms.log(run.metrics)
 
 
 def settle_damage(run: Run) -> None:
@@ -200,10 +237,12 @@ def evaluate_all(run: Run, on_batch: Callable[[], None]) -> bool:
     """
     run.engine.module.eval()
     results: dict[str, Result] = {}
+    seconds: dict[str, float] = {}
     for name, place in (
         ("weights", nullcontext()),
         *((("ema", run.ema.swapped_in(run.engine)),) if run.ema else ()),
     ):
+        begin = time.perf_counter()
         with place:
             results[name] = evaluate(
                 run.engine,
@@ -215,8 +254,9 @@ def evaluate_all(run: Run, on_batch: Callable[[], None]) -> bool:
                 skip_damaged=True,  # said and counted; an error here would throw away what was just trained
                 on_batch=on_batch,
             )
+        seconds[name] = time.perf_counter() - begin
     for name, result in results.items():
-        run.metrics.log_evaluation(run.state.step, name, result.as_dict())
+        run.metrics.log_evaluation(run.state.step, name, result.as_dict() | {"seconds": seconds[name]})
     run.state.evaluation_due = False
     top1 = results["ema" if run.ema else "weights"].top1
     if top1 <= run.state.best_top1:

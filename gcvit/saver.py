@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -157,20 +156,10 @@ class Saver:
                 world.on_first(lambda: checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step))
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0
         except UserError as error:
-            write.failure = self._explain(error)
+            write.failure = error
         except BaseException as error:  # as DCP's CheckpointException is; unseen it would pass for a success
             write.bug = "".join(traceback.format_exception(error))
         write.seconds = time.perf_counter() - begin
-
-    def _explain(self, error: UserError) -> UserError:
-        """Whoever takes a run over clears what this one is writing: then that is the reason, not the lost file."""
-        with suppress(OSError):
-            try:
-                if self._world.is_first:
-                    self._check_lock()
-            except UserError as outbid:
-                return outbid
-        return error
 
 
 class _Snapshot:

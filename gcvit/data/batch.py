@@ -1,6 +1,7 @@
 """What a loader hands over: images as the host's transforms leave them, and what the device needs to know."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +30,12 @@ class Piece:
     labels: npt.NDArray[np.int64]  # [p]
     erase: npt.NDArray[np.int64]  # [p, 5]
     damaged: tuple[Damage, ...]  # whose rows hold other samples instead
+    samples: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # [p], numbers in the source
+    seconds: Mapping[str, float] = field(default_factory=dict)  # that the loader took for it, by stage
 
     def pin_memory(self) -> "Piece":
         # Only the images are worth it: the rest is a few hundred bytes.
-        return Piece(self.rows, self.images.pin_memory(), self.labels, self.erase, self.damaged)
+        return replace(self, images=self.images.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Batch:
     labels: Tensor  # int64 [b]
     erase: Tensor  # int64 [b, 5]
     pieces: tuple[Piece, ...]  # which together have each row once
+    # Seconds, by what the loader did: see `gcvit.monitoring.stalls`.
+    waited: Mapping[str, float] = field(default_factory=dict)
 
     def images_on(self, device: torch.device) -> Tensor:
         """uint8 [b, 3, H, W]. Pieces find their rows on the device: the host copies nothing together."""
@@ -66,6 +71,14 @@ class Batch:
     def damaged(self) -> list[Damage]:
         return [damage for piece in self.pieces for damage in piece.damaged]
 
+    @property
+    def samples(self) -> npt.NDArray[np.int64]:
+        """The samples' numbers in their source, [b]."""
+        samples = np.empty(len(self.labels), dtype=np.int64)
+        for piece in self.pieces:
+            samples[piece.rows] = piece.samples
+        return samples
+
 
 def join_pieces(positions: Tensor, pieces: tuple[Piece, ...]) -> Batch:
     labels = np.empty(len(positions), dtype=np.int64)
@@ -79,7 +92,7 @@ def join_pieces(positions: Tensor, pieces: tuple[Piece, ...]) -> Batch:
 class EvalBatch:
     """One rank's share of a step of evaluation, of fixed size b; where `valid` is False, a row is padding."""
 
-    images: Tensor  # uint8 [b, 3, H, W]
+    images: Tensor  # uint8 [b, 3, H, W]; [5b, 3, H, W] with five crops of each
     labels: Tensor  # int64 [b]
     valid: Tensor  # bool [b]
     indices: Tensor  # int64 [b], the sample's number in its source

@@ -6,7 +6,7 @@
    and each of these into one task per loader process, of a few numbers.
 3. A run of neighbouring samples is one loader process's, which reads it at once and keeps it until its last sample
    is used. (Where a rank does not keep its lanes, runs are several ranks', and samples are read one by one.)
-4. A loader process seeds each sample by (seed, epoch, position), decodes, transforms, stacks.
+4. A loader process seeds each sample by (seed, epoch, position), decodes, transforms, stacks; it times each of these.
 5. The main process receives the pieces in the order of the tasks, pins them where wanted, groups a step's.
 6. A damaged sample is replaced by another, which (seed, epoch, position) chooses; the batch tells. What else fails
    travels as an error; the main process raises it, and it stays a UserError.
@@ -20,13 +20,16 @@ import os
 import resource
 import signal
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gcvit import notice
@@ -110,18 +113,19 @@ def eval_stream(
     rank: int,
     pin_memory: bool = False,
     skip_damaged: bool = False,
+    five_crop: bool = False,
 ) -> Iterator[EvalBatch]:
     """Each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
 
-    A rank takes consecutive samples. A damaged one is an error, or with `skip_damaged` a row of padding. Errors:
-    as `train_stream`.
+    A rank takes consecutive samples. A damaged one is an error, or with `skip_damaged` a row of padding. With
+    `five_crop` each sample has five images, one behind the other (`EvalTransform`). Errors: as `train_stream`.
     """
     check_world(source, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
     tasks = _plan_evaluation(source, cut_micro_batches(np.arange(low, high), num_batches, batch_size))
-    loader = _EvalLoader(source, data, img_size, batch_size, skip_damaged)
+    loader = _EvalLoader(source, data, img_size, batch_size, skip_damaged, five_crop)
     return _load(loader, tasks, min(data.num_workers, num_batches), data, pin_memory)
 
 
@@ -190,6 +194,8 @@ class _TrainLoader(Dataset[Piece | UserError]):
         self._runs: dict[tuple[int, int], list[memoryview]] = {}  # that are open, by epoch and first sample
 
     def __getitem__(self, task: _TrainTask) -> Piece | UserError:
+        stopwatch = self._transform.stopwatch
+        stopwatch.switch("collation")
         images = empty_images(len(task.rows), self._img_size)
         erase = np.zeros((len(task.rows), 5), dtype=np.int64)
         samples = task.samples.copy()
@@ -199,15 +205,19 @@ class _TrainLoader(Dataset[Piece | UserError]):
                 zip(task.epochs.tolist(), task.places.tolist(), task.samples.tolist(), strict=True)
             ):
                 try:
+                    stopwatch.switch("storage")
                     content = self._stored(epoch, sample, int(task.begin[i]), int(task.end[i]), bool(task.last[i]))
                     for attempt in range(_MAX_REPLACEMENTS):
                         seed_sample(self._seed, epoch, place)
                         try:
                             self._source.check(sample, content)
-                            images[i] = self._transform(content)
+                            view = self._transform(content)
+                            stopwatch.switch("collation")
+                            images[i] = view
                             break
                         except (DamagedSample, DecodeError) as error:
                             damaged.append(Damage(sample, self._source.name(sample), str(error)))
+                        stopwatch.switch("storage")
                         sample = self._replacement(epoch, place, attempt)
                         (content,) = self._source.fetch(sample, sample + 1)
                     else:
@@ -217,7 +227,8 @@ class _TrainLoader(Dataset[Piece | UserError]):
                 samples[i] = sample
                 erase[i] = draw_erase(self._erase_prob, self._img_size, self._img_size)
         labels = self._source.label[samples].astype(np.int64)
-        return Piece(task.rows, images, labels, erase, tuple(damaged))
+        stopwatch.switch(None)
+        return Piece(task.rows, images, labels, erase, tuple(damaged), samples, stopwatch.take())
 
     def _stored(self, epoch: int, sample: int, begin: int, end: int, is_last: bool) -> memoryview:
         run = self._runs.pop((epoch, begin), None)
@@ -245,25 +256,28 @@ def _too_much_damage(damaged: list[Damage]) -> UserError:
 class _EvalLoader(Dataset[EvalBatch | UserError]):
     """As `_TrainLoader`; a task holds the numbers of up to `batch_size` consecutive samples."""
 
-    def __init__(self, source: Source, data: DataConfig, img_size: int, batch_size: int, skip_damaged: bool):
+    def __init__(
+        self, source: Source, data: DataConfig, img_size: int, batch_size: int, skip_damaged: bool, five_crop: bool
+    ):
         self._source, self._img_size, self._batch_size = source, img_size, batch_size
-        self._transform = EvalTransform(data, img_size)
+        self._transform, self._views = EvalTransform(data, img_size, five_crop), 5 if five_crop else 1
         self._skip_damaged = skip_damaged
 
     def __getitem__(self, samples: Indices) -> EvalBatch | UserError:
-        images = empty_images(self._batch_size, self._img_size)
-        images[len(samples) :] = 0
+        images = empty_images(self._batch_size * self._views, self._img_size)
+        images[len(samples) * self._views :] = 0
         valid = torch.arange(self._batch_size) < len(samples)
         damaged: list[Damage] = []
         try:
             contents = self._source.fetch(int(samples[0]), int(samples[-1]) + 1) if len(samples) else []
             for row, (sample, content) in enumerate(zip(samples.tolist(), contents, strict=True)):
+                views = slice(row * self._views, (row + 1) * self._views)
                 try:
                     self._source.check(sample, content)
-                    images[row] = self._transform(content)
+                    images[views] = self._transform(content)
                 except (DamagedSample, DecodeError) as error:
                     damaged.append(Damage(sample, self._source.name(sample), str(error)))
-                    images[row], valid[row] = 0, False
+                    images[views], valid[row] = 0, False
         except UserError as error:
             return error
         if damaged and not self._skip_damaged:
@@ -352,4 +366,24 @@ def _raise_error(items: Iterator[Loaded | UserError]) -> Iterator[Loaded]:
 def _group(pieces: Iterator[Piece], micro_batches: list[Indices], num_pieces: int) -> Iterator[tuple[Batch, ...]]:
     positions = [torch.from_numpy(micro_batch) for micro_batch in micro_batches]
     while True:
-        yield tuple(join_pieces(where, tuple(itertools.islice(pieces, num_pieces))) for where in positions)
+        yield tuple(_await_batch(where, pieces, num_pieces) for where in positions)
+
+
+def _await_batch(positions: Tensor, pieces: Iterator[Piece], num_pieces: int) -> Batch:
+    """Take a batch's pieces, timing how long each is waited for: in that time the loader works on it, or has done so.
+
+    A wait is split by stage as the loader's work on the piece was.
+    """
+    waited: dict[str, float] = defaultdict(float)
+    taken = []
+    for _ in range(num_pieces):
+        begin = time.perf_counter()
+        piece = next(pieces)
+        share = (time.perf_counter() - begin) / (sum(piece.seconds.values()) or 1.0)
+        for stage, seconds in piece.seconds.items():
+            waited[stage] += share * seconds
+        taken.append(piece)
+    begin = time.perf_counter()
+    batch = join_pieces(positions, tuple(taken))
+    waited["collation"] += time.perf_counter() - begin
+    return replace(batch, waited=waited)

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
-from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, RandomAffine, Resize
+from torchvision.transforms import CenterCrop, ColorJitter, FiveCrop, InterpolationMode, RandomAffine, Resize
 
 from gcvit.config import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
 from gcvit.data.decode import MAX_PIXELS, Box, Bytes, DecodeError, EncodedImage, Pixels, decode
 from gcvit.errors import UserError
+from gcvit.monitoring.stopwatch import Stopwatch
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the image; these and the aspect ratio are timm's defaults
 ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
@@ -41,10 +42,12 @@ class TrainTransform:
 
     In memory the channels come last, as decoders leave them: the device puts them first in no time, a processor
     needs a quarter of a resize. Draws come from Python's, NumPy's and torch's global generators: see `seed_sample`.
+    Its `stopwatch` tells "decoding" from "augmentation".
     """
 
     def __init__(self, augment: AugmentConfig, data: DataConfig, img_size: int):
         """Errors: UserError for a RandAugment policy that timm cannot read."""
+        self.stopwatch = Stopwatch()
         self._augment, self._upright, self._img_size = augment, data.exif_orientation, img_size
         self._steps: list[Callable[[Image.Image], Image.Image]] = []
         if affine := augment.affine:
@@ -58,6 +61,7 @@ class TrainTransform:
 
     def __call__(self, content: Bytes) -> Tensor:
         """Errors: DecodeError for bytes that are no image or a damaged one."""
+        self.stopwatch.switch("decoding")
         encoded = EncodedImage(content, upright=self._upright)
         box = draw_crop(self._augment.scale, self._augment.ratio, encoded.height, encoded.width)
         interpolation: str = self._augment.interpolation
@@ -65,6 +69,7 @@ class TrainTransform:
             interpolation = random.choice(("bilinear", "bicubic"))
         flip = torch.rand(1).item() < self._augment.hflip
         pixels, inner = encoded.read(box, math.ceil(_MIN_DECODED * self._img_size))
+        self.stopwatch.switch("augmentation")
         pixels = _resize(pixels, inner, self._img_size, interpolation)
         if not self._steps:
             view = torch.from_numpy(pixels.transpose(2, 0, 1))
@@ -142,15 +147,16 @@ def _rand_augment(
 class EvalTransform:
     """The published view of an encoded image, bicubic, uint8 [3, S, S]: Pillow's pixels, as published accuracies.
 
-    `eval_resize=crop` takes the short side to S / crop_pct, squash both sides; then the centre is cropped.
+    `eval_resize=crop` takes the short side to S / crop_pct, squash both sides; then the centre is cropped. With
+    `five_crop` it is [5, 3, S, S]: the corners, row by row, and the centre.
     """
 
-    def __init__(self, data: DataConfig, img_size: int):
+    def __init__(self, data: DataConfig, img_size: int, five_crop: bool = False):
         side = math.floor(img_size / data.crop_pct)
         size = (side, side) if data.eval_resize == "squash" else side
         self._side, self._by_short_side = side, data.eval_resize == "crop"
         self._resize = Resize(size, InterpolationMode.BICUBIC)
-        self._crop = CenterCrop(img_size)
+        self._crop, self._five_crop = CenterCrop(img_size), FiveCrop(img_size) if five_crop else None
         self._upright = data.exif_orientation
 
     def __call__(self, content: Bytes) -> Tensor:
@@ -159,7 +165,10 @@ class EvalTransform:
         # A strip of a pixel's width would become gigabytes.
         if self._by_short_side and max(image.size) * self._side**2 > MAX_PIXELS * min(image.size):
             raise DecodeError(f"{image.width} x {image.height} pixels exceed 2^27 at a short side of {self._side}")
-        return to_tensor(self._crop(self._resize(image)))
+        resized = self._resize(image)
+        if self._five_crop:
+            return torch.stack([to_tensor(view) for view in self._five_crop(resized)])
+        return to_tensor(self._crop(resized))
 
 
 def seed_sample(seed: int, epoch: int, position: int) -> None:
@@ -279,7 +288,12 @@ class DeviceAugment:
 
     def __call__(self, batch: Batch, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images float32 [b, 3, H, W] and targets float32 [b, num_classes] on `device`; b may be 0."""
-        images = normalize(batch.images_on(device), self._data.mean, self._data.std)
+        return self.augment(batch.images_on(device), batch, step)
+
+    def augment(self, images: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """The same of the batch's images, uint8 [b, 3, H, W], which are on the device already."""
+        device = images.device
+        images = normalize(images, self._data.mean, self._data.std)
         erase_boxes(images, batch.erase)
         targets = smooth_targets(_send(batch.labels, device), self._num_classes, self._augment.label_smoothing)
         mix = self._augment.mix

@@ -161,17 +161,22 @@ def format_table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="gcvit.model.summary", description=__doc__, formatter_class=raw, allow_abbrev=False
+        prog="python -m gcvit.model.summary",
+        usage="%(prog)s NAME [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(VARIANTS)}")
-    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="a side in pixels, or height and width")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="(1000)")
-    parser.add_argument("--json", action="store_true", help="the table for machines")
-    parser.add_argument("--attention", type=Path, metavar="IMAGE", help="draw where this picture's attention goes")
-    parser.add_argument("--checkpoint", metavar="FILE|NAME", help="weights for that; default: the published ones")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="(attention.png)")
+    add = parser.add_argument_group("the model").add_argument
+    add("name", metavar="NAME", help=f"one of {', '.join(VARIANTS)}")
+    add("--img-size", type=int, nargs="+", metavar="N", help="a side in pixels, or height and width (its own)")
+    add("--num-classes", type=int, metavar="N", help="width of the head; 0 is none (1000)")
+    add("--json", action="store_true", help="the table for machines")
+    add = parser.add_argument_group("instead of a table").add_argument
+    add("--attention", type=Path, metavar="IMAGE", help="draw where this picture's attention goes")
+    add("--checkpoint", metavar="FILE|NAME", help="... with these weights (the published ones)")
+    add("--out", type=Path, metavar="PNG", help="... into this file (attention.png)")
     arguments = parser.parse_args()
     draws = arguments.attention is not None
     ignored = ("img_size", "num_classes", "json") if draws else ("checkpoint", "out")

@@ -154,15 +154,19 @@ def _write(target: Path, tensors: StateDict, layout: str) -> None:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="gcvit.model.weights", description=__doc__, formatter_class=raw, allow_abbrev=False
+        prog="python -m gcvit.model.weights",
+        usage="%(prog)s convert SRC DST --to LAYOUT [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    convert_parser = parser.add_subparsers(required=True).add_parser("convert", help="write weights in another layout")
-    convert_parser.add_argument("source", metavar="SRC", type=Path, help="weights in any layout")
-    convert_parser.add_argument("target", metavar="DST", type=Path, help=f"file to make: {', '.join(SUFFIXES)}")
-    convert_parser.add_argument("--to", required=True, choices=CONVERTERS, help="the layout of names")
-    convert_parser.add_argument("--model", metavar="NAME", help="the variant; default: read from the shapes")
+    add = parser.add_argument_group("what, and where to").add_argument
+    add("command", choices=["convert"], metavar="convert", help="write weights in another layout")
+    add("source", metavar="SRC", type=Path, help="weights in any layout")
+    add("target", metavar="DST", type=Path, help=f"file to make: {', '.join(SUFFIXES)}")
+    add("--to", required=True, choices=CONVERTERS, help="the layout of names")
+    add("--model", metavar="NAME", help="the variant (read from the shapes)")
     arguments = parser.parse_args()
     print(convert(arguments.source, arguments.target, arguments.to, arguments.model), flush=True)
 

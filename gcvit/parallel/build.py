@@ -15,7 +15,7 @@ from gcvit.parallel.fsdp import FsdpEngine
 from gcvit.parallel.recompute import recompute_parts
 from gcvit.parallel.world import World
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(model: ModelConfig) -> GCViT:
@@ -39,7 +39,7 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
     # On meta a model is only shapes: an engine that shards never holds the whole.
     with torch.device("meta"):
         module = build_model(config.model)
-    dtype = _DTYPES[config.precision]
+    dtype = DTYPES[config.precision]
     if config.activation_budget_bytes is None:
         recompute_parts(module, config.activation_checkpointing)
     else:
@@ -66,7 +66,7 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
 def _recompute_within_budget(module: GCViT, config: Config, dtype: torch.dtype, world: World) -> str:
     paired = config.augment.mix is not None
     num_images = micro_batch_capacity(
-        config.global_batch_size, world.size, config.trainer.micro_batch_size, paired=paired
+        config.global_batch_size, world.size, config.trainer.settled_micro_batch_size, paired=paired
     )
     compute = Compute(world.device, dtype, autocast=config.engine == "ddp")
     assert config.activation_budget_bytes is not None

@@ -36,19 +36,7 @@ class FsdpEngine:
         dtype: torch.dtype,
     ):
         shard_size = fsdp.shard_size or world.size
-        if world.size % shard_size:
-            raise UserError(
-                "fsdp.shard_size does not divide the processes into equal copies of the model",
-                got=shard_size,
-                allowed=f"a divisor of {world.size} processes",
-            )
-        last = shard_size - 1
-        if not any(last * -(-p.shape[0] // shard_size) < p.shape[0] for p in module.parameters()):
-            raise UserError(
-                "engine=fsdp cuts parameters by rows, and there are too few for all processes",
-                got=f"{shard_size} processes to share a copy",
-                cure="start fewer, set a smaller fsdp.shard_size, or take engine=ddp: the model is small",
-            )
+        check_shards(module, shard_size, world.size)
         self._num_replicas, self._shard_size = world.size // shard_size, shard_size
         self._replica, self._shard_rank = divmod(world.rank, shard_size)
         # Ranks of a node are neighbours: the gathering of parameters stays within it where shard_size lets it.
@@ -61,7 +49,7 @@ class FsdpEngine:
         pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         offload = pinned if fsdp.cpu_offload else OffloadPolicy()
         common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-        units = _units(module, fsdp.unit_parameters)
+        units = find_units(module, fsdp.unit_parameters)
         for unit in units:
             # Backward begins with the last one, which would be gathered again at once.
             reshard = fsdp.reshard_after_forward and unit is not units[-1]
@@ -137,7 +125,24 @@ class FsdpEngine:
         self.module.set_requires_gradient_sync(micro_step == self._num_micro_steps - 1)  # type: ignore[operator]
 
 
-def _units(module: GCViT, num_parameters: int) -> list[list[nn.Module]]:
+def check_shards(module: GCViT, shard_size: int, world_size: int) -> None:
+    """Errors: UserError where so many ranks cannot share a copy of the model."""
+    if world_size % shard_size:
+        raise UserError(
+            "fsdp.shard_size does not divide the processes into equal copies of the model",
+            got=shard_size,
+            allowed=f"a divisor of {world_size} processes",
+        )
+    last = shard_size - 1
+    if not any(last * -(-p.shape[0] // shard_size) < p.shape[0] for p in module.parameters()):
+        raise UserError(
+            "engine=fsdp cuts parameters by rows, and there are too few for all processes",
+            got=f"{shard_size} processes to share a copy",
+            cure="start fewer, set a smaller fsdp.shard_size, or take engine=ddp: the model is small",
+        )
+
+
+def find_units(module: GCViT, num_parameters: int) -> list[list[nn.Module]]:
     """Neighbouring cut points in groups of at least so many parameters: small ones cost a message, not bytes."""
     units: list[list[nn.Module]] = []
     unit: list[nn.Module] = []

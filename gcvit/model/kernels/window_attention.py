@@ -29,6 +29,10 @@ CURE = "attention=sdpa"
 BLOCKS = {2: 64, 4: 32}
 NUM_WARPS = {2: 4, 4: 8}
 
+# Of one token's row of a head: where it is no larger, the next tile is loaded while one is computed with. What larger
+# ones would need for that spills from the registers.
+MAX_PREFETCHED_BYTES = 128
+
 # How many programs a launch is cut into where one could serve many windows. More of them balance better over the
 # processors; fewer keep the bias on chip for longer, and leave fewer partial sums of its gradient to be added.
 # Constants, not the number of processors: sums have the same order on every GPU.
@@ -107,16 +111,17 @@ class Problem:
     def constants(self) -> dict[str, int | bool]:
         """What the attention kernels are compiled for, and how."""
         _, height, width, _ = self.parts.shape
+        head_dim = self.num_channels // self.num_heads
         return {
             "NUM_HEADS": self.num_heads,
-            "HEAD_DIM": self.num_channels // self.num_heads,
+            "HEAD_DIM": head_dim,
             "WINDOW": self.window,
             "SHARED_QUERIES": self.queries is not None,
             "RAGGED": height % self.window != 0 or width % self.window != 0,
             "PADDED": self.padded,
             "BLOCK": self.block,
             "num_warps": NUM_WARPS[self.parts.element_size()],
-            "num_stages": 2,
+            "num_stages": 2 if head_dim * self.parts.element_size() <= MAX_PREFETCHED_BYTES else 1,
         }
 
     @property

@@ -1,0 +1,82 @@
+"""The command line of `evaluate.py`."""
+
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from gcvit.errors import UserError
+
+
+def parse_arguments(description: str | None) -> Namespace:
+    """Its flags. Leaves with exit code 2 for what is no flag; `check` tells which do not go together."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    what = parser.add_argument_group("what is evaluated")
+    what.add_argument("runs", nargs="*", metavar="RUN", help="runs/TAG (its best), a checkpoint in it, or an export")
+    what.add_argument("--weights", choices=["ema", "model", "both"], help="of a run (its EMA where there is one)")
+    what.add_argument("--average", action="store_true", help="average the weights of several RUNs or FILEs")
+    what.add_argument("--model", metavar="NAME", help="a variant, for a --checkpoint without a run")
+    what.add_argument("--checkpoint", metavar="FILE", nargs="+", help="weights in any layout, with --model")
+
+    data = parser.add_argument_group("on which images")
+    data.add_argument(
+        "--data_dir",
+        "--data-dir",
+        metavar="[SET=]DIR",
+        action="append",
+        help="folder or URL with the split; repeat it for several. SET: imagenet, real, v2, a, r, sketch",
+    )
+    data.add_argument("--split", default="val", help="folder below DIR (val)")
+    data.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
+    data.add_argument("--cache_bytes", "--cache-bytes", metavar="N", type=int, help="most bytes kept there")
+    data.add_argument("--skip-damaged", action="store_true", help="leave damaged samples out, and count them")
+
+    how = parser.add_argument_group("how they are looked at (default: as the run or the variant's card says)")
+    how.add_argument("--img-size", "--img_size", metavar="N[,N...]", type=_numbers, help="sizes to average over")
+    how.add_argument("--crop-pct", metavar="SHARE", type=float, help="of the resized image that a crop keeps")
+    how.add_argument("--resize", choices=["crop", "squash"], help="the short side, then crop; or both sides")
+    how.add_argument("--tta", choices=["flip", "ten-crop"], help="average over mirror images, or over ten crops")
+    how.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="(fp32)")
+    how.add_argument("--batch-size", "--batch_size", metavar="N[,N...]", type=_numbers, help="per device (64)")
+
+    out = parser.add_argument_group("what is kept")
+    out.add_argument("--out", metavar="DIR", help="for NAME.json of each evaluation and results.csv (RUN/evaluations)")
+    out.add_argument("--predictions", metavar="FILE", help=".csv or .parquet: each sample's top 5 and confidence")
+
+    instead = parser.add_argument_group("instead")
+    instead.add_argument("--benchmark", action="store_true", help="time the model at each --batch-size; needs no data")
+    parser.add_argument("--local_rank", "--local-rank", help=SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_intermixed_args()
+
+
+def check(arguments: Namespace) -> None:
+    """Errors: UserError for flags that do not go together, and numbers that cannot be."""
+    has_file = arguments.model is not None or arguments.checkpoint is not None
+    if bool(arguments.runs) == has_file or (arguments.model is None) != (arguments.checkpoint is None):
+        raise UserError("what to evaluate?", allowed="RUN, or --model NAME --checkpoint FILE")
+    num = len(arguments.runs or arguments.checkpoint)
+    if (num > 1) != arguments.average:
+        raise UserError(
+            "--average is of several" if arguments.average else "several weights at once",
+            got=f"{num} RUNs or FILEs",
+            cure="name more, or leave --average out" if arguments.average else "add --average, or evaluate each",
+        )
+    if arguments.weights and has_file:
+        raise UserError("a file holds one kind of weights", got=f"--weights {arguments.weights}", cure="leave it out")
+    if arguments.benchmark == bool(arguments.data_dir):
+        cure = "leave out --data_dir" if arguments.benchmark else "give --data_dir DIR, a folder with the split"
+        raise UserError("--benchmark uses no images" if arguments.benchmark else "no data", cure=cure)
+    sizes = arguments.batch_size or (64,)
+    if min(sizes) < 1 or (len(sizes) > 1 and not arguments.benchmark):
+        allowed = "1 or more" + ("" if arguments.benchmark else ", and one number")
+        raise UserError("--batch-size", got=",".join(map(str, sizes)), allowed=allowed)
+    if arguments.img_size and len(set(arguments.img_size)) < len(arguments.img_size):
+        raise UserError("--img-size", got=",".join(map(str, arguments.img_size)), allowed="different sizes")
+    if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
+        raise UserError("--crop-pct", got=arguments.crop_pct, allowed="above 0, at most 1")
+    unused = {"--tta": arguments.tta, "--predictions": arguments.predictions, "--out": arguments.out}
+    unused |= {"--crop-pct": arguments.crop_pct, "--resize": arguments.resize, "--cache_dir": arguments.cache_dir}
+    unused |= {"--skip-damaged": arguments.skip_damaged, "--weights both": arguments.weights == "both"}
+    if arguments.benchmark and (given := [flag for flag, value in unused.items() if value]):
+        raise UserError("has no effect with --benchmark", got=", ".join(given), cure="leave it out")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

@@ -1,0 +1,113 @@
+"""`train.py --overfit-one-batch`: a model, a loss and a data set that fit together learn a few images by heart.
+
+One batch is loaded and augmented as in training, and then seen again and again, at a constant learning rate, without
+what is there against learning by heart: drop path, weight decay, frozen layers. Nothing is written.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gcvit.config import Config
+from gcvit.data.source import Source
+from gcvit.data.stream import train_stream
+from gcvit.data.transforms import DeviceAugment
+from gcvit.errors import UserError
+from gcvit.loss import soft_target_loss
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.engine import Engine
+from gcvit.parallel.world import World
+
+NUM_IMAGES = 16
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 10  # AdamW's first steps go as far as it can, whatever the gradient
+MAX_SECONDS = 60.0
+MAX_STEPS = 300
+ENOUGH = 0.9  # of the way from the first loss to the least that there can be
+
+
+@dataclass(frozen=True)
+class Look:
+    """How far it has come after some updates. Losses are means over the batch."""
+
+    step: int
+    loss: float
+    top1: float  # percent
+    is_finite: bool
+
+
+def overfit_one_batch(config: Config, world: World, sources: tuple[Source, Source]) -> None:
+    """Print how the loss falls, and a verdict. Leaves with exit code 1 where the batch is not learned.
+
+    Errors: UserError for more than one process, and as `open_sources` and `build_engine`.
+    """
+    if world.size > 1:
+        raise UserError("--overfit-one-batch is for one process", got=world.size, cure="start train.py by itself")
+    config = simplify(config, sources[0])
+    images, targets = load_batch(config, world, sources[0])
+    floor = -torch.special.xlogy(targets, targets).sum(-1).mean().item()
+    engine = build_engine(config, world, num_micro_steps=1)
+    size = " x ".join(map(str, images.shape))
+    print(f"{config.model.name} on {world.device.type}, images {size}, {targets.shape[1]} classes", flush=True)
+    print(f"no loss can be below {floor:.3f}: what targets are mixed and smoothed of is not to be known", flush=True)
+    first, last = learn(engine, images, targets, floor)
+    share = (first.loss - last.loss) / max(first.loss - floor, 1e-9)
+    fell = f"in {last.step} updates the loss went from {first.loss:.3f} to {last.loss:.3f}, {share:.0%} of the way"
+    if not last.is_finite:
+        sys.exit(f"NOT LEARNED: the loss or its gradient is not finite; {fell}. Try precision=fp32")
+    if share < ENOUGH:
+        sys.exit(
+            f"NOT LEARNED: {fell}; {ENOUGH:.0%} are wanted. Look at the images and their labels, at data.mean and "
+            "data.std, and whether a smaller model or more of augment.* makes a difference"
+        )
+    print(f"LEARNED: {fell}; top-1 {last.top1:.0f} %", flush=True)
+
+
+def simplify(config: Config, train: Source) -> Config:
+    """A training of a few images, in which nothing works against learning them by heart."""
+    num_images = min(NUM_IMAGES, config.global_batch_size, train.num_samples // 2 * 2)
+    plain = {
+        "global_batch_size": num_images,
+        "compile": False,  # which would take longer than all the rest
+        "model": {"drop_path": 0.0, "drop_path_skips": False},
+        "optim": {"weight_decay": 0.0, "frozen_backbone": None, "layer_decay": None},
+        "data": {"num_workers": 0},
+        "trainer": {"micro_batch_size": None},
+    }
+    changes = {
+        name: getattr(config, name).model_copy(update=value) if isinstance(value, dict) else value
+        for name, value in plain.items()
+    }
+    return config.model_copy(update=changes)
+
+
+def load_batch(config: Config, world: World, train: Source) -> tuple[Tensor, Tensor]:
+    """Images [b, 3, H, W] and soft targets [b, C] of the first step, on the device."""
+    stream = train_stream(train, config, start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
+    (batch,) = next(stream)
+    augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
+    return augment(batch, 0, world.device)
+
+
+def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float) -> tuple[Look, Look]:
+    """Update until the batch is learned, or time is up; what was seen first and last."""
+    engine.module.train()
+    start, looks = time.monotonic(), []
+    for step in range(MAX_STEPS + 1):
+        logits = engine(images)
+        losses = soft_target_loss(logits, targets)
+        engine.backward(losses.sum())
+        result = engine.step(LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS))
+        top1 = 100 * (logits.argmax(-1) == targets.argmax(-1)).float().mean().item()
+        look = Look(step, losses.mean().item(), top1, bool(result.applied.item()))
+        looks.append(look)
+        is_learned = looks[0].loss - look.loss >= ENOUGH * (looks[0].loss - floor)
+        is_over = is_learned or not look.is_finite or time.monotonic() - start > MAX_SECONDS or step == MAX_STEPS
+        if step % 10 == 0 or is_over:
+            print(f"after {step} updates: loss {look.loss:.3f}, top-1 {top1:.0f} %", flush=True)
+        if is_over:
+            break
+    return looks[0], looks[-1]
