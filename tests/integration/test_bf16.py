@@ -8,6 +8,8 @@ import pytest
 
 from tests.integration.launching import succeed, torchrun
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -111,6 +111,7 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_from_a_web_server_is_the_run_from_the_disk(shards, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=shards))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gcvit.checkpoint import complete_ones, has_kind, latest, open_checkpoint, read_tensors, step_of
-from tests.integration.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_small_images
+from tests.integration.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_noise
 
 STEPS = 6
 OVERRIDES = [
@@ -30,7 +30,7 @@ OVERRIDES = [
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory) -> Iterator[Trainings]:
     root = tmp_path_factory.mktemp("kills")
-    write_small_images(root)
+    write_noise(root)
     started = Trainings(root, root / "log")
     yield started
     started.close()

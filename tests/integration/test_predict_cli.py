@@ -64,6 +64,7 @@ def test_a_published_name_predicts_what_the_model_does(
         assert all(found["name"] and not found["name"].startswith("class") for found in row["classes"])
 
 
+@pytest.mark.slow
 def test_a_converted_file_predicts_the_same_and_mistakes_exit_with_2(
     content: bytes, images: Path, tmp_path: Path
 ) -> None:

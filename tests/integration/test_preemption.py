@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from gcvit.checkpoint import open_checkpoint
+from gcvit.monitoring.schema import TIMED_KEYS
 from tests.integration.launching import ROOT, environment, python, succeed
-from tests.integration.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_small_images
+from tests.integration.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_noise
 
 STEPS = 8
 OVERRIDES = [
@@ -41,7 +42,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory) -> Iterator[Trainings]:
     root = tmp_path_factory.mktemp("preemption")
-    write_small_images(root)
+    write_noise(root)
     started = Trainings(root, root / "log", ["gcvit.parallel.zero"])  # DeepSpeed takes seconds to load
     yield started
     started.close()
@@ -147,9 +148,9 @@ def check_equal(run_dir: Path, whole: Path) -> None:
 
 
 def numbers_of(run_dir: Path) -> list[dict]:
-    """The rows of steps and evaluations, but for how quick they were."""
-    rows = [row for row in read_rows(run_dir) if row["kind"] != "checkpoint"]
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    """The rows of steps and evaluations, but for when, and how quick, they were."""
+    rows = [row for row in read_rows(run_dir) if row["kind"] not in ("start", "checkpoint", "end")]
+    return [{name: value for name, value in row.items() if name not in TIMED_KEYS} for row in rows]
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2)])

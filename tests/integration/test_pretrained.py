@@ -61,6 +61,7 @@ def sums(model: GCViT) -> list[float]:
     return [part.double().abs().sum().item() for part in parts]
 
 
+@pytest.mark.slow
 def test_fetched_once_then_from_the_cache_and_offline(hub: HubServer, published: GCViT, tmp_path: Path) -> None:
     expected = sums(published)
     found, said = build(tmp_path, hub.url, {})
@@ -87,6 +88,7 @@ def test_fetched_once_then_from_the_cache_and_offline(hub: HubServer, published:
     assert "bias tables resampled 7 -> 8 and 14 -> 16, without its head" in said
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_or_breaks_off_is_the_users_error(tmp_path: Path) -> None:
     """Both at once: the client waits between its own attempts, half a minute in all."""
     with serve_hub({FILE: bytes(100_000)}) as cutting:

@@ -34,6 +34,7 @@ from gcvit.config_file import load_config
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import join_world
+from gcvit.monitoring.stalls import Seconds
 
 config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])
 config.run_dir.mkdir()
@@ -42,8 +43,8 @@ with join_world() as world:
     metrics = Metrics(config, world, first_step=5, total_steps=20)
     metrics.say("a word")
     for step in range(6, 21):
-        metrics.add(torch.tensor(64.0), result)
-    metrics.log_step(20, 1e-3, result)
+        metrics.add(torch.tensor(64.0), torch.tensor(8), result)
+    metrics.log_step(20, 1e-3, result, Seconds({"compute": 1.0}), num_damaged=0)
     metrics.close()
 """
 

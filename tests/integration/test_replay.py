@@ -88,6 +88,7 @@ def test_a_defect_is_found_where_it_was_planted(engine, kind, images, tmp_path):
     assert other == "the outputs of all modules are finite"
 
 
+@pytest.mark.slow
 def test_a_replayed_step_is_the_runs_own(images, tmp_path):
     """To the bit, from the newest checkpoint before it, or from the beginning; and what is not there is said."""
     words = arguments(images, tmp_path, "engine=ddp", "model.drop_path=0.3", "trainer.deterministic=true")

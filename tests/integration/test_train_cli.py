@@ -16,14 +16,18 @@ from safetensors.torch import save_file
 from gcvit.checkpoint import open_checkpoint, read_tensors
 from gcvit.config_file import load_config
 from gcvit.data.source import open_source
-from gcvit.evaluator import evaluate, load_file, load_run
+from gcvit.evaluation.candidate import find_candidate, find_file, load
+from gcvit.evaluator import evaluate
 from gcvit.model import create_model, weights
+from gcvit.monitoring.schema import TIMED_KEYS
 from gcvit.parallel.world import join_world
 from tests.integration.launching import python, run, succeed, torchrun
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 SHORT = ["schedule.cosine=10 steps", "trainer.eval_every=5 steps", "trainer.save_every=5 steps"]
-KEYS = {"top1", "top5", "loss", "num_samples", "correct_top1", "num_skipped"}
+SHARES = {"loss", "ece"}
+COUNTS = {"top1", "top5", "num_samples", "correct_top1", "correct_top5", "num_skipped"}
+KEYS = {"name", "weights", *SHARES, *COUNTS}
 NUM_VAL = 31  # divided by none of 2, 3 and 5
 
 
@@ -150,7 +154,8 @@ def test_resume_of_a_path_goes_on_in_another_run(images, trained):
         wanted = [row for row in rows(trained, kind) if row["step"] > 5]
         found = rows(branch, kind)
         for row in [*wanted, *found]:
-            row.pop("images_per_second", None)
+            for key in TIMED_KEYS:
+                row.pop(key, None)
         assert found == wanted
     assert [path.name for path in (branch / "checkpoints").iterdir()] == ["step_00000010"]
     ends = [open_checkpoint(run_dir / "checkpoints" / "step_00000010") for run_dir in (trained, branch)]
@@ -185,6 +190,7 @@ def test_init_from_takes_the_weights_alone(images, trained, tmp_path):
     succeed(python(*arguments(images, tmp_path, "init", *others)))
     found = open_checkpoint(tmp_path / "init/checkpoints/step_00000010")
     assert found.state.step == 10
+    assert found.state.initial_weights == "those of weights.pth.tar"  # for the model card
     for kind in ("model", "ema"):
         stored = read_tensors(found, kind)
         for name, parameter in model.named_parameters():
@@ -236,7 +242,10 @@ def test_the_evaluation_is_that_of_a_plain_loop(images, trained, alone):
     """With PIL and topk, image by image; `golden.yaml` keeps the whole image, so nothing is resized but the
     side."""
     assert alone.keys() == KEYS
-    model, data = load_run(str(trained), None, num_classes=4)
+    candidate = find_candidate(str(trained))
+    data = candidate.data
+    with join_world() as world:
+        model = load(candidate, candidate.read(world), 32)
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     correct, loss = np.zeros(2, dtype=int), 0.0
     for path in sorted((images / "val").rglob("*.png")):
@@ -244,7 +253,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(images, trained, alone):
         image = Image.open(path).resize((32, 32), Image.Resampling.BICUBIC)
         x = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
         with torch.no_grad():
-            logits = model.eval()(x[None])
+            logits = model(x[None])
         found = logits.topk(4).indices[0] == label
         correct += [bool(found[0]), bool(found.any())]
         loss += torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item() / NUM_VAL
@@ -260,9 +269,10 @@ def test_counts_are_the_same_on_any_number_of_processes(images, trained, alone, 
     evaluation = ["evaluate.py", trained, "--data_dir", images, "--batch-size", 4]
     many = last_line(torchrun(num_processes, *evaluation))
     assert many.keys() == KEYS
-    for key in KEYS - {"loss"}:
+    for key in KEYS - SHARES:
         assert many[key] == alone[key]
-    assert many["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    for key in SHARES:
+        assert many[key] == pytest.approx(alone[key], rel=1e-6)
 
 
 def test_the_published_form_names_a_model_and_a_file(images, tmp_path):
@@ -289,10 +299,11 @@ def test_the_published_form_names_a_model_and_a_file(images, tmp_path):
     assert result["top5"] == 100.0
 
     # At another size it is the same weights with other bias tables.
-    smaller, data = load_file("gc_vit_xxtiny", path, num_classes=4, img_size=64)
+    candidate = find_file("gc_vit_xxtiny", str(path), resample=True)
     result = last_line(python("evaluate.py", *published, "--img-size", 64))
     source = open_source(str(tmp_path / "data"), "val", None, None)
     with join_world() as world:
-        expected = evaluate(smaller.eval(), source, data, world, img_size=64, batch_size=2)
+        smaller = load(candidate, candidate.read(world), 64)
+        expected = evaluate(smaller, source, candidate.data, world, img_size=64, batch_size=2)
     assert result["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert 0 < result["loss"] < 10

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ each_run = pytest.mark.parametrize("name", RUNS)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict[str, dict]:
+def report(tmp_path_factory) -> dict[str, Any]:
     """What `zero_worker.py` says of each run."""
     out = tmp_path_factory.mktemp("zero") / "report.json"
     succeed(torchrun(2, Path(__file__).with_name("zero_worker.py"), out, timeout=300))
@@ -21,7 +22,7 @@ def report(tmp_path_factory) -> dict[str, dict]:
 
 @each_run
 def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_on_all(name, report):
-    run = report.get(name) or pytest.skip("no fp16 on this machine")
+    run = report[name] or pytest.skip("no fp16 on this machine")
     for step in range(NUM_STEPS):
         assert run["applied"][step] == ([0.0, 0.0] if step == BAD_STEP else [1.0, 1.0])
     assert run["updates"] == [[1, 1], [1, 1], [2, 2]]
@@ -30,7 +31,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_on_all(name, repor
 @each_run
 def test_a_refused_update_leaves_no_trace(name, report):
     """Of masters and moments, nor of the weights that are computed with; the updates before and after do."""
-    run = report.get(name) or pytest.skip("no fp16 on this machine")
+    run = report[name] or pytest.skip("no fp16 on this machine")
     for what in ("held", "computed"):
         for rank in range(2):
             before, refused, after = (run[what][step][rank] for step in range(NUM_STEPS))
@@ -61,7 +62,7 @@ def test_linear_layers_of_others_are_left_alone(report):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_is_near_fp32_and_its_scale_is_halved_by_a_refused_update(stage, report):
-    run, exact = report.get(f"zero{stage} fp16") or pytest.skip("no fp16 on this machine"), report[f"zero{stage} fp32"]
+    run, exact = report[f"zero{stage} fp16"] or pytest.skip("no fp16 on this machine"), report[f"zero{stage} fp32"]
     assert run["scales"] == [[2.0**16] * 2, [2.0**15] * 2, [2.0**15] * 2]
     for what in ("losses", "norms"):
         for step in (0, 2):

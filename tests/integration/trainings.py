@@ -52,15 +52,15 @@ class Trainings:
         self.worker.wait(60)
 
 
-def write_small_images(root: Path) -> None:
-    """train/ and val/ of four classes of noise."""
+def write_noise(root: Path, *, size: int = 36, train: int = 8, val: int = 2) -> None:
+    """train/ and val/ of four classes of noise, so many images each."""
     rng = np.random.default_rng(0)
-    for split, per_class in (("train", 8), ("val", 2)):
+    for split, per_class in (("train", train), ("val", val)):
         for label in range(4):
             folder = root / split / f"class_{label}"
             folder.mkdir(parents=True)
             for i in range(per_class):
-                Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
 def read_tensors_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

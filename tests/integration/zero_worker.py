@@ -3,7 +3,7 @@
 All in one process group, to spare the start of many. Each run takes the same random images, 2 micro-steps each step,
 and in step 1 the last rank's loss is not a number. It reports {"losses", "norms", "applied", "updates", "scales",
 "held", "computed", "average"}: of the steps; then after each step, by rank, the SHA-256 of all fragments and of
-the logits; and that of the EMA's logits after the last. Of fp16 nothing, where this machine has none.
+the logits; and that of the EMA's logits after the last. Of fp16 null, where this machine has none.
 """
 
 import gc
@@ -101,6 +101,7 @@ def run_all(world: World) -> dict[str, Any]:
     linear = torch.nn.functional.linear
     for name, overrides in RUNS.items():
         if "fp16" in name and not get_accelerator().is_fp16_supported():
+            report[name] = None
             continue
         config, _ = load_config(CONFIG, ["engine=zero", "model.drop_path=0.2", *overrides])
         report[name] = run_steps(config, world, num_micro_steps=2)

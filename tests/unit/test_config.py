@@ -257,9 +257,17 @@ def test_the_learning_rate_follows_a_changed_batch_as_told(path, scaling, lr):
         assert word in notices[0]
 
 
-def test_an_unchanged_batch_scales_nothing(path):
+def test_an_unchanged_batch_scales_nothing_and_says_so_where_it_was_asked_to(path):
     config, notices = load_config(path, ["optim.lr_scaling=linear", "global_batch_size=64"])
-    assert (config.optim.lr, notices) == (1e-3, [])
+    assert config.optim.lr == 1e-3
+    assert len(notices) == 1
+    assert "optim.lr_scaling=linear changes nothing" in notices[0]
+    assert load_config(path, ["optim.lr_scaling=none", "global_batch_size=64"])[1] == []
+
+
+def test_a_rate_that_is_scaled_below_its_floor_is_refused(path):
+    assert "optim.min_lr" in refusal(path, "optim.lr_scaling=linear", "global_batch_size=32", "optim.min_lr=6e-4")
+    assert load_config(path, ["optim.lr_scaling=sqrt", "global_batch_size=32", "optim.min_lr=6e-4"])[1]
 
 
 def test_a_bad_batch_in_the_file_may_be_overridden(tmp_path):

@@ -1,7 +1,5 @@
 """Ranking the right class: ties, NaN, and agreement with topk; the counts of a whole set by hand."""
 
-import json
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +12,7 @@ from torch import Tensor
 from gcvit import evaluator
 from gcvit.config import DataConfig
 from gcvit.data.batch import EvalBatch
-from gcvit.evaluator import Result, evaluate, rank_of_label
+from gcvit.evaluator import Result, evaluate, judge_by_any, rank_of_label
 from gcvit.parallel.world import World
 
 
@@ -78,8 +76,8 @@ def test_padding_does_not_count(monkeypatch):
     labels = torch.tensor([0, 1, 0, 2, 0, 0])
     valid = torch.tensor([True] * 5 + [False])
 
-    def stream(source, data, *, img_size, batch_size, world_size, rank, pin_memory, skip_damaged):
-        assert (img_size, batch_size, world_size, rank) == (2, 3, 1, 0)
+    def stream(source, data, *, img_size, batch_size, world_size, rank, pin_memory, skip_damaged, five_crop):
+        assert (img_size, batch_size, world_size, rank, five_crop) == (2, 3, 1, 0, False)
         for part in (slice(0, 3), slice(3, 6)):
             yield EvalBatch(images[part], labels[part], valid[part], torch.arange(6)[part])
 
@@ -104,9 +102,26 @@ def test_a_sample_that_is_missing_is_noticed(monkeypatch):
         evaluate(lambda x: x, Five(), DataConfig(), world, img_size=2, batch_size=3)
 
 
-def test_what_is_printed():
-    row = json.loads(Result(10_000, 8571, 9800, 0.7).as_json())
-    assert json.loads(Result(1, 0, 0, math.nan).as_json())["loss"] is None
+def test_a_row_of_metrics():
+    row = Result(10_000, 8571, 9800, 0.7).as_dict()
     assert row["top1"] == pytest.approx(85.71)
     assert row["top5"] == pytest.approx(98.0)
     assert (row["num_samples"], row["correct_top1"]) == (10_000, 8571)
+
+
+@given(seed=st.integers(0, 10_000), num_rights=st.integers(1, 4))
+def test_of_several_right_classes_the_best_counts(seed, num_rights):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(6, 5, generator=generator) * 2).round()
+    rights = torch.randint(5, (6, num_rights), generator=generator)
+    ranks, losses = judge_by_any(logits, rights)
+    assert ranks.tolist() == torch.stack([rank_of_label(logits, column) for column in rights.T]).amin(0).tolist()
+    shares = [logits[i].softmax(0)[sorted(set(rights[i].tolist()))].sum() for i in range(6)]
+    torch.testing.assert_close(losses, -torch.stack(shares).log())
+
+
+def test_one_right_class_is_judged_as_ever():
+    logits, labels = torch.randn(8, 7, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 7
+    ranks, losses = judge_by_any(logits, labels[:, None].expand(8, 3))
+    assert torch.equal(ranks, rank_of_label(logits, labels))
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))

@@ -11,11 +11,12 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from gcvit import checkpoint, evaluator
+from gcvit import checkpoint
 from gcvit.checkpoint import RunState
 from gcvit.config import Config, ModelConfig
 from gcvit.config_file import load_config
 from gcvit.errors import UserError
+from gcvit.evaluation import candidate
 from gcvit.export import export, name_in_timm
 from gcvit.model import VARIANTS, GCViT, weights
 from gcvit.parallel.build import build_model
@@ -109,20 +110,20 @@ def test_timm_prepares_images_as_the_run_does(run, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["timm", "own"])
-def test_evaluate_loads_the_folder_and_the_file(run, tmp_path, layout):
+def test_evaluate_loads_the_folder_and_the_file(run, world, tmp_path, layout):
     folder, models = run
     out = tmp_path / "out"
     export(folder, out, layout=layout)
-    of_folder, data = evaluator.load_run(str(out), None, num_classes=10)
-    of_file, _ = evaluator.load_file("gc_vit_xxtiny", str(out / "model.safetensors"), num_classes=10)
-    assert (data.crop_pct, data.eval_resize) == (0.9, "squash")
-    for model in (of_folder, of_file):
-        wanted = models["ema"].state_dict()
+    of_folder = candidate.find_candidate(str(out))
+    of_file = candidate.find_file("gc_vit_xxtiny", str(out / "model.safetensors"))
+    assert (of_folder.data.crop_pct, of_folder.data.eval_resize) == (0.9, "squash")
+    assert of_folder.classes == tuple(CLASSES)
+    for found in (of_folder, of_file):
+        assert found.model.num_classes == 10
+        model, wanted = candidate.load(found, found.read(world), 224), models["ema"].state_dict()
         assert all(torch.equal(tensor, wanted[n]) for n, tensor in model.state_dict().items())
-    with pytest.raises(UserError, match="another number of classes"):
-        evaluator.load_run(str(out), None, num_classes=4)
     with pytest.raises(UserError, match="one kind of weights"):
-        evaluator.load_run(str(out), "model", num_classes=10)
+        candidate.find_candidate(str(out), "model")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_file_of_others_is_no_export(tmp_path):
     for content in ({}, {"config": "{"}):
         safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", content or None)
         with pytest.raises(UserError, match=r"model\.safetensors"):
-            evaluator.load_run(str(tmp_path), None, num_classes=4)
+            candidate.find_candidate(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot read"):
-        evaluator.load_run(str(tmp_path), None, num_classes=4)
+        candidate.find_candidate(str(tmp_path))

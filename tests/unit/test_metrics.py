@@ -12,6 +12,8 @@ from gcvit import metrics as metrics_module
 from gcvit.config import Config
 from gcvit.config_file import load_config
 from gcvit.metrics import Metrics
+from gcvit.monitoring.schema import STAGES
+from gcvit.monitoring.stalls import Seconds
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World, join_world
 from tests.integration.launching import ROOT
@@ -42,7 +44,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 def begin(config: Config, world: World, first_step: int = 0) -> Metrics:
-    return Metrics(config, world, first_step=first_step, total_steps=TOTAL_STEPS)
+    return Metrics(config, world, first_step=first_step, total_steps=TOTAL_STEPS, train_flops=2e9, peak_flops=1e11)
 
 
 def outcome(world: World, applied: bool = True, norm: float = 0.5) -> StepResult:
@@ -52,12 +54,22 @@ def outcome(world: World, applied: bool = True, norm: float = 0.5) -> StepResult
 
 def add(metrics: Metrics, world: World, mean_loss: float, applied: bool = True) -> StepResult:
     result = outcome(world, applied)
-    metrics.add(torch.tensor(mean_loss * BATCH_SIZE, device=world.device), result)
+    total, num_correct = torch.tensor(mean_loss * BATCH_SIZE), torch.tensor(BATCH_SIZE // 4)
+    metrics.add(total.to(world.device), num_correct.to(world.device), result)
     return result
 
 
+SECONDS = Seconds({"data": 2.0, "compute": 6.0}, {"storage": 0.5, "decoding": 1.5})
+
+
+def log(metrics: Metrics, step: int, lr: float, result: StepResult) -> None:
+    metrics.log_step(step, lr, result, SECONDS, num_damaged=0)
+
+
 def rows(config: Config) -> list[dict]:
-    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    """But for the time of day and the memory, which are what they are."""
+    found = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("time", "memory_bytes")} for row in found]
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -69,13 +81,19 @@ def test_a_row_holds_the_mean_over_its_interval(config, world, clock):
         clock.now += 2
         result = add(metrics, world, loss)
         if step in (3, 5):
-            metrics.log_step(step, 1e-3 * step, result)
+            log(metrics, step, 1e-3 * step, result)
     metrics.close()
     speed = pytest.approx(BATCH_SIZE / 2)
-    common = {"kind": "train", "grad_norm": 0.5, "refused_steps": 0, "images_per_second": speed}
+    common = {"kind": "train", "train_top1": 25.0, "grad_norm": 0.5, "refused_steps": 0, "num_damaged": 0}
+    common |= {"images_per_second": speed, "images_per_second_per_device": speed, "mfu": pytest.approx(0.32)}
+    common |= {"data_wait": 0.25, "bound_by": "compute", "bound_share": 0.75, "slowest_rank": 0}
+    # Of the 2 s that were waited for data, the loader needed a quarter for its storage.
+    spent = {**dict.fromkeys(STAGES, 0.0), "storage": 0.5, "decoding": 1.5, "compute": 6.0}
+    first = {"seconds": 6.0, "seconds_left": 34.0, "stages": {k: pytest.approx(v / 3) for k, v in spent.items()}}
+    second = {"seconds": 4.0, "seconds_left": 30.0, "stages": {k: pytest.approx(v / 2) for k, v in spent.items()}}
     assert rows(config) == [
-        {"step": 3, "loss": pytest.approx(7 / 3), "lr": pytest.approx(3e-3), **common},
-        {"step": 5, "loss": pytest.approx(0.375), "lr": pytest.approx(5e-3), **common},
+        {"step": 3, "loss": pytest.approx(7 / 3), "lr": pytest.approx(3e-3), **common, **first},
+        {"step": 5, "loss": pytest.approx(0.375), "lr": pytest.approx(5e-3), **common, **second},
     ]
 
 
@@ -84,7 +102,7 @@ def test_refused_steps_are_counted_and_said(config, world, capsys):
     for step, applied in enumerate([True, False, False, True, True, True], start=1):
         result = add(metrics, world, 1.0, applied)
         if step % 3 == 0:
-            metrics.log_step(step, 1e-3, result)
+            log(metrics, step, 1e-3, result)
     metrics.close()
     assert [row["refused_steps"] for row in rows(config)] == [2, 0]
     first, second = capsys.readouterr().err.splitlines()
@@ -95,7 +113,7 @@ def test_refused_steps_are_counted_and_said(config, world, capsys):
 def test_an_interval_of_nothing_but_refused_steps_is_null(config, world, capsys):
     """In strict JSON; the images per second are known all the same."""
     metrics = begin(config, world)
-    metrics.log_step(1, 1e-3, add(metrics, world, 1.0, applied=False))
+    log(metrics, 1, 1e-3, add(metrics, world, 1.0, applied=False))
     metrics.close()
     (row,) = rows(config)
     assert (row["loss"], row["grad_norm"], row["refused_steps"]) == (None, None, 1)
@@ -122,11 +140,11 @@ def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, cloc
         clock.now += 500
     result = add(metrics, world, 1.0)
     clock.now += 4
-    metrics.log_step(1, 1e-3, result)
+    log(metrics, 1, 1e-3, result)
     with metrics.off_the_clock():  # and one right behind a row
         clock.now += 500
     clock.now += 16
-    metrics.log_step(2, 1e-3, add(metrics, world, 1.0))
+    log(metrics, 2, 1e-3, add(metrics, world, 1.0))
     metrics.close()
     assert [row["images_per_second"] for row in rows(config)] == [BATCH_SIZE / 8, BATCH_SIZE / 16]
 
@@ -149,7 +167,7 @@ def test_a_resume_drops_the_rows_that_are_done_again(config, world):
         (config.run_dir / "metrics.jsonl").write_text(text + torn[:cut])
         metrics = begin(config, world, first_step=10)
         assert rows(config) == old[:4], cut
-        metrics.log_step(11, 1e-3, add(metrics, world, 2.0))
+        log(metrics, 11, 1e-3, add(metrics, world, 2.0))
         metrics.close()
         assert [row["step"] for row in rows(config)] == [5, 5, 10, 10, 11], cut
 
@@ -176,14 +194,16 @@ def test_tensorboard_reads_what_stands_in_the_rows(config, world):
         for step in range(first_step + 1, first_step + 7):
             result = add(metrics, world, 1 / (step + first_step))
             if step % 2 == 0:
-                metrics.log_step(step, 1e-3 / step, result)
+                log(metrics, step, 1e-3 / step, result)
         metrics.log_evaluation(first_step + 6, "weights", {"top1": 50.0 + first_step, "loss": 2.0})
         metrics.close()
     written = rows(config)
     assert [row["step"] for row in written if row["kind"] == "train"] == [2, 4, 6, 8, 10]
     events = EventAccumulator(str(config.run_dir), size_guidance={"scalars": 0}).Reload()
-    names = {f"{row['kind']}/{name}" for row in written for name in row.keys() - {"step", "kind"}}
-    assert set(events.Tags()["scalars"]) == names
+    names = {f"{row['kind']}/{k}" for row in written for k, v in row.items() if isinstance(v, int | float)}
+    names -= {f"{row['kind']}/step" for row in written}
+    extra = {f"train/stages/{stage}" for stage in STAGES} | {"train/memory_bytes"}
+    assert set(events.Tags()["scalars"]) == names | extra
     for name in names:
         kind, _, key = name.rpartition("/")
         wanted = [(row["step"], row[key]) for row in written if row["kind"] == kind]

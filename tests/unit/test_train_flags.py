@@ -9,6 +9,7 @@ import pytest
 
 import evaluate
 import train
+from gcvit import train_flags
 from gcvit.config import Config, EmaConfig
 from gcvit.config_file import load_config
 from gcvit.errors import UserError
@@ -18,6 +19,7 @@ CONFIG = str(ROOT / "tests/integration/golden.yaml")
 TRAIN_FLAGS = [
     (("--data_dir", "--data-dir"), "/data/imagenet", "data_dir", "/data/imagenet"),
     (("--batch-size", "--batch_size"), "16", "batch_size", 16),
+    (("--batch-size", "--batch_size"), "auto", "batch_size", "auto"),
     (("--tag",), "my-run", "tag", "my-run"),
     (("--model-ema", "--model_ema"), None, "model_ema", True),
     (("--resume",), "runs/a/checkpoints/step_00000010", "resume", "runs/a/checkpoints/step_00000010"),
@@ -25,14 +27,18 @@ TRAIN_FLAGS = [
     (("--init-from", "--init_from"), "gc_vit_tiny", "init_from", "gc_vit_tiny"),
     (("--reset-head", "--reset_head"), None, "reset_head", True),
     (("--replay",), "7", "replay", 7),
+    (("--plan",), None, "plan", True),
+    (("--overfit-one-batch",), None, "overfit_one_batch", True),
     (("--local_rank", "--local-rank"), "3", "local_rank", "3"),
 ]
 EVALUATE_FLAGS = [
-    (("--batch-size", "--batch_size"), "16", "batch_size", 16),
+    (("--batch-size", "--batch_size"), "16", "batch_size", (16,)),
     (("--model",), "gc_vit_tiny", "model", "gc_vit_tiny"),
-    (("--checkpoint",), "weights.pth.tar", "checkpoint", "weights.pth.tar"),
-    (("--weights",), "model", "weights", "model"),
-    (("--img-size", "--img_size"), "256", "img_size", 256),
+    (("--checkpoint",), "weights.pth.tar", "checkpoint", ["weights.pth.tar"]),
+    (("--weights",), "both", "weights", "both"),
+    (("--img-size", "--img_size"), "224,256", "img_size", (224, 256)),
+    (("--tta",), "ten-crop", "tta", "ten-crop"),
+    (("--benchmark",), None, "benchmark", True),
     (("--split",), "test", "split", "test"),
     (("--local_rank", "--local-rank"), "3", "local_rank", "3"),
 ]
@@ -92,7 +98,7 @@ def test_every_spelling_of_a_flag_of_evaluate_is_read_alike(parse, spellings, va
         for words in forms(spelling, value):
             assert vars(parse(evaluate, "--data_dir", "data", *words)) == plain | {name: wanted}, words
     assert vars(parse(evaluate, "--data-dir", "data")) == plain
-    assert plain["data_dir"] == "data"
+    assert plain["data_dir"] == ["data"]
 
 
 def test_what_is_left_out_is_absent(parse):
@@ -106,11 +112,45 @@ def test_what_is_left_out_is_absent(parse):
         "init_from": None,
         "reset_head": False,
         "replay": None,
+        "plan": False,
+        "overfit_one_batch": False,
+        "gpus": None,
+        "gpu": None,
+        "mfu": None,
         "local_rank": None,
         "overrides": [],
     }
     found = parse(evaluate, "runs/a", "--data_dir", "data")
-    assert (found.run, found.split, found.batch_size, found.weights) == ("runs/a", "val", 64, None)
+    assert (found.runs, found.split, found.batch_size, found.weights) == (["runs/a"], "val", None, None)
+
+
+def test_what_a_plan_is_for(parse, capsys):
+    plain = vars(parse(train, "--config", CONFIG, "--plan"))
+    found = vars(parse(train, "--config", CONFIG, "--plan", "--gpus", "32", "--gpu", "h100-80", "--mfu", "0.4"))
+    assert found == plain | {"gpus": 32, "gpu": "h100-80", "mfu": 0.4}
+    with pytest.raises(SystemExit):
+        parse(train, "--config", CONFIG, "--plan", "--replay", "7")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpus", "32"], "--gpus belongs to a plan"),
+        (["--gpu", "l4", "--replay", "3"], "--gpu belongs to a plan"),
+        (["--mfu", "0.4", "--overfit-one-batch"], "--mfu belongs to a plan"),
+        (["--plan", "--resume", "none"], "--resume belongs to a training"),
+        (["--overfit-one-batch", "--init-from", "gc_vit_tiny"], "--init-from belongs to a training"),
+        (["--overfit-one-batch", "--reset-head"], "--reset-head belongs to a training"),
+        (["--overfit-one-batch", "--resume", "none"], "--resume belongs to a training"),
+        (["--plan", "--init-from", "gc_vit_tiny"], "--init-from belongs to a training"),
+        (["--plan", "--reset-head"], "--reset-head belongs to a training"),
+        (["--overfit-one-batch", "--batch-size", "auto"], "--batch-size has no effect on --overfit-one-batch"),
+        (["--overfit-one-batch", "--model-ema"], "--model-ema has no effect on --overfit-one-batch"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(parse, words, told):
+    with pytest.raises(UserError, match=told):
+        train_flags.check(parse(train, "--config", CONFIG, *words))
 
 
 def test_overrides_may_stand_between_flags(parse):

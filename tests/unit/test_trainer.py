@@ -9,6 +9,7 @@ from gcvit.config_file import load_config
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.loss import soft_target_loss
+from gcvit.monitoring.stalls import StepClock
 from gcvit.parallel.build import build_model
 from gcvit.parallel.world import World, join_world
 from gcvit.trainer import on_device, seed_drop_path
@@ -75,7 +76,7 @@ def test_a_rank_without_samples_takes_part_with_exact_zeros(world: World):
     model = build_model(config.model).train().to(world.device)
     model.init_weights(seed=0)
 
-    passes = list(on_device((draw_batch(4), draw_batch(0)), augment, 0, config, world))
+    passes = list(on_device((draw_batch(4), draw_batch(0)), augment, 0, config, world, StepClock(world.device)))
     assert [tuple(images.shape) for images, _ in passes] == [(4, 3, 32, 32), (1, 3, 32, 32)]
     assert [tuple(targets.shape) for _, targets in passes] == [(4, 4), (1, 4)]
 

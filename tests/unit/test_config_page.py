@@ -1,0 +1,63 @@
+"""docs/config.md is what the code says: every knob, its sentence, what it may be, and what the shipped files set."""
+
+import re
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel
+
+from docs.config_page import PAGE, describe_values, write_page
+from gcvit import config
+from gcvit.config import Config, OverridesConfig
+from tests.unit.test_configs import FILES, find_missing
+
+PAGE_TEXT = PAGE.read_text()
+
+
+def test_the_page_is_up_to_date():
+    assert write_page() == PAGE_TEXT, "a knob has changed: python -m docs.config_page"
+
+
+def test_every_knob_is_there_once():
+    named = re.findall(r"^\| `([\w.]+)` \|", PAGE_TEXT, flags=re.MULTILINE)
+    # Of an empty tree every knob is missing; of sections their names, so those are opened one by one.
+    knobs = find_knobs("", Config)
+    assert len(knobs) > 80
+    assert set(find_missing({}, Config)) <= set(knobs)
+    assert sorted(named) == sorted(knobs)
+
+
+def find_knobs(prefix: str, section: type[BaseModel]) -> list[str]:
+    knobs = []
+    for name, field in section.model_fields.items():
+        knobs.append(prefix + name)
+        kinds = re.findall(r"\w+Config", str(field.annotation))
+        for kind in kinds:
+            knobs += find_knobs(f"{prefix}{name}.", getattr(config, kind))
+    return knobs
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (int, "whole number"),
+        (config.Count | None, "whole number from 1 or null"),
+        (config.BelowOne, "number from 0, below 1"),
+        (config.Share, "number from 0, to 1"),
+        (config.Length | None, "duration above 0 or null"),
+        (Literal["a", 1], "`a`, `1`"),
+        (tuple[config.Positive, config.Positive], "2 of: number above 0"),
+        (OverridesConfig | None, "section or null"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_types_in_words(annotation, words):
+    assert describe_values(annotation) == words
+
+
+def test_files_that_differ_are_named():
+    (row,) = re.findall(r"^\| `model.img_size` .*$", PAGE_TEXT, flags=re.MULTILINE)
+    assert row.endswith("`224`; `64`: digits_demo; `384`: large_384; `512`: large_512 |")
+    (row,) = re.findall(r"^\| `model.overrides.width` .*$", PAGE_TEXT, flags=re.MULTILINE)
+    assert row.endswith("`32`: digits_demo |")  # the others have no such section
+    assert len(FILES) > 10
