@@ -39,7 +39,7 @@ def main() -> None:
     from gcvit.monitoring.events import check_wandb
     from gcvit.parallel.world import join_world  # loads torch: a misspelt key is told before that
     from gcvit.replay import replay
-    from gcvit.run import open_sources, start
+    from gcvit.start import open_sources, start
     from gcvit.trainer import train
 
     check_wandb(config)

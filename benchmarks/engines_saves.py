@@ -51,7 +51,8 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     from gcvit.config_file import load_config
     from gcvit.loss import soft_target_loss
     from gcvit.parallel.world import join_world
-    from gcvit.run import open_sources, save, start
+    from gcvit.run import save
+    from gcvit.start import open_sources, start
 
     torch.set_num_threads(1)
     words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", "ema={half_life: 9 steps}"]

@@ -56,7 +56,8 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     from gcvit.config_file import load_config
     from gcvit.monitoring.stalls import watch_waits
     from gcvit.parallel.world import join_world
-    from gcvit.run import log_step, open_sources, start
+    from gcvit.run import log_step
+    from gcvit.start import open_sources, start
     from gcvit.trainer import take_step
 
     torch.set_num_threads(1)

@@ -22,8 +22,9 @@ from gcvit.errors import UserError
 from gcvit.nonfinite import name_samples
 from gcvit.parallel.engine import MODEL
 from gcvit.parallel.world import World
-from gcvit.run import Run, start
+from gcvit.run import Run
 from gcvit.runfolder import checkpoints_of, find_checkpoint
+from gcvit.start import start
 from gcvit.trainer import Step, take_step
 
 _NUM_LISTED = 5  # weights that are not finite

@@ -1,4 +1,4 @@
-"""The loop of training. What it works with is put together in `run.py`."""
+"""The loop of training. What it works with is put together in `start.py`."""
 
 import hashlib
 from collections.abc import Iterator

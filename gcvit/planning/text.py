@@ -11,8 +11,8 @@ from gcvit.model.flops import TRAINING_PASSES
 from gcvit.planning.forecast import GPUS_PER_NODE, engine_name
 from gcvit.planning.memory import KINDS
 from gcvit.planning.plan import ASSUMED_GPU, ROOM, Plan, make_plan
-from gcvit.run import open_sources
 from gcvit.schedule import to_samples
+from gcvit.start import open_sources
 
 IMAGES_PER_CORE = 410
 """Decoded, cropped and augmented in a second: `benchmarks/RESULTS.md`, "The loader"."""

@@ -28,8 +28,9 @@ from gcvit.data.source import Source
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.parallel.world import World, join_world
-from gcvit.run import Run, open_sources, start
+from gcvit.run import Run
 from gcvit.saver import Saver, _Snapshot
+from gcvit.start import open_sources, start
 from gcvit.trainer import train
 
 SECONDS = dict.fromkeys(STAGES, 0.6)

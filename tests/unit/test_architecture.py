@@ -52,7 +52,7 @@ FLOORS = [
         *("gcvit.planning.plan", "gcvit.planning.forecast", "gcvit.planning.micro_batch"),
         *("gcvit.planning.memory", "gcvit.planning.memory_zero", "gcvit.planning.step_trace"),
     ),
-    ("gcvit.run", "gcvit.nonfinite", "gcvit.predict", "gcvit.export_onnx"),
+    ("gcvit.run", "gcvit.restore", "gcvit.start", "gcvit.nonfinite", "gcvit.predict", "gcvit.export_onnx"),
     ("gcvit.trainer", "gcvit.replay", "gcvit.overfit", "gcvit.planning.text"),
     ("train", "evaluate", "gcvit.__main__"),
 ]

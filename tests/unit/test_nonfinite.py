@@ -20,7 +20,8 @@ from gcvit.loss import soft_target_loss
 from gcvit.nonfinite import poison_nonfinite
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World, join_world
-from gcvit.run import Run, open_sources, start
+from gcvit.run import Run
+from gcvit.start import open_sources, start
 from tests.integration.launching import ROOT
 
 

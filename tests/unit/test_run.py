@@ -6,7 +6,7 @@ import torch
 from gcvit.config_file import load_config
 from gcvit.errors import UserError
 from gcvit.parallel.world import World
-from gcvit.run import check_alike
+from gcvit.restore import check_alike
 from gcvit.runfolder import write_config
 from tests.integration.launching import ROOT
 

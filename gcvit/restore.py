@@ -1,0 +1,121 @@
+"""Where the weights of a run come from: a checkpoint of any engine, to go on from, or weights that were given."""
+
+import hashlib
+from pathlib import Path
+
+from gcvit import checkpoint, runfolder
+from gcvit.checkpoint import Checkpoint, RunState
+from gcvit.config import Config
+from gcvit.data.source import Source
+from gcvit.ema import Ema
+from gcvit.errors import UserError
+from gcvit.model import VARIANTS, weights
+from gcvit.model.fitting import fit
+from gcvit.model.variants import fetch_weights
+from gcvit.parallel.engine import MODEL, Engine, fill
+from gcvit.parallel.world import World
+from gcvit.run import all_fragments
+
+
+def restore(
+    found: Checkpoint, engine: Engine, ema: Ema | None, config: Config, train: Source
+) -> tuple[RunState, list[str]]:
+    """Go on from a checkpoint of any engine and world size; returns the state, and how the config has changed.
+
+    Errors: UserError where it is another run's, or would not be the same run any more.
+    """
+    if found.info["data"] != train.digest:
+        raise UserError(
+            "the checkpoint was trained on other data",
+            got=found.path,
+            cure="give that data, or start another run with --init-from",
+        )
+    if found.info["config"]["seed"] != config.seed:
+        raise UserError(
+            "the checkpoint has another seed", got=config.seed, allowed=found.info["config"]["seed"], cure="set seed"
+        )
+    state = found.state
+    was = found.info["config"]["data"]
+    order = {name: was[name] for name in ("lanes", "run_bytes", "open_runs")}
+    if state.samples % train.num_samples and any(getattr(config.data, name) != value for name, value in order.items()):
+        raise UserError(
+            "another order of samples in the middle of an epoch, of which some would be skipped and some repeated",
+            got=", ".join(f"data.{name}={getattr(config.data, name)}" for name in order),
+            allowed=", ".join(f"data.{name}={value}" for name, value in order.items()),
+            cure="set them back, or start another run with --init-from",
+        )
+    if state.samples % config.global_batch_size:
+        raise UserError(
+            "global_batch_size does not divide the samples that the checkpoint has seen",
+            got=config.global_batch_size,
+            allowed=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
+        )
+    if found.path.parent.resolve() != runfolder.checkpoints_of(config.run_dir).resolve():
+        state.best_top1, state.best_step = -1.0, -1  # the best lies in the other run's folder
+    elif config.global_batch_size != found.info["config"]["global_batch_size"]:
+        raise UserError(
+            "another global batch would number the steps of this folder anew",
+            got=config.global_batch_size,
+            allowed=found.info["config"]["global_batch_size"],
+            cure=f"go on in another run: --tag NAME --resume {found.path}",
+        )
+    elif ema is None and checkpoint.has_kind(found, "ema"):
+        raise UserError(
+            "the run has an EMA, which would be lost",
+            got="ema=null",
+            cure=f"keep ema (--model-ema), or go on in another run: --tag NAME --resume {found.path}",
+        )
+    state.step = state.samples // config.global_batch_size
+    kinds = all_fragments(engine, ema)
+    ema_is_new = ema is not None and not checkpoint.has_kind(found, "ema")
+    if ema_is_new:
+        kinds.pop("ema")
+    checkpoint.load(found, kinds, engine.world)
+    engine.refresh()
+    engine.set_counters(state.counters)
+    if ema and ema_is_new:
+        ema.restart()
+    elif ema:
+        ema.updates = state.ema_updates
+    changes = checkpoint.differences(found.info["config"], config.model_dump(mode="json"))
+    return state, [
+        f"changed since {found.path.name}: {x}" for x in changes if not x.startswith(("tag ", "output_dir "))
+    ]
+
+
+def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: int = 0) -> str:
+    """Start from given weights (`--init-from`) and say what was found; moments, EMA and schedule start afresh.
+
+    `source` is a file of any layout, a run folder or checkpoint of ours (its EMA where it has one), or the name of a
+    variant, whose published weights are fetched. Bias tables of other windows are resampled. With `reset_head` the
+    head keeps the seed's initial weights, so that it may have other classes. Errors: UserError for what is none of
+    these, or another model.
+    """
+    module, change = engine.module, {"reset_head": reset_head, "resample": True}
+    if Path(source).is_dir():
+        found = engine.world.on_first(lambda: checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source))))
+        found = checkpoint.check(found, engine.world)
+        kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
+        state, changes = fit(checkpoint.read_tensors(found, kind), module, found.path, **change)
+        description = ", ".join([f"{found.path}: {kind}", *changes])
+    else:
+        path = fetch_weights(source) if source in VARIANTS else source
+        state, description = weights.read_fitting(module, path, **change)
+        check_alike(path, engine.world)
+        description += " (published under CC-BY-NC-SA-4.0: not for commercial use)" if source in VARIANTS else ""
+    fill(engine.fragments()[MODEL], lambda name: state[name] if name in state else module.initial_value(name, seed))
+    engine.refresh()
+    return description
+
+
+def check_alike(path: str | Path, world: World) -> None:
+    """Errors: UserError, on all ranks alike, where the ranks find other content under the same path."""
+    with open(path, "rb") as file:
+        digests = world.gather(hashlib.file_digest(file, "sha256").hexdigest())
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        raise UserError(
+            "processes find other weights under the same name",
+            got=f"{path}, which for rank {differing[0]} is another file than for rank 0",
+            cure="copy one file to all nodes, or put it on a disk that they share",
+        )

@@ -1,0 +1,215 @@
+"""How a run starts: its parts are built, its state comes from a checkpoint, given weights or the seed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+
+from gcvit import runfolder
+from gcvit.card import describe_origin
+from gcvit.checkpoint import Checkpoint, RunState
+from gcvit.config import Config
+from gcvit.damage import DamageBudget
+from gcvit.data.assignment import holds_whole_lanes
+from gcvit.data.source import Source, num_local_ranks, open_source
+from gcvit.data.stream import check_world, num_micro_steps, train_stream
+from gcvit.data.transforms import DeviceAugment
+from gcvit.ema import Ema
+from gcvit.errors import UserError
+from gcvit.metrics import Metrics
+from gcvit.monitoring.norms import Norms
+from gcvit.monitoring.profiling import Profiler
+from gcvit.monitoring.samples import Samples
+from gcvit.monitoring.stalls import StepClock
+from gcvit.monitoring.surroundings import describe_surroundings
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.engine import MODEL, Engine
+from gcvit.parallel.world import World
+from gcvit.planning.micro_batch import settle_micro_batch
+from gcvit.restore import load_weights, restore
+from gcvit.run import Intervals, Run, all_fragments
+from gcvit.runlock import RunLock
+from gcvit.saver import Saver
+from gcvit.schedule import Schedule, build_schedule, is_time, to_samples, to_steps
+
+_MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
+
+
+def open_sources(config: Config) -> tuple[Source, Source]:
+    """The train and val split of `data.dir`. Errors: UserError for missing or damaged data, or other classes."""
+    if config.data.dir is None:
+        raise UserError("no data", cure="give --data_dir DIR, a folder with train/ and val/")
+    data = config.data
+    train, val = (open_source(config.data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
+    for source, split in ((train, "train"), (val, "val")):
+        if len(source.classes) != config.model.num_classes:
+            raise UserError(
+                f"the data has another number of classes than the model ({split})",
+                got=f"{len(source.classes)} classes in {config.data.dir}",
+                allowed=f"model.num_classes={config.model.num_classes}",
+                cure=f"set model.num_classes={len(source.classes)}, or give other data",
+            )
+    if train.classes != val.classes:
+        differing = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise UserError("train and val have different classes", got=", ".join(differing))
+    return train, val
+
+
+@contextmanager
+def start(
+    config: Config,
+    world: World,
+    sources: tuple[Source, Source],
+    resume: str = "auto",
+    init_from: str | None = None,
+    reset_head: bool = False,
+    notices: Sequence[str] = (),
+) -> Iterator[Run]:
+    """Build a run, or bring it back from its checkpoint, and hold the lock of its folder while it lasts.
+
+    Every rank calls it. `resume`, `init_from` and `reset_head` are the flags of `train.py`. Errors: UserError, on all
+    ranks alike.
+    """
+    train, val = sources
+    for source in sources:
+        check_world(source, world.size)  # before anything is built or written
+    length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train.num_samples}
+    schedule = build_schedule(config.schedule, config.optim, **length)
+    trainer = config.trainer
+    every = Intervals(*(to_steps(x, **length) for x in (trainer.log_every, trainer.eval_every, trainer.save_every)))
+    profiler = Profiler(config, world, schedule.total_steps)
+    with ExitStack() as stack:
+        lock = RunLock(config.run_dir)
+        world.on_first(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
+        found, damaged = runfolder.open_sound(config.run_dir, resume, world)
+        check_weights(config, found, init_from, reset_head)
+        said = list(notices)
+        config = settle_micro_batch(config, world, found.info if found else None, said)
+        micro_batch_size, paired = config.trainer.settled_micro_batch_size, config.augment.mix is not None
+        micro_steps = num_micro_steps(config.global_batch_size, world.size, micro_batch_size, paired)
+        engine = build_engine(config, world, num_micro_steps=micro_steps, notices=said)
+        ema = build_ema(config, engine, length)
+        state, changes = load_state(found, init_from, reset_head, engine, ema, config, train)
+        said += [*changes, *world.on_first(lambda: runfolder.set_aside(damaged))]
+        check_length(state, schedule)
+        stream = train_stream(
+            train,
+            config,
+            start_step=state.step,
+            world_size=world.size,
+            rank=world.rank,
+            micro_batch_size=micro_batch_size,
+            pin_memory=world.device.type == "cuda",
+        )
+        augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
+        world.on_first(lambda: runfolder.write_config(config))
+        surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
+        costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
+        metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
+        stack.callback(metrics.close)
+        for line in (*said, *describe(config, world, train, schedule, micro_steps, state.step)):
+            metrics.say(line)
+        damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
+        folder = runfolder.checkpoints_of(config.run_dir)
+        saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints, check_lock=lock.check)
+        metrics.say(saver.begin(state, all_fragments(engine, ema)))
+        metrics.log_start(state.step, {**surroundings, "samples": state.samples})
+        stack.push(saver)
+        stack.callback(profiler.close)
+
+        def is_shown(step: int) -> bool:
+            return step == 1 or is_time(step, every.evaluate, schedule.total_steps)
+
+        samples = Samples(config, train, is_shown)
+        norms = Norms(engine, config.optim, is_shown)
+        yield Run(
+            *(config, world, train, val, schedule, every, stream, augment, engine, ema, state, saver, metrics, damage),
+            *(StepClock(world.device), samples, norms, profiler),
+        )
+
+
+def check_weights(config: Config, found: Checkpoint | None, init_from: str | None, reset_head: bool) -> None:
+    """Errors: UserError for flags and knobs that ask for given weights where there are none."""
+    if reset_head and not init_from:
+        raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: heads begin anew")
+    if config.optim.frozen_backbone and not found and not init_from:
+        raise UserError(
+            "optim.frozen_backbone would freeze initial weights",
+            cure="give weights to fine-tune with --init-from, or set it to null",
+        )
+
+
+def check_length(state: RunState, schedule: Schedule) -> None:
+    """Errors: UserError for a checkpoint past the schedule's end."""
+    if state.step > schedule.total_steps:
+        raise UserError(
+            "the checkpoint is past the schedule's end",
+            got=f"step {state.step}",
+            allowed=f"at most {schedule.total_steps} steps",
+            cure="lengthen schedule.cosine or schedule.cooldown, or start another run with --init-from",
+        )
+
+
+def build_ema(config: Config, engine: Engine, length: Mapping[str, int]) -> Ema | None:
+    """The average of the engine's weights, beginning with the present ones; `length` is as for `to_samples`."""
+    if config.ema is None:
+        return None
+    half_life = to_samples(config.ema.half_life, **length)
+    return Ema(engine.fragments()[MODEL], half_life_samples=half_life, global_batch_size=config.global_batch_size)
+
+
+def load_state(
+    found: Checkpoint | None,
+    init_from: str | None,
+    reset_head: bool,
+    engine: Engine,
+    ema: Ema | None,
+    config: Config,
+    train: Source,
+) -> tuple[RunState, list[str]]:
+    """Load what the run begins with: a checkpoint, or given weights, or else the seed's, which are there already.
+
+    Returns the state, and what there is to say of it. Errors: as `restore` and `load_weights`.
+    """
+    if found:
+        ignored = [f"--init-from is not needed: the run goes on from {found.path}"] if init_from else []
+        state, changes = restore(found, engine, ema, config, train)
+        return state, ignored + changes
+    state = RunState()
+    if init_from is None:
+        return state, []
+    description = load_weights(engine, init_from, reset_head, config.seed)
+    if ema:
+        ema.restart()
+    state.initial_weights = engine.world.on_first(lambda: describe_origin(init_from))
+    return state, [f"initial weights: {description}"]
+
+
+def describe(
+    config: Config, world: World, train: Source, schedule: Schedule, micro_steps: int, first_step: int
+) -> Iterator[str]:
+    """What starts, and what is unusual about it, a line each."""
+    data = config.data
+    yield (
+        f"{config.tag}: {config.model.name} by {config.engine} on {world.size} x {world.device.type}, "
+        f"{train.num_samples} images, {schedule.total_steps} steps of {config.global_batch_size} "
+        f"in {micro_steps} micro-step(s), from step {first_step}"
+    )
+    num_bytes = data.lanes * data.open_runs * data.run_bytes
+    if train.in_runs and num_bytes > _MUCH_MEMORY * world.size:
+        yield f"the runs that are open take up to {num_bytes / world.size / 1e9:.1f} GB in each process"
+    paired = config.augment.mix is not None
+    if not holds_whole_lanes(config.global_batch_size, world.size, lanes=data.lanes, paired=paired):
+        yield (
+            f"samples are read one by one: {world.size} processes do not divide data.lanes={data.lanes}, "
+            f"or these not the global batch of {config.global_batch_size} (the samples are the same)"
+        )
+    lanes_here = data.lanes * num_local_ranks() // world.size
+    wanted = min(1.0, 2 * lanes_here / (len(train.first) - 1)) * int(train.length.sum(dtype=np.int64))
+    if data.cache_bytes is not None and data.cache_bytes < wanted:
+        yield (
+            f"data.cache_bytes={data.cache_bytes} is too little for the {lanes_here} lanes of this node, "
+            f"which want {wanted:.2g}: shards will come again and again; raise it, or start with fewer data.lanes"
+        )
+    if config.trainer.profiled_steps and config.trainer.profiled_steps[0] < first_step:
+        yield f"trainer.profile={config.trainer.profile} begins before step {first_step}: nothing is profiled"
