@@ -26,31 +26,35 @@ from tests.integration.engine_steps import digest, draw_micro_batches, report_to
 CONFIG = Path(__file__).with_name("golden.yaml")
 NUM_STEPS, BAD_STEP = 3, 1
 ON_HOST = "zero.offload_optimizer=cpu"
-# Offloaded, stage 3 adds up the norm in another order: clipping by it would differ in the last bit.
-ZERO3 = ["zero.stage=3", "optim.clip_norm=null"]
+# Offloaded, the norm of all gradients may be added up in another order: clipping by it would differ in the last bit.
+_PLAIN = ["optim.clip_norm=null"]
+ZERO1, ZERO2, ZERO3 = ([*_PLAIN, f"zero.stage={stage}"] for stage in (1, 2, 3))
 ZERO3_ON_HOST = [*ZERO3, ON_HOST, "zero.offload_parameters=cpu"]
 RUNS = {
-    "zero1 fp32": ["zero.stage=1"],
-    "zero2 fp32": ["zero.stage=2"],
+    "zero1 fp32": ZERO1,
+    "zero2 fp32": ZERO2,
     "zero3 fp32": ZERO3,
-    "zero1 bf16": ["zero.stage=1", "precision=bf16"],
-    "zero2 bf16": ["zero.stage=2", "precision=bf16"],
+    "zero1 bf16": [*ZERO1, "precision=bf16"],
+    "zero2 bf16": [*ZERO2, "precision=bf16"],
     "zero3 bf16": [*ZERO3, "precision=bf16"],
-    "zero1 fp16": ["zero.stage=1", "precision=fp16"],
-    "zero2 fp16": ["zero.stage=2", "precision=fp16"],
+    "zero1 fp16": [*ZERO1, "precision=fp16"],
+    "zero2 fp16": [*ZERO2, "precision=fp16"],
     "zero3 fp16": [*ZERO3, "precision=fp16"],
-    "zero1 fp32 offloaded": ["zero.stage=1", ON_HOST],
-    "zero2 fp32 offloaded": ["zero.stage=2", ON_HOST],
+    "zero1 fp32 clipped": ["zero.stage=1"],
+    "zero2 fp32 clipped": ["zero.stage=2"],
+    "zero3 fp32 clipped": ["zero.stage=3"],
+    "zero1 fp32 offloaded": [*ZERO1, ON_HOST],
+    "zero2 fp32 offloaded": [*ZERO2, ON_HOST],
     "zero3 fp32 offloaded": ZERO3_ON_HOST,
-    "zero1 bf16 offloaded": ["zero.stage=1", ON_HOST, "precision=bf16"],
-    "zero2 bf16 offloaded": ["zero.stage=2", ON_HOST, "precision=bf16"],
+    "zero1 bf16 offloaded": [*ZERO1, ON_HOST, "precision=bf16"],
+    "zero2 bf16 offloaded": [*ZERO2, ON_HOST, "precision=bf16"],
     "zero3 bf16 offloaded": [*ZERO3_ON_HOST, "precision=bf16"],
-    "zero2 fp16 offloaded": ["zero.stage=2", ON_HOST, "precision=fp16"],
+    "zero2 fp16 offloaded": [*ZERO2, ON_HOST, "precision=fp16"],
     "zero3 fp16 offloaded": [*ZERO3_ON_HOST, "precision=fp16"],
     # Smaller messages, and gathered weights that are kept, are another way to the same numbers.
-    "zero2 fp32 extra": ["zero.stage=2", "zero.extra={zero_optimization: {reduce_bucket_size: 5000}}"],
+    "zero2 fp32 extra": [*ZERO2, "zero.extra={zero_optimization: {reduce_bucket_size: 5000}}"],
     "zero3 fp32 extra": [*ZERO3, "zero.extra={zero_optimization: {stage3_max_reuse_distance: 1000000}}"],
-    "zero2 bf16 extra": ["zero.stage=2", "precision=bf16", "zero.extra={zero_optimization: {reduce_scatter: true}}"],
+    "zero2 bf16 extra": [*ZERO2, "precision=bf16", "zero.extra={zero_optimization: {reduce_scatter: true}}"],
 }
 
 
