@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from gcvit import progress
 from gcvit.config import DataConfig
@@ -110,7 +111,7 @@ def evaluate(
     for batches in zip(*streams, strict=True):
         damaged = {damage.sample: damage for batch in batches for damage in batch.damaged}
         for damage in damaged.values():
-            print(f"skipped: {damage.where} ({damage.reason})", file=sys.stderr, flush=True)
+            tqdm.write(f"skipped: {damage.where} ({damage.reason})", file=sys.stderr)  # above a bar, if there is one
         indices, labels, valid = (
             tensor.to(world.device, non_blocking=True)
             for tensor in (

@@ -1,7 +1,7 @@
 """What the user sees of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events and W&B.
 
 Sums stay on the device between logging steps; only there are they read, once, after one reduction over ranks. What
-each row holds is said, and checked, in `gcvit.monitoring.schema`.
+each row holds is said in `gcvit.monitoring.schema`.
 """
 
 import json
@@ -94,7 +94,7 @@ class Metrics:
     def log_step(self, step: int, lr: float, result: StepResult, seconds: Seconds, num_damaged: int) -> None:
         """Log the mean over the steps since the last call that were not refused; `step` counts finished steps.
 
-        `seconds` is where this rank's time went in them, `num_damaged` counts the run's damaged samples so far.
+        `seconds` is where this rank's time went in them, `num_damaged` counts the damaged samples since this start.
         """
         num_refused = int(self._refused.item())
         num_samples = (self._num_steps - num_refused) * self._batch_size
@@ -164,6 +164,8 @@ class Metrics:
         self._append(step, "end", {"outcome": outcome, "samples": samples, **best})
         if self._events is not None and best:
             self._events.add_result(best, step)
+        elif self._events is not None:
+            self._events.mark_preempted()
 
     def log_evaluation(self, step: int, name: str, row: dict[str, float | int]) -> None:
         """Log an evaluation of the "weights" or of their "ema"."""
@@ -197,7 +199,7 @@ class Metrics:
         return f"step {step}, {text}"
 
     def log_damage(self, step: int, new: Sequence[Damage], num_damaged: int) -> None:
-        """Log samples that were found damaged and replaced by others; `num_damaged` counts all so far."""
+        """Log samples that were found damaged and replaced by others; `num_damaged` counts all since this start."""
         for damage in new:
             self._append(step, "damage", {**asdict(damage), "num_damaged": num_damaged})
             self._say(f"step {step}/{self._total_steps}  DAMAGED, replaced: {damage.where} ({damage.reason})")
@@ -224,14 +226,16 @@ class Metrics:
         yield
         self._since += time.perf_counter() - begin
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = True) -> None:
+        """`finished` is False where the run ends by an error or a preemption."""
         if self._events is not None:
-            self._events.close()
+            self._events.close(finished=finished)
         if self._bar is not None:
             self._bar.close()
 
     def _begin_events(self, config: Config, first_step: int) -> None:
-        self._events = Events(config, first_step)
+        if not self._has_ended:
+            self._events = Events(config, first_step)
 
     def _say(self, text: str) -> None:
         if self._bar is not None:
@@ -269,9 +273,15 @@ def _drop_rows_after(path: Path, step: int) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    rows = [row for row in map(_parse_row, path.read_text().splitlines()) if row and row["step"] <= step]
     kept = path.with_suffix(".tmp")
     kept.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     kept.replace(path)
     return rows[-1] if rows else None
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # a write that was cut off
+        return None

@@ -59,16 +59,16 @@ class Run:
 
 
 def log_step(run: Run, lr: float, result: StepResult) -> None:
-    """A row of metrics, and what is shown now and then beside it: sample images, norms of weights and gradients."""
-    run.metrics.log_step(run.state.step, lr, result, run.clock.take(run.world.barrier), len(run.damage.found))
-    if run.world.is_first:
-        run.samples.write(run.metrics)
+    """A row of metrics, the samples that any rank had to replace, and now and then sample images and norms.
+
+    Errors: UserError, on all ranks alike, where more samples are damaged than the run may have.
+    """
+    step, seconds = run.state.step, run.clock.take(run.world.barrier)
+    damaged = run.damage.settle(run.world)
+    run.metrics.log_step(step, lr, result, seconds, len(run.damage.found))
+    run.metrics.log_damage(step, damaged, len(run.damage.found))
+    run.samples.write(run.metrics)
     run.norms.log(run.metrics)
-
-
-def settle_damage(run: Run) -> None:
-    """Tell of the samples that any rank had to replace. Errors: UserError, on all ranks alike, past the budget."""
-    run.metrics.log_damage(run.state.step, run.damage.settle(run.world), len(run.damage.found))
     run.damage.check()
 
 

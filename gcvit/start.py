@@ -106,7 +106,7 @@ def start(
         surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
         costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
-        stack.callback(metrics.close)
+        stack.push(lambda error, *_: metrics.close(finished=error is None))
         for line in (*said, *describe(config, world, train, schedule, micro_steps, state.step)):
             metrics.say(line)
         damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
@@ -120,7 +120,7 @@ def start(
         def is_shown(step: int) -> bool:
             return step == 1 or is_time(step, every.evaluate, schedule.total_steps)
 
-        samples = Samples(config, train, is_shown)
+        samples = Samples(config, train, lambda step: world.is_first and is_shown(step))
         norms = Norms(engine, config.optim, is_shown)
         yield Run(
             *(config, world, train, val, schedule, every, stream, augment, engine, ema, state, saver, metrics, damage),

@@ -19,7 +19,7 @@ from gcvit.nonfinite import BadSteps, poison_nonfinite
 from gcvit.parallel.engine import StepResult
 from gcvit.parallel.world import World
 from gcvit.preemption import Preemption
-from gcvit.run import Run, evaluate_all, evaluate_late, log_step, save, settle_damage
+from gcvit.run import Run, evaluate_all, evaluate_late, log_step, save
 from gcvit.schedule import is_time
 
 
@@ -56,10 +56,11 @@ def take_steps(run: Run, preemption: Preemption) -> None:
     """The loop. Errors: Preempted, on all ranks alike, after a step, with or without its evaluation."""
     state, last = run.state, run.schedule.total_steps
     bad_steps = BadSteps(run)
-    preemption.look()
-    if state.evaluation_due:
-        evaluate_late(run, preemption.look)
-    run.profiler.look(state.step)
+    with run.metrics.off_the_clock():
+        preemption.look()
+        if state.evaluation_due:
+            evaluate_late(run, preemption.look)
+        run.profiler.look(state.step)
     for batches in run.clock.batches(islice(run.stream, last - state.step)):
         step = take_step(run, batches)
         if run.ema:
@@ -79,7 +80,6 @@ def take_steps(run: Run, preemption: Preemption) -> None:
         # neither evaluated nor saved without a word.
         if evaluates or saves or leaves or is_time(state.step, run.every.log, last):
             log_step(run, step.lr, step.result)
-            settle_damage(run)
             bad_steps.settle()
             run.saver.poll()
         state.evaluation_due = evaluates

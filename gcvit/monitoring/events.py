@@ -1,6 +1,7 @@
 """TensorBoard events and, where it is switched on, Weights & Biases: the same numbers, pictures and texts in both."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
@@ -19,7 +20,11 @@ ID_FILE = "wandb_id"
 
 
 class Events:
-    """Written by one rank. Steps count finished ones; a resumed run's later events of the first try are hidden."""
+    """Written by one rank. Steps count finished ones.
+
+    A resumed run does some steps again: TensorBoard then hides the events of the first try. W&B cannot take back what
+    it was sent, and has these steps twice.
+    """
 
     def __init__(self, config: Config, first_step: int):
         """Errors: UserError where W&B is asked for and is not there, or does not start."""
@@ -58,10 +63,16 @@ class Events:
         if self._online is not None:
             self._online.summary.update(results)
 
-    def close(self) -> None:
+    def mark_preempted(self) -> None:
+        """The run ends for now, and will go on."""
+        if self._online is not None:
+            self._online.mark_preempting()
+
+    def close(self, *, finished: bool) -> None:
+        """`finished` is False where the run ends by an error or a preemption."""
         self._writer.close()
         if self._online is not None:
-            self._online.finish()
+            self._online.finish(exit_code=0 if finished else 1)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | str | bool]:
@@ -106,7 +117,7 @@ def _start_wandb(config: Config) -> Any:
         id_file.write_text(f"{uuid4().hex}\n")
     try:
         run = wandb.init(
-            project="gcvit",
+            project=os.environ.get("WANDB_PROJECT", "gcvit"),  # given, it would go before W&B's own variable
             name=config.tag,
             id=id_file.read_text().strip(),
             resume="allow",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from gcvit.config import Config
 from gcvit.errors import UserError
@@ -68,7 +69,7 @@ class Profiler:
         else:
             (self._folder / f"memory_{name}.json").write_text(json.dumps(read_memory_use(trace)))
         if self._world.is_first:
-            print(f"profile of steps {self._first + 1} to {self._step}: {self._folder}", file=sys.stderr, flush=True)
+            tqdm.write(f"profile of steps {self._first + 1} to {self._step}: {self._folder}", file=sys.stderr)
 
     def _begin(self) -> None:
         self._folder.mkdir(exist_ok=True, parents=True)

@@ -32,7 +32,7 @@ class _Taken:
 
 
 class Samples:
-    """Keeps images at steps that `is_due`, and writes `samples/step_N.png` and `.json` at the next logging step."""
+    """Keeps this rank's images at steps that are due, and writes samples/step_N.png and .json at the next row."""
 
     def __init__(self, config: Config, source: Source, is_due: Callable[[int], bool]):
         self._folder, self._source, self._is_due = config.run_dir / "samples", source, is_due

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from gcvit.report.record import Record, column, section
+from gcvit.report.record import Record, column, number, section
 from gcvit.report.style import Chart, KeyItem, as_list, new_figure, safe, tone
 from gcvit.report.thinning import thin
 from gcvit.report.training import Scale
@@ -12,7 +12,7 @@ from gcvit.report.wording import count, percent
 
 STAGES = ("compute", "communication", "copy", "collation", "augmentation", "decoding", "storage", "checkpoint")
 """From the bottom of the chart: the work itself, then its way back to the disk."""
-_MUCH_MORE = 1.5  # times its share among the ranks that were ever slowest, which is worth a word
+_MUCH_MORE = 1.5  # times what a rank is the slowest if all are alike, which is worth a word
 
 
 def draw_stages(record: Record, scale: Scale, has_siblings: bool) -> Chart | None:
@@ -57,6 +57,7 @@ def describe_bounds(record: Record) -> str:
     ranks = Counter(str(row["slowest_rank"]) for row in rows if row.get("slowest_rank") is not None)
     slowest = ""
     rank, num = ranks.most_common(1)[0] if ranks else ("", 0)
-    if num > _MUCH_MORE * ranks.total() / max(1, len(ranks)):
+    world_size = number(record.start.get("world_size")) or len(ranks)
+    if world_size > 1 and num > _MUCH_MORE * ranks.total() / world_size:
         slowest = f" Rank {rank} was the slowest in {percent(100 * num / ranks.total(), 0)} of them."
     return f"The run was bound by {shares} of its logging steps.{slowest}"

@@ -1,5 +1,6 @@
 """What a reader wants to know of a run first: a sentence and a few figures."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,15 +41,15 @@ def _count_up(record: Record) -> list[tuple[str, str, str]]:
         weights, top1, step = best
         which = "EMA" if weights == "ema" else "raw weights"
         tiles.append(("best top-1", percent(top1), f"{which}, step {count(step)}"))
-    losses, speeds, seconds, memory = (
-        column(train, name) for name in ("loss", "images_per_second", "seconds", "memory_bytes")
+    losses, speeds, speeds_each, seconds, memory = (
+        column(train, name)
+        for name in ("loss", "images_per_second", "images_per_second_per_device", "seconds", "memory_bytes")
     )
     if np.isfinite(losses).any():
         tiles.append(("last loss", plain(float(losses[np.isfinite(losses)][-1])), "on training batches"))
     if (speeds > 0).any():
-        median, devices = float(np.median(speeds[speeds > 0])), number(start.get("num_devices"))
-        note = f"median; {short(median / devices)} a device" if devices else "median"
-        tiles.append(("throughput", f"{short(median)}\u202fimg/s", note))
+        each = f"; {short(float(np.median(speeds_each[speeds_each > 0])))} a device" if (speeds_each > 0).any() else ""
+        tiles.append(("throughput", f"{short(float(np.median(speeds[speeds > 0])))}\u202fimg/s", f"median{each}"))
     if (seconds > 0).any():
         total = float(seconds[seconds > 0].sum())
         tiles.append(("training time", duration(total), "without evaluations and saves"))
@@ -61,7 +62,9 @@ def _count_up(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _tell_end(record: Record) -> str:
-    ends = record.of_kind("end")
+    # A run that was started again after an end goes on.
+    last_start = number(record.start.get("time")) or 0.0
+    ends = [row for row in record.of_kind("end") if (number(row.get("time")) or math.inf) >= last_start]
     outcome = ends[-1].get("outcome") if ends else None
     restarts = len(record.of_kind("start")) - 1
     again = f" It was started {count(restarts + 1)} times." if restarts > 0 else ""

@@ -10,7 +10,7 @@ from gcvit.report.record import Numbers, Record, Row, column, number
 from gcvit.report.style import Chart, KeyItem, as_list, new_figure, safe, tone
 from gcvit.report.thinning import MAX_POINTS
 from gcvit.report.training import run_color
-from gcvit.report.wording import count, gigabytes, listing, moment, plain, plural
+from gcvit.report.wording import count, duration, gigabytes, listing, moment, plural
 
 _MAX_MARKS = 400  # of a kind and a run; a chart with more is a bar of colour
 _UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))
@@ -42,7 +42,7 @@ def _describe_bad_step(row: Row) -> str:
 
 def _describe_checkpoint(row: Row) -> str:
     size, stall = number(row.get("bytes")), number(row.get("stall_seconds"))
-    words = [gigabytes(size) if size else "", f"training stopped for {plain(stall, 2)} s" if stall is not None else ""]
+    words = [gigabytes(size) if size else "", f"training stopped for {duration(stall)}" if stall is not None else ""]
     return ", ".join(filter(None, words))
 
 

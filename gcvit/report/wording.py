@@ -12,10 +12,11 @@ def short(value: float | None) -> str:
     """Three digits and a word for the power of ten: 90.3 M."""
     if value is None:
         return "–"
+    rounded = float(f"{value:.3g}")
     for limit, word in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if word == 'k' else limit):.3g}\u202f{word}"
-    return f"{value:.3g}" if value < 1000 else count(value)
+        if abs(rounded) >= limit:
+            return f"{rounded / (1e3 if word == 'k' else limit):.3g}\u202f{word}"
+    return f"{value:.3g}" if abs(rounded) < 1000 else count(value)
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -42,7 +43,8 @@ def duration(seconds: float | None) -> str:
 def gigabytes(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value / 1e9:.3g}\u202fGB" if value >= 1e9 else f"{value / 1e6:.3g}\u202fMB"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded / 1e9:.3g}\u202fGB" if rounded >= 1e9 else f"{rounded / 1e6:.3g}\u202fMB"
 
 
 def moment(seconds: float | None) -> str:

@@ -149,7 +149,12 @@ def test_sample_pictures_have_their_targets(run_dir):
         assert len(tiles) == 16
         assert np.asarray(Image.open(run_dir / f"samples/step_{step:08d}.png")).shape == (128, 128, 3)
         assert all(0.9 <= sum(share for _, share in tile["targets"]) <= 1 for tile in tiles)
-        assert all(tile["label"] in dict(tile["targets"]) or tile["targets"] for tile in tiles)
+        for tile in tiles:
+            names, shares = zip(*tile["targets"], strict=True)
+            assert set(names) <= {f"class_{label}" for label in range(4)}
+            assert len(names) == len(set(names)) <= 2
+            assert list(shares) == sorted(shares, reverse=True)
+            assert len(names) == 2 or names == (tile["label"],)
 
 
 def test_wandb_goes_on_with_one_run(place, run_dir):
@@ -158,8 +163,10 @@ def test_wandb_goes_on_with_one_run(place, run_dir):
     assert (first["resume"], second["resume"]) == ("allow", "allow")
     assert first["config"]["schedule"]["cosine"] == "8 steps"
     rows = [row for row in read_rows(run_dir) if row["kind"] == "train"]
-    sent = {row["step"]: row["train/loss"] for row in calls(place, "log") if "train/loss" in row}
-    assert sent == {row["step"]: row["loss"] for row in rows}
+    sent = [(row["step"], row["train/loss"]) for row in calls(place, "log") if "train/loss" in row]
+    assert [step for step, _ in sent] == [*range(1, NUM_STEPS + 1), *range(5, NUM_STEPS + 1)]
+    assert dict(sent) == {row["step"]: row["loss"] for row in rows}
+    assert calls(place, "finish") == [{"exit_code": 0}] * 2
     assert calls(place, "summary")[-1] == {"result/best_top1": read_rows(run_dir)[-1]["best_top1"]}
 
 

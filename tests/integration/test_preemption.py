@@ -168,14 +168,15 @@ def test_a_run_that_is_told_to_leave_at_many_moments(trainings, tmp_path, engine
         assert told[f"{moment}: left"], told
 
 
-def test_an_evaluation_is_left_and_done_after_the_restart(trainings, tmp_path):
-    """At the last step: the checkpoint then says that it is due, and after the restart what it gave."""
+@pytest.mark.parametrize("steps", [2, 3])
+def test_an_evaluation_is_left_and_done_after_the_restart(steps, trainings, tmp_path):
+    """At step 2, be it the last or not: the checkpoint says that it is due, and after the restart what it gave."""
     reports = tmp_path / "reports"
     reports.mkdir()
-    overrides = ["schedule.cosine=2 steps", "trainer.eval_every=9 steps", "trainer.save_every=9 steps", *ENGINES["ddp"]]
+    overrides = [f"schedule.cosine={steps} steps", "trainer.eval_every=2 steps", "trainer.save_every=9 steps"]
     request = {"slow": {"evaluate": 0.3}, "environment": {"GCVIT_REPORT_DIR": str(reports)}}
     begin = trainings.log.stat().st_size if trainings.log.exists() else 0
-    words = ["global_batch_size=8", "trainer.eval_batch_size=1", *overrides]
+    words = ["global_batch_size=8", "trainer.eval_batch_size=1", *overrides, *ENGINES["ddp"]]
     processes = trainings.start(tmp_path / "run", 2, *words, **request)
     assert wait_for(lambda: "now: evaluate" in trainings.log.read_text()[begin:]), trainings.end_of_log()
     send(processes[1:], signal.SIGTERM)
@@ -185,11 +186,15 @@ def test_an_evaluation_is_left_and_done_after_the_restart(trainings, tmp_path):
     assert not [row for row in read_rows(tmp_path / "run") if row["kind"].startswith("val/")]
 
     for _ in range(2):  # once
-        trainings.start(tmp_path / "run", 2, *words)
+        trainings.start(tmp_path / "run", 2, *words, slow={"evaluate": 0.1})
         assert trainings.exit_codes() == [0, 0], trainings.end_of_log()
         state = open_checkpoint(tmp_path / "run/checkpoints/step_00000002").state
         assert (state.evaluation_due, state.best_step) == (False, 2)
-        assert sum(row["kind"].startswith("val/") for row in read_rows(tmp_path / "run")) == 2
+        rows = read_rows(tmp_path / "run")
+        evaluations = [row for row in rows if row["kind"].startswith("val/")]
+        assert [row["step"] for row in evaluations] == [2, 2, 3, 3][: 2 * (steps - 1)]
+    late = sum(row["seconds"] for row in evaluations[:2])
+    assert all(row["seconds"] < late / 2 for row in rows if row["kind"] == "train"), "an evaluation is on the clock"
 
 
 # ---- other ends ----------------------------------------------------------------------------------

@@ -173,9 +173,24 @@ def test_a_resume_drops_the_rows_that_are_done_again(config, world):
 
 
 def test_a_torn_row_of_a_kept_step_is_dropped(config, world):
-    (config.run_dir / "metrics.jsonl").write_text('{"step": 5, "kind": "train"}\n{"step": 10, "ki')
-    begin(config, world, first_step=10).close()
-    assert [row["step"] for row in rows(config)] == [5]
+    """Wherever it was cut: a row may end like a whole one, behind its stages."""
+    torn = json.dumps({"step": 10, "kind": "train", "stages": {"compute": 1.0}})
+    for cut in range(len(torn)):
+        (config.run_dir / "metrics.jsonl").write_text('{"step": 5, "kind": "train"}\n' + torn[:cut])
+        begin(config, world, first_step=10).close()
+        assert [row["step"] for row in rows(config)] == [5], cut
+
+
+def test_a_run_that_had_finished_writes_nothing_more(config, world):
+    metrics = begin(config, world)
+    metrics.log_end(TOTAL_STEPS, "finished", 640, 50.0)
+    metrics.close()
+    before = {path.name: path.read_bytes() for path in config.run_dir.iterdir()}
+    metrics = begin(config, world, first_step=TOTAL_STEPS)
+    metrics.log_start(TOTAL_STEPS, {})
+    metrics.log_end(TOTAL_STEPS, "finished", 640, 50.0)
+    metrics.close()
+    assert {path.name: path.read_bytes() for path in config.run_dir.iterdir()} == before
 
 
 def test_a_fresh_start_over_old_rows_keeps_none(config, world):

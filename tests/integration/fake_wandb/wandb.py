@@ -34,8 +34,11 @@ class _Run:
     def log(self, values: dict[str, Any]) -> None:
         _tell("log", **values)
 
-    def finish(self) -> None:
-        _tell("finish")
+    def mark_preempting(self) -> None:
+        _tell("mark_preempting")
+
+    def finish(self, exit_code: int) -> None:
+        _tell("finish", exit_code=exit_code)
 
 
 def init(**options: Any) -> _Run:

@@ -45,7 +45,7 @@ def write(config: Config, first_step: int = 0) -> None:
     events.add_histogram("gradient_norms/stem", np.array([1.0, 2.0, 4.0]), first_step + 1)
     events.add_image("samples", np.full((8, 16, 3), 7, np.uint8), "60% cat + 40% dog", first_step + 1)
     events.add_result({"best_top1": 87.5}, first_step + 6)
-    events.close()
+    events.close(finished=True)
 
 
 def test_tensorboard_reads_it_back(config):
@@ -85,7 +85,25 @@ def test_wandb_gets_the_same(online, tmp_path):
     ]
     assert calls(tmp_path, "define_metric") == [{"name": "*", "step_metric": "step"}]
     assert calls(tmp_path, "summary") == [{"result/best_top1": 87.5}]
-    assert calls(tmp_path, "finish") == [{}]
+    assert calls(tmp_path, "finish") == [{"exit_code": 0}]
+
+
+def test_wandb_is_told_how_a_run_ends(online, tmp_path):
+    Events(online, 0).close(finished=False)
+    assert calls(tmp_path, "finish") == [{"exit_code": 1}]
+    assert calls(tmp_path, "mark_preempting") == []
+    events = Events(online, 0)
+    events.mark_preempted()
+    events.close(finished=False)
+    assert calls(tmp_path, "mark_preempting") == [{}]
+
+
+def test_the_project_is_ours_unless_the_environment_names_one(online, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    Events(online, 0).close(finished=True)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    Events(online, 0).close(finished=True)
+    assert [call["project"] for call in calls(tmp_path, "init")] == ["gcvit", "theirs"]
 
 
 def test_wandb_goes_on_with_the_run_of_the_folder(online, tmp_path):

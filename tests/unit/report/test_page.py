@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -15,9 +16,10 @@ from gcvit.report.__main__ import main
 from gcvit.report.page import render, to_json
 from gcvit.report.published import find_place
 from gcvit.report.record import read_record, read_records
-from gcvit.report.stalls import STAGES
+from gcvit.report.stalls import STAGES, describe_bounds
 from gcvit.report.style import PALETTE
-from gcvit.report.wording import duration, listing, short
+from gcvit.report.summary import summarize
+from gcvit.report.wording import duration, gigabytes, listing, short
 from tests.unit.report.run_folders import CLASSES, write_evaluation, write_images, write_rows, write_run, write_samples
 
 EVIL = "</script><img src=x onerror=alert(1)>\"'{{ 7 * 7 }}&lt;b&gt;"
@@ -214,6 +216,35 @@ def test_a_run_stands_among_the_published_where_it_was_measured_on_imagenet(tmp_
     assert place.gmacs == pytest.approx(12.7 / 6)
 
 
+def test_throughput_is_of_the_devices_that_were_there(tmp_path):
+    """5,200 images a second on eight, then 2,600 on four."""
+    tiles = {name: note for name, _, note in summarize(read_record(write_run(tmp_path / "a", 40)), "run-1").tiles}
+    found = re.fullmatch(r"median; (\d+) a device", tiles["throughput"])
+    assert 640 < int(found[1]) < 660
+
+
+def test_a_run_that_was_started_again_has_not_ended(tmp_path):
+    folder = write_run(tmp_path / "a", 30)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert "It finished." in summarize(read_record(folder), "run-1").sentence
+    write_rows(folder, rows[:-1])
+    assert "No row says that it ended" in summarize(read_record(folder), "run-1").sentence
+    (preempted,) = [i for i, row in enumerate(rows) if row.get("outcome") == "preempted"]
+    write_rows(folder, rows[: preempted + 1])
+    assert "waits for its next start" in summarize(read_record(folder), "run-1").sentence
+    write_rows(folder, [*rows, rows[-1] | {"kind": "start", "time": rows[-1]["time"] + 9}])
+    assert "No row says that it ended" in summarize(read_record(folder), "run-1").sentence
+
+
+def test_the_rank_that_is_the_slowest_is_named(tmp_path):
+    folder = write_run(tmp_path / "a", 30)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for others, sentence in ((range(4), ""), ([3], " Rank 3 was the slowest in 100\u202f% of them.")):
+        ranks = itertools.cycle(others)
+        write_rows(folder, [row | {"slowest_rank": next(ranks)} if row["kind"] == "train" else row for row in rows])
+        assert describe_bounds(read_record(folder)).partition("steps.")[2] == sentence
+
+
 def test_every_stage_that_a_run_names_has_its_colour():
     assert set(STAGES) == set(measured.STAGES)
     assert set(STAGES) < set(PALETTE)
@@ -245,6 +276,8 @@ def test_words():
     assert duration(93_784) == "1\u202fd 2\u202fh"
     assert duration(60) == "1\u202fmin"
     assert short(90_320_836) == "90.3\u202fM"
+    assert [short(999.4), short(999.7), short(9_994), short(999_700)] == ["999", "1\u202f000", "9\u202f994", "1\u202fM"]
+    assert [gigabytes(999.4e6), gigabytes(999.8e6)] == ["999\u202fMB", "1\u202fGB"]
     assert listing(["a", "b", "c"]) == "a, b and c"
     assert len(CLASSES) == 4
 
