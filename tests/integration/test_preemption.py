@@ -186,7 +186,7 @@ def test_an_evaluation_is_left_and_done_after_the_restart(steps, trainings, tmp_
     assert not [row for row in read_rows(tmp_path / "run") if row["kind"].startswith("val/")]
 
     for _ in range(2):  # once
-        trainings.start(tmp_path / "run", 2, *words, slow={"evaluate": 0.1})
+        trainings.start(tmp_path / "run", 2, *words, slow={"evaluate": 0.3})
         assert trainings.exit_codes() == [0, 0], trainings.end_of_log()
         state = open_checkpoint(tmp_path / "run/checkpoints/step_00000002").state
         assert (state.evaluation_due, state.best_step) == (False, 2)
@@ -194,7 +194,8 @@ def test_an_evaluation_is_left_and_done_after_the_restart(steps, trainings, tmp_
         evaluations = [row for row in rows if row["kind"].startswith("val/")]
         assert [row["step"] for row in evaluations] == [2, 2, 3, 3][: 2 * (steps - 1)]
     late = sum(row["seconds"] for row in evaluations[:2])
-    assert all(row["seconds"] < late / 2 for row in rows if row["kind"] == "train"), "an evaluation is on the clock"
+    after = [row["seconds"] for row in rows if row["kind"] == "train" and row["step"] == 3]
+    assert all(seconds < late for seconds in after), "the late evaluation is on the clock"
 
 
 # ---- other ends ----------------------------------------------------------------------------------
