@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
     add = parser.add_argument_group("of tars that others made").add_argument
     add("--split", choices=SPLITS, help="this split alone; also that of tars whose name tells none")
-    add("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels, a line each")
+    add("--classes", type=Path, metavar="FILE", help="classes in the order of labels, a line each; or imagenet")
     add("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
     add("--skip-unusable", action="store_true", help="leave out samples without one image and one label")
     args = parser.parse_args(arguments)

@@ -243,7 +243,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("which images").add_argument
     add("--split", choices=("train", "val"), help="that of a source with one (train)")
     add("--val-fraction", type=float, metavar="F", help="hold out this share of a source with one split")
-    add("--classes", type=Path, metavar="FILE", help="the classes in the order of their labels, a line each")
+    add("--classes", type=Path, metavar="FILE", help="classes in the order of labels, a line each; or imagenet")
     add = parser.add_argument_group("how they are stored").add_argument
     add("--shard-size", type=int, default=1000, metavar="N", help="samples in a shard (1000)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples' order (0)")

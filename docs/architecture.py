@@ -346,7 +346,10 @@ def _arrow(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m docs.architecture",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--model", default="gc_vit_tiny", choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=PICTURE, metavar="FILE", help=".svg or .png")

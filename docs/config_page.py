@@ -5,6 +5,7 @@
 A test compares the page with what this writes.
 """
 
+import argparse
 import json
 import types
 from collections.abc import Iterable, Iterator
@@ -164,6 +165,7 @@ def _code(value: Any) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m docs.config_page", description=__doc__).parse_args()
     PAGE.write_text(write_page())
     print(f"{PAGE.relative_to(ROOT)} is written")
 

@@ -6,7 +6,7 @@ What the knobs are is said in `gcvit.config`.
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from gcvit.config import Config
 from gcvit.errors import UserError
+
+_PATTERNS = {
+    "tag": "letters, digits and . _ -, of which a letter or digit comes first",
+    "trainer.profile": "START:STEPS, two whole numbers, as 20:3",
+}
+"""Patterns of knobs in words."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,7 +68,9 @@ def load_config(
             _set(tree, key, value)
     for override in overrides:
         _set(tree, *_read_override(override))
-    config = parse_config(tree, source=str(path))
+    typed = {key for key, value in (flags or {}).items() if value is not None}
+    typed |= {override.partition("=")[0] for override in overrides}
+    config = parse_config(tree, str(path), typed)
     if isinstance(file_batch, int) and file_batch > 0:
         is_asked = any(override.partition("=")[0] == "optim.lr_scaling" for override in overrides)
         return _guard_recipe(config, file_batch, is_asked)
@@ -98,13 +106,16 @@ def _guard_recipe(config: Config, file_batch: int, is_asked: bool) -> tuple[Conf
     return config.model_copy(update={"optim": optim.model_copy(update={"lr": lr})}), [notice]
 
 
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Check a tree of plain values, as read from YAML or JSON; `source` names it in errors."""
+def parse_config(tree: dict[str, Any], source: str, typed: Collection[str] = ()) -> Config:
+    """Check a tree of plain values, as read from YAML or JSON.
+
+    Errors: UserError that names the `source`, or the command line for the keys that were `typed` there.
+    """
     try:
         # Strict JSON mode: lists become tuples and 1 becomes 1.0, but "1" is no number and 1 is no bool.
         return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise _explain(error, source, typed) from None
     except (TypeError, ValueError) as error:  # json cannot write it: a date, say
         raise UserError("the config holds a value of an unknown kind", got=f"{source} ({error})") from None
 
@@ -139,9 +150,11 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, source: str) -> UserError:
+def _explain(error: ValidationError, source: str, typed: Collection[str]) -> UserError:
     first, *others = error.errors()
     key = ".".join(str(part) for part in first["loc"])
+    if any(f"{key}.".startswith(f"{name}.") for name in typed):
+        source = "the command line"
     where = f"{source}: {key}" if key else source
     more = f" ({len(others)} more after this one)" if others else ""
     got = f"{first['input']!r}{more}" if key else None
@@ -152,7 +165,9 @@ def _explain(error: ValidationError, source: str) -> UserError:
         return UserError("unknown config key", got=where + more, allowed=", ".join(names), cure=cure)
     if first["type"] == "missing":
         return UserError(f"a config key is missing: {where}{more}", cure="add it, or see configs/ for complete files")
-    allowed = first["msg"].removeprefix("Value error, ")
+    allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "string_pattern_mismatch":
+        allowed = _PATTERNS.get(key, allowed)
     if not key:
         return UserError(f"{where}: {allowed}{more}")
     if first["type"] == "value_error" and isinstance(first["input"], dict):

@@ -64,10 +64,7 @@ def find_device(torch_name: str) -> Device | None:
 def get_device(name: str) -> Device:
     """The row by its own name. Errors: UserError for an unknown one, with the nearest."""
     if name not in DEVICES:
-        near = next((known for known in DEVICES if known.startswith(name)), None) or _nearest(name)
-        raise UserError("unknown GPU", got=name, allowed=", ".join(DEVICES), cure=f"did you mean {near}?")
+        near = [known for known in DEVICES if known.startswith(name)] or difflib.get_close_matches(name, DEVICES, n=1)
+        cure = f"did you mean {near[0]}?" if near else None
+        raise UserError("unknown GPU", got=name, allowed=", ".join(DEVICES), cure=cure)
     return DEVICES[name]
-
-
-def _nearest(name: str) -> str:
-    return difflib.get_close_matches(name, DEVICES, n=1, cutoff=0.0)[0]

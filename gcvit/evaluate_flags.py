@@ -1,13 +1,18 @@
 """The command line of `evaluate.py`."""
 
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 
 from gcvit.errors import UserError
 
 
 def parse_arguments(description: str | None) -> Namespace:
     """Its flags. Leaves with exit code 2 for what is no flag; `check` tells which do not go together."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(
+        usage="%(prog)s RUN... --data_dir DIR [flags]",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     what = parser.add_argument_group("what is evaluated")
     what.add_argument("runs", nargs="*", metavar="RUN", help="runs/TAG (its best), a checkpoint in it, or an export")
     what.add_argument("--weights", choices=["ema", "model", "both"], help="of a run (its EMA where there is one)")
@@ -23,7 +28,7 @@ def parse_arguments(description: str | None) -> Namespace:
         action="append",
         help="folder or URL with the split; repeat it for several. SET: imagenet, real, v2, a, r, sketch",
     )
-    data.add_argument("--split", default="val", help="folder below DIR (val)")
+    data.add_argument("--split", help="folder below DIR (val)")
     data.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
     data.add_argument("--cache_bytes", "--cache-bytes", metavar="N", type=int, help="most bytes kept there")
     data.add_argument("--skip-damaged", action="store_true", help="leave damaged samples out, and count them")
@@ -34,7 +39,9 @@ def parse_arguments(description: str | None) -> Namespace:
     how.add_argument("--resize", choices=["crop", "squash"], help="the short side, then crop; or both sides")
     how.add_argument("--tta", choices=["flip", "ten-crop"], help="average over mirror images, or over ten crops")
     how.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="(fp32)")
-    how.add_argument("--batch-size", "--batch_size", metavar="N[,N...]", type=_numbers, help="per device (64)")
+    how.add_argument(
+        "--batch-size", "--batch_size", metavar="N[,N...]", type=_numbers, help="per device (64; timed: 1 to 64)"
+    )
 
     out = parser.add_argument_group("what is kept")
     out.add_argument("--out", metavar="DIR", help="for NAME.json of each evaluation and results.csv (RUN/evaluations)")
@@ -60,6 +67,8 @@ def check(arguments: Namespace) -> None:
         )
     if arguments.weights and has_file:
         raise UserError("a file holds one kind of weights", got=f"--weights {arguments.weights}", cure="leave it out")
+    if any(not given or given.endswith("=") for given in arguments.data_dir or ()):
+        raise UserError("--data_dir is empty", cure="give a folder or a URL")
     if arguments.benchmark == bool(arguments.data_dir):
         cure = "leave out --data_dir" if arguments.benchmark else "give --data_dir DIR, a folder with the split"
         raise UserError("--benchmark uses no images" if arguments.benchmark else "no data", cure=cure)
@@ -73,10 +82,14 @@ def check(arguments: Namespace) -> None:
         raise UserError("--crop-pct", got=arguments.crop_pct, allowed="above 0, at most 1")
     unused = {"--tta": arguments.tta, "--predictions": arguments.predictions, "--out": arguments.out}
     unused |= {"--crop-pct": arguments.crop_pct, "--resize": arguments.resize, "--cache_dir": arguments.cache_dir}
+    unused |= {"--cache_bytes": arguments.cache_bytes, "--split": arguments.split}
     unused |= {"--skip-damaged": arguments.skip_damaged, "--weights both": arguments.weights == "both"}
     if arguments.benchmark and (given := [flag for flag, value in unused.items() if value]):
         raise UserError("has no effect with --benchmark", got=", ".join(given), cure="leave it out")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"got {text}; allowed: a whole number, or several as 224,256") from None

@@ -211,7 +211,7 @@ def main() -> None:
     add = parser.add_argument_group("what, and where to").add_argument
     add("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="runs/TAG (its best) or a checkpoint in it")
     add("--weights", choices=["ema", "model"], help="which ones (ema where there is one)")
-    add("--out", metavar="DIR", type=Path, help="folder to make (RUN/export)")
+    add("--out", metavar="DIR", type=Path, help="folder to make (RUN/export, or CHECKPOINT-export)")
     add = parser.add_argument_group("how").add_argument
     add("--layout", choices=["timm", "own"], help="names of tensors (timm's where timm has the model)")
     arguments = parser.parse_args()

@@ -1,18 +1,23 @@
 """The command line of `train.py`."""
 
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 
 from gcvit.errors import UserError
 
 _OF_A_START = ("resume", "init_from", "reset_head")
 _OF_A_PLAN = ("gpus", "gpu", "mfu")
-_NOT_OF_ONE_BATCH = ("batch_size", "model_ema")
+_NOT_OF_ONE_BATCH = ("batch_size", "model_ema", "tag")
 _ABSENT = {"resume": "auto"}  # what a flag that is not given reads as, beside None and False
 
 
 def parse_arguments(description: str | None) -> Namespace:
     """Its flags, and `overrides` of knobs. Leaves with exit code 2 for what is no flag; for `check` see there."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(
+        usage="%(prog)s --config FILE [flags] [dotted.key=value ...]",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
     what.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any knob of the config")
@@ -29,7 +34,7 @@ def parse_arguments(description: str | None) -> Namespace:
 
     start = parser.add_argument_group("from where")
     start.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
-    start.add_argument("--init-from", "--init_from", metavar="FILE|NAME", help="start from these weights")
+    start.add_argument("--init-from", "--init_from", metavar="RUN|FILE|NAME", help="start from these weights")
     start.add_argument("--reset-head", "--reset_head", action="store_true", help="... of which the head is left out")
 
     instead = parser.add_argument_group("instead of training")
@@ -45,7 +50,9 @@ def parse_arguments(description: str | None) -> Namespace:
 
 
 def check(arguments: Namespace) -> None:
-    """Errors: UserError for flags that would have no effect beside others."""
+    """Errors: UserError for flags that would have no effect beside others, and an empty folder."""
+    if arguments.data_dir == "":
+        raise UserError("--data_dir is empty", cure="give a folder or a URL")
     _refuse(arguments, _OF_A_PLAN, arguments.plan, "belongs to a plan", "add --plan")
     is_start = not (arguments.plan or arguments.overfit_one_batch)
     _refuse(arguments, _OF_A_START, is_start, "belongs to a training", "leave it out")
@@ -60,4 +67,7 @@ def _refuse(arguments: Namespace, names: tuple[str, ...], is_fitting: bool, what
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"got {text}; allowed: a whole number, or auto") from None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from isal.isal_zlib import crc32
 
 from gcvit.data.folder import LAYOUT, class_folders, open_folder
-from gcvit.data.manifest import Manifest, Shard, column_path, find_split, read_manifest
+from gcvit.data.manifest import FILE_NAME, Manifest, Shard, column_path, find_split, read_manifest
 from gcvit.data.remote import is_remote
 from gcvit.data.shard_cache import Prefetcher, ShardCache, fetch_manifest
 from gcvit.errors import UserError
@@ -214,6 +214,10 @@ def open_source(
             allowed=f"shards from data_prep, or {LAYOUT}",
             cure="check --data_dir",
         )
+    is_split = (data_dir / split).is_dir() or (data_dir / FILE_NAME).exists()
+    if not is_split and any(data_dir.glob("ILSVRC2012_img_*.tar")):
+        cure = f"python -m data_prep.shard {data_dir} OUT, and --data_dir OUT"
+        raise UserError("these are ImageNet's archives, not shards", got=data_dir, cure=cure)
     found = find_split(data_dir, split)
     if found is not None:
         return ShardSource(read_manifest(found))

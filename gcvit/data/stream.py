@@ -284,7 +284,12 @@ class _EvalLoader(Dataset[EvalBatch | UserError]):
             return UserError(
                 "a sample is damaged",
                 got=f"{damaged[0].where} ({damaged[0].reason})",
-                cure="python -m data_prep.verify lists all damage, and --repair mends; --skip-damaged leaves it out",
+                cure=(
+                    "python -m data_prep.verify lists all damage, and --repair mends"
+                    if self._source.in_runs
+                    else "replace the file"
+                )
+                + "; --skip-damaged leaves it out",
             )
         labels, indices = torch.zeros((2, self._batch_size), dtype=torch.int64)
         labels[: len(samples)] = torch.from_numpy(self._source.label[samples].astype(np.int64))

@@ -50,6 +50,8 @@ def find_candidate(path: str, kind: str | None = None) -> Candidate:
         model, config = load_export(Path(path))
         classes, state = read_label_names(Path(path)), model.state_dict()
         return Candidate(path, "export", None, config.model, config.data, _tuple(classes), None, lambda world: state)
+    if Path(path).is_file():
+        raise UserError("a file of weights needs its variant", got=path, cure=f"--model NAME --checkpoint {path}")
     found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
     config = parse_config(found.info["config"], source=str(found.path))
     chosen, classes = choose_kind(found, kind), found.info.get("classes")

@@ -3,7 +3,7 @@
 import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,7 +126,9 @@ def open_writer(path: Path) -> Iterator[Callable[[dict[str, list[Any]]], None]]:
     try:
         yield append_or_tell
     except BaseException:
-        file.close()
+        with suppress(OSError):  # the first error tells more
+            file.close()
+            part.unlink()
         raise
     with _naming(path):
         file.close()

@@ -37,7 +37,7 @@ def read_options(arguments: Namespace) -> Options:
 def open_sets(arguments: Namespace) -> list[ImageSet]:
     """The sets of a call, under different names. Errors: UserError for missing or damaged data, or the same twice."""
     cache = (arguments.cache_dir, arguments.cache_bytes)
-    sets = [open_set(given, arguments.split, *cache) for given in arguments.data_dir or ()]
+    sets = [open_set(given, arguments.split or "val", *cache) for given in arguments.data_dir or ()]
     if len(set(arguments.data_dir or ())) < len(sets):
         given = ", ".join(map(evaluation_record.hide_secrets, arguments.data_dir))
         raise UserError("the same set twice", got=given, cure="name each once")

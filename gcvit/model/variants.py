@@ -135,8 +135,8 @@ def find_variant(name: str) -> Variant:
 
 def _check_name(what: str, name: str, allowed: list[str]) -> None:
     if name not in allowed:
-        nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
-        raise UserError(what, got=name, allowed=", ".join(allowed), cure=f"did you mean {nearest}?")
+        near = difflib.get_close_matches(name, allowed, n=1)
+        raise UserError(what, got=name, allowed=", ".join(allowed), cure=f"did you mean {near[0]}?" if near else None)
 
 
 def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:

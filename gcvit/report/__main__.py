@@ -17,7 +17,13 @@ REPORT_FILE = "report.html"
 
 def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="gcvit.report", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m gcvit.report",
+        usage="%(prog)s RUN... [flags]",
+        description=__doc__,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
     runs = parser.add_argument_group("what to report")
     runs.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, runs/TAG; several are compared"

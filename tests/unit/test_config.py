@@ -118,7 +118,7 @@ def test_a_missing_file(tmp_path):
 def test_an_unknown_key_names_the_nearest(path, override, nearest):
     message = refusal(path, override)
     key = override.partition("=")[0]
-    assert message.startswith("unknown config key: got ")
+    assert message.startswith("unknown config key: got the command line: ")
     assert key in message
     assert "allowed: " in message
     assert f"cure: did you mean {nearest}" in message

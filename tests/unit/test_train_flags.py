@@ -121,7 +121,7 @@ def test_what_is_left_out_is_absent(parse):
         "overrides": [],
     }
     found = parse(evaluate, "runs/a", "--data_dir", "data")
-    assert (found.runs, found.split, found.batch_size, found.weights) == (["runs/a"], "val", None, None)
+    assert (found.runs, found.split, found.batch_size, found.weights) == (["runs/a"], None, None, None)
 
 
 def test_what_a_plan_is_for(parse, capsys):
@@ -146,6 +146,8 @@ def test_what_a_plan_is_for(parse, capsys):
         (["--plan", "--reset-head"], "--reset-head belongs to a training"),
         (["--overfit-one-batch", "--batch-size", "auto"], "--batch-size has no effect on --overfit-one-batch"),
         (["--overfit-one-batch", "--model-ema"], "--model-ema has no effect on --overfit-one-batch"),
+        (["--overfit-one-batch", "--tag", "a"], "--tag has no effect on --overfit-one-batch"),
+        (["--data_dir", ""], "--data_dir is empty; cure: give a folder"),
     ],
 )
 def test_a_flag_without_effect_is_refused(parse, words, told):
@@ -165,7 +167,9 @@ def test_what_is_no_flag_is_refused(parse, words, capsys):
         with pytest.raises(SystemExit) as stopped:
             parse(script, *needed, *words)
         assert stopped.value.code == 2
-    assert words[0] in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert words[0] in told
+        assert len(told.splitlines()) == 2, "usage, and what is wrong"
 
 
 # ---- into the config -----------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def test_data_directory_errors(image_tree, tmp_path):
     (tmp_path / "empty" / "train").mkdir()
     with pytest.raises(UserError, match="no class folders"):
         open_source(tmp_path / "empty", "train")
+    (tmp_path / "imagenet").mkdir()
+    for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz"):
+        (tmp_path / "imagenet" / f"ILSVRC2012_{name}").touch()
+    with pytest.raises(UserError, match=r"ImageNet's archives, not shards: got .*cure: python -m data_prep\.shard"):
+        open_source(tmp_path / "imagenet", "train")
     root = shutil.copytree(image_tree, tmp_path / "copy")
     (root / "train" / "dog").mkdir()
     (root / "train" / "dog" / "README.txt").touch()
