@@ -90,18 +90,21 @@ def _guard_recipe(config: Config, file_batch: int, is_asked: bool) -> tuple[Conf
     factor = batch / file_batch
     lr = optim.lr * {"none": 1.0, "sqrt": factor**0.5, "linear": factor}[optim.lr_scaling]
     if lr < optim.min_lr:
+        milder = "sqrt" if optim.lr_scaling == "linear" and optim.lr * factor**0.5 >= optim.min_lr else "none"
         raise UserError(
             "optim.lr_scaling leaves less than optim.min_lr",
             got=f"{lr:g} at global_batch_size={batch}",
             allowed=f"{optim.min_lr:g} or more",
-            cure="lower optim.min_lr, or take optim.lr_scaling=sqrt",
+            cure=f"lower optim.min_lr, or take optim.lr_scaling={milder}",
         )
-    becomes = f"stays {lr:g}" if lr == optim.lr else f"becomes {lr:g} instead of {optim.lr:g}"
+    becomes, decays = f"stays {lr:g}", "as before"
+    if lr != optim.lr:
+        becomes, decays = f"becomes {lr:g} instead of {optim.lr:g}", f"{lr / optim.lr:.3g} times as much"
     notice = (
         f"global batch {batch} instead of the recipe's {file_batch}: by optim.lr_scaling={optim.lr_scaling} the peak "
         f"learning rate {becomes}; an epoch has {1 / factor:.3g} times as many updates, and each decays the weights "
-        f"as before; AdamW's moments reach over {factor:.3g} times as many samples; what the config gives in epochs "
-        "keeps its length"
+        f"{decays}; AdamW's moments reach over {factor:.3g} times as many samples; what the config gives in epochs "
+        "keeps its length, what it gives in steps its number of updates"
     )
     return config.model_copy(update={"optim": optim.model_copy(update={"lr": lr})}), [notice]
 

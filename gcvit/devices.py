@@ -24,6 +24,11 @@ class Device:
     """By the data sheet, whose GB are 10^9 bytes. What a driver shows differs by a few percent either way."""
     peaks: Mapping[str, float]
 
+    @property
+    def runs_triton(self) -> bool:
+        """Whether attention "auto" takes our kernels there: from `kernels.CAPABILITY` on, which bf16 came with."""
+        return "bf16" in self.peaks
+
 
 def _device(name: str, torch_names: tuple[str, ...], gigabytes: int, fp32: float, half: float, bf16: bool) -> Device:
     """`fp32` and `half` (16 bits, summed in fp32) in TFLOP/s."""

@@ -53,15 +53,18 @@ def overfit_one_batch(config: Config, world: World, sources: tuple[Source, Sourc
     size = " x ".join(map(str, images.shape))
     print(f"{config.model.name} on {world.device.type}, images {size}, {targets.shape[1]} classes", flush=True)
     print(f"no loss can be below {floor:.3f}: what targets are mixed and smoothed of is not to be known", flush=True)
-    first, last = learn(engine, images, targets, floor)
+    # In fp16 the loss scale may have to be halved a few times.
+    max_bad_steps = config.trainer.max_bad_steps if config.precision == "fp16" else 0
+    first, last = learn(engine, images, targets, floor, max_bad_steps)
     share = (first.loss - last.loss) / max(first.loss - floor, 1e-9)
     fell = f"in {last.step} updates the loss went from {first.loss:.3f} to {last.loss:.3f}, {share:.0%} of the way"
     if not last.is_finite:
-        sys.exit(f"NOT LEARNED: the loss or its gradient is not finite; {fell}. Try precision=fp32")
+        cure = "" if config.precision == "fp32" else ". Try precision=fp32"
+        sys.exit(f"NOT LEARNED: the loss or its gradient is not finite; {fell}{cure}")
     if share < ENOUGH:
         sys.exit(
             f"NOT LEARNED: {fell}; {ENOUGH:.0%} are wanted. Look at the images and their labels, at data.mean and "
-            "data.std, and whether a smaller model or more of augment.* makes a difference"
+            "data.std, and whether a smaller model or less of augment.* makes a difference"
         )
     print(f"LEARNED: {fell}; top-1 {last.top1:.0f} %", flush=True)
 
@@ -73,6 +76,7 @@ def simplify(config: Config, train: Source) -> Config:
         "global_batch_size": num_images,
         "compile": False,  # which would take longer than all the rest
         "model": {"drop_path": 0.0, "drop_path_skips": False},
+        "fsdp": config.fsdp and config.fsdp.model_copy(update={"shard_size": None}),
         "optim": {"weight_decay": 0.0, "frozen_backbone": None, "layer_decay": None},
         "data": {"num_workers": 0},
         "trainer": {"micro_batch_size": None},
@@ -92,10 +96,13 @@ def load_batch(config: Config, world: World, train: Source) -> tuple[Tensor, Ten
     return augment(batch, 0, world.device)
 
 
-def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float) -> tuple[Look, Look]:
-    """Update until the batch is learned, or time is up; what was seen first and last."""
+def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float, max_bad_steps: int) -> tuple[Look, Look]:
+    """Update until the batch is learned, or time is up, or more than so many updates in a row are not finite.
+
+    Returns what was seen first and last.
+    """
     engine.module.train()
-    start, looks = time.monotonic(), []
+    start, looks, num_bad = time.monotonic(), [], 0
     for step in range(MAX_STEPS + 1):
         logits = engine(images)
         losses = soft_target_loss(logits, targets)
@@ -104,8 +111,9 @@ def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float) -> tupl
         top1 = 100 * (logits.argmax(-1) == targets.argmax(-1)).float().mean().item()
         look = Look(step, losses.mean().item(), top1, bool(result.applied.item()))
         looks.append(look)
+        num_bad = 0 if look.is_finite else num_bad + 1
         is_learned = looks[0].loss - look.loss >= ENOUGH * (looks[0].loss - floor)
-        is_over = is_learned or not look.is_finite or time.monotonic() - start > MAX_SECONDS or step == MAX_STEPS
+        is_over = is_learned or num_bad > max_bad_steps or time.monotonic() - start > MAX_SECONDS or step == MAX_STEPS
         if step % 10 == 0 or is_over:
             print(f"after {step} updates: loss {look.loss:.3f}, top-1 {top1:.0f} %", flush=True)
         if is_over:

@@ -61,7 +61,9 @@ def check(arguments: Namespace) -> None:
 
 
 def _refuse(arguments: Namespace, names: tuple[str, ...], is_fitting: bool, what: str, cure: str) -> None:
-    given = [name for name in names if getattr(arguments, name) not in (None, False, _ABSENT.get(name))]
+    values = {name: getattr(arguments, name) for name in names}
+    # By identity: 0 is a value, though it equals False.
+    given = [name for name, x in values.items() if x is not None and x is not False and x != _ABSENT.get(name)]
     if given and not is_fitting:
         raise UserError(f"--{given[0].replace('_', '-')} {what}", got=getattr(arguments, given[0]), cure=cure)
 

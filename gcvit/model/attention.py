@@ -228,4 +228,4 @@ class WindowAttention(nn.Module):
             return "reference"
         head_dim = self.proj.in_features // self.num_heads
         serves = HAS_TRITON and parts_bhwc.dtype in kernels.DTYPES and head_dim in kernels.HEAD_DIMS
-        return "triton" if serves else "sdpa"
+        return "triton" if serves and kernels.serve_device(parts_bhwc.device) else "sdpa"

@@ -128,10 +128,12 @@ class FsdpEngine:
 def check_shards(module: GCViT, shard_size: int, world_size: int) -> None:
     """Errors: UserError where so many ranks cannot share a copy of the model."""
     if world_size % shard_size:
+        fitting = max(size for size in range(1, shard_size) if world_size % size == 0)
         raise UserError(
             "fsdp.shard_size does not divide the processes into equal copies of the model",
             got=shard_size,
             allowed=f"a divisor of {world_size} processes",
+            cure=f"set fsdp.shard_size={fitting}, or null for one copy over all",
         )
     last = shard_size - 1
     if not any(last * -(-p.shape[0] // shard_size) < p.shape[0] for p in module.parameters()):

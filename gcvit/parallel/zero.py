@@ -56,7 +56,7 @@ class ZeroEngine:
         _prepare_environment(world)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         settings = build_settings(optim, zero, module, num_micro_steps, dtype)
-        _check(settings, world)
+        check_settings(settings, world.device.type)
         shapes = {name: p.shape for name, p in module.named_parameters()}
         module.to(dtype)  # the masters stay fp32
         if zero.stage == 3:
@@ -181,10 +181,10 @@ class ZeroEngine:
                 offset += per_rank
 
 
-def _check(settings: dict[str, Any], world: World) -> None:
+def check_settings(settings: dict[str, Any], device_type: str) -> None:
     """Let DeepSpeed read its settings, before anything is built. Errors: UserError with what it says of them."""
     quantized = [key for key, value in settings["zero_optimization"].items() if "quantized" in key and value]
-    if quantized and world.device.type != "cuda":
+    if quantized and device_type != "cuda":
         raise UserError("ZeRO++ quantizes on a GPU only", got=", ".join(quantized), cure="remove it from zero.extra")
     try:
         deepspeed.DeepSpeedConfig(settings)

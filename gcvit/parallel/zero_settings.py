@@ -167,7 +167,7 @@ def _merge(ours: Settings, extra: Settings, path: str = "", cure: str | None = N
                     allowed=ours.get(key, "nothing"),
                     cure=cure_here or "give a mapping",
                 )
-        else:
+        elif value != "auto" or key not in ours:  # DeepSpeed would put its own default there
             merged[key] = value
     return merged
 

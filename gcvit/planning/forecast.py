@@ -42,13 +42,17 @@ class _Record:
 
 
 class Forecast:
-    """Predicts the memory of configs that differ in engine, recomputation and micro-batch, not in their model."""
+    """Predicts the memory of configs that differ in engine, recomputation and micro-batch, not in their model.
 
-    def __init__(self, config: Config, *, on_gpu: bool):
+    Of GPUs `runs_triton` says whether they are new enough for our kernels. Drop path that skips images keeps another
+    number of them in each step: none is taken to be skipped, which is the most that a step can take.
+    """
+
+    def __init__(self, config: Config, *, on_gpu: bool, runs_triton: bool = True):
         with torch.device("meta"):
-            self.model = build_model(config.model)
+            self.model = build_model(config.model.model_copy(update={"drop_path_skips": False}))
         if on_gpu:
-            compute_as_on_gpu(self.model)
+            compute_as_on_gpu(self.model, runs_triton=runs_triton)
         self._layout = Layout(self.model)
         self._on_gpu = on_gpu
         self._records: dict[tuple[_Key, int], _Record] = {}

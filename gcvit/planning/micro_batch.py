@@ -15,27 +15,31 @@ from torch import nn
 from gcvit.config import Config
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
+from gcvit.model.kernels import serve_device
 from gcvit.parallel.budget import Compute
 from gcvit.parallel.build import DTYPES
 from gcvit.parallel.world import World
 from gcvit.planning.forecast import Forecast, share_of, with_micro_batch
 
+_DECISIVE = ("global_batch_size", "engine", "fsdp", "zero", "precision", "activation_checkpointing")
+"""What of a config decides how much fits, beside the model, which a checkpoint fixes."""
 _MARGIN = 0.05  # of a GPU's memory, for NCCL's buffers and the gaps that many steps leave
 
 
 def settle_micro_batch(config: Config, world: World, trained: Mapping[str, Any] | None, notices: list[str]) -> Config:
     """Put a number in the place of "auto", the same on all ranks; how it came about is added to `notices`.
 
-    `trained` is the info of the checkpoint to go on from: where as many ranks go on, they keep the number, since it
-    decides where drop path falls. Every rank calls it. Errors: UserError where not even a single image fits.
+    `trained` is the info of the checkpoint to go on from: where as many ranks go on in the same way, they keep the
+    number, since it decides where drop path falls. Every rank calls it. Errors: UserError where not even a single image
+    fits.
     """
     if config.trainer.micro_batch_size != "auto":
         return config
-    before = (trained or {}).get("config", {})
+    before, now = (trained or {}).get("config", {}), config.model_dump(mode="json")
     is_same = trained is not None and trained["world_size"] == world.size
-    if is_same and before["global_batch_size"] == config.global_batch_size:
+    if is_same and all(before[name] == now[name] for name in _DECISIVE):
         size = before["trainer"]["micro_batch_size"]
-        notices.append(f"trainer.micro_batch_size=auto: {size}, as the checkpoint had it")
+        notices.append(f"trainer.micro_batch_size=auto: {size or 'the whole share'}, as the checkpoint had it")
         return with_micro_batch(config, size)
     trial = Trial(config, world)
     size = min(world.gather(find_largest(config, world.size, trial.fits)))
@@ -84,7 +88,8 @@ class Trial:
     def __init__(self, config: Config, world: World):
         self._config, self._world, self._on_gpu = config, world, world.device.type == "cuda"
         self._compute = Compute(world.device, DTYPES[config.precision], autocast=config.engine == "ddp")
-        self._forecast = Forecast(config, on_gpu=self._on_gpu)
+        runs_triton = self._on_gpu and serve_device(world.device)
+        self._forecast = Forecast(config, on_gpu=self._on_gpu, runs_triton=runs_triton)
 
     def fits(self, num_images: int) -> bool:
         self._clean_up()

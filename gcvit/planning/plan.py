@@ -21,7 +21,9 @@ from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
 from gcvit.optim import decays
+from gcvit.parallel.build import DTYPES
 from gcvit.parallel.fsdp import check_shards
+from gcvit.parallel.zero_settings import build_settings
 from gcvit.planning.forecast import (
     GPUS_PER_NODE,
     MODES,
@@ -52,6 +54,8 @@ class Data:
     num_val: int
     bytes_per_image: float
     num_shards: int | None
+    in_runs: bool = True
+    """As `Source.in_runs`."""
 
 
 # The mean is that of ILSVRC2012_img_train.tar, 147,897,477,120 bytes, over its images.
@@ -97,8 +101,10 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Of all GPUs, of which none waits for data or for another."""
-        return self.num_gpus * self.mfu * self.device.peaks[self.config.precision] / self.train_flops
+        """Of all GPUs, which wait for no data, and for the one that has the most images of a batch."""
+        largest_share = share_of(self.config, self.num_gpus)[1]
+        of_each = self.mfu * self.device.peaks[self.config.precision] / self.train_flops
+        return of_each * self.config.global_batch_size / largest_share
 
     @property
     def num_trained(self) -> int:
@@ -140,12 +146,14 @@ def make_plan(
     """
     device, num_gpus = choose_device(gpu), count_gpus() if num_gpus is None else num_gpus
     if num_gpus < 1:
-        raise UserError("no plan", got=f"--gpus {num_gpus}", allowed="1 or more")
+        raise UserError("no plan", got=f"--gpus {num_gpus}", allowed="1 or more", cure="say how many there will be")
     if mfu is not None and not 0 < mfu <= 1:
-        raise UserError("no plan", got=f"--mfu {mfu}", allowed="above 0, at most 1")
+        cure = "give a share, such as the mfu of a run's metrics.jsonl"
+        raise UserError("no plan", got=f"--mfu {mfu}", allowed="above 0, at most 1", cure=cure)
     if config.precision not in device.peaks:
         raise UserError(
             f"{device.name} does not compute in {config.precision}",
+            got=f"precision={config.precision}",
             allowed=", ".join(device.peaks),
             cure="set precision=fp16" if config.precision == "bf16" else None,
         )
@@ -154,11 +162,16 @@ def make_plan(
         train, val = sources
         check_world(train, num_gpus)
         mean = float(train.length.mean(dtype="float64"))
-        data = Data(str(config.data.dir), train.num_samples, val.num_samples, mean, len(train.first) - 1)
+        places = (len(train.first) - 1, train.in_runs)
+        data = Data(str(config.data.dir), train.num_samples, val.num_samples, mean, *places)
     schedule = build_schedule(
         config.schedule, config.optim, global_batch_size=config.global_batch_size, samples_per_epoch=data.num_samples
     )
-    forecast = Forecast(config, on_gpu=True)
+    forecast = Forecast(config, on_gpu=True, runs_triton=device.runs_triton)
+    if config.zero and config.zero.extra:
+        from gcvit.parallel.zero import check_settings  # loads DeepSpeed
+
+        check_settings(build_settings(config.optim, config.zero, forecast.model, 1, DTYPES[config.precision]), "cuda")
     if config.engine == "fsdp":
         check_shards(forecast.model, (config.fsdp or FsdpConfig()).shard_size or num_gpus, num_gpus)
     limit = ROOM * device.memory_bytes
@@ -215,8 +228,10 @@ def count_gpus() -> int:
 
 def compare(config: Config, forecast: Forecast, num_gpus: int, micro_batch: int, limit: float) -> Iterator[Cell]:
     """Every engine in every mode, the plan's own among them."""
+    own = [] if config.activation_checkpointing in MODES else [config]  # by a budget of its own
     for by_engine in _engines(config, forecast, num_gpus):
-        for by_mode in _modes(by_engine, MODES):
+        for by_mode in [*own, *_modes(by_engine, MODES)]:
+            own = []
             yield Cell(
                 engine_name(by_mode, num_gpus),
                 by_mode.activation_checkpointing,
@@ -229,8 +244,9 @@ def propose(config: Config, forecast: Forecast, num_gpus: int, limit: float) -> 
     """The nearest that fits, in words: smaller micro-batches before more recomputing, that before another engine."""
     later_modes = MODES[MODES.index(config.activation_checkpointing) + 1 :] if config in _modes(config, MODES) else ()
     own = [config, *_modes(config, later_modes)]
-    engines = [other for other in _engines(config, forecast, num_gpus) if other.engine != config.engine]
-    candidates = [*own, *(by_mode for other in engines for by_mode in _modes(other, MODES))]
+    _, *others = _engines(config, forecast, num_gpus)
+    others.sort(key=lambda other: other.engine != config.engine)
+    candidates = [*own, *(by_mode for other in others for by_mode in _modes(other, MODES))]
     for enough in (min(_SMALL, share_of(config, num_gpus)[1]), 1):
         for candidate in candidates:
             most = forecast.largest(candidate, num_gpus, limit)
@@ -238,13 +254,14 @@ def propose(config: Config, forecast: Forecast, num_gpus: int, limit: float) -> 
                 micro_batch = split_evenly(candidate, num_gpus, most)
                 peak = forecast.predict(candidate, num_gpus, micro_batch).peak
                 return f"{' '.join(_overrides(config, candidate, micro_batch))}, which takes {peak / 1e9:,.1f} GB"
-    return "take more GPUs, or larger ones: nothing fits these"
+    return "take more GPUs, or larger ones: without offloading nothing fits these"
 
 
 def _overrides(config: Config, candidate: Config, micro_batch: int) -> Iterator[str]:
     """The command line's words that make the one of the other."""
     if candidate.engine != config.engine:
         yield f"engine={candidate.engine}"
+    if (candidate.fsdp, candidate.zero) != (config.fsdp, config.zero):
         for name in ("fsdp", "zero"):
             if getattr(config, name) is not None:
                 yield f"{name}=null"

@@ -74,14 +74,16 @@ class Recorder(TorchDispatchMode):
         self.events.append(Event(-num_bytes))
 
 
-def compute_as_on_gpu(model: GCViT) -> None:
+def compute_as_on_gpu(model: GCViT, *, runs_triton: bool) -> None:
     """Have it take what attention "auto" takes there (`WindowAttention.choose_path`), and norms as autocast has them.
 
-    In place; tensors may lie anywhere.
+    In place; tensors may lie anywhere. `runs_triton` is false of GPUs that are too old for our kernels.
     """
+    if runs_triton and HAS_TRITON:
+        import gcvit.model.kernels.window_attention  # noqa: F401  (who counts FLOPs must know the operators)
     for module in model.modules():
         if isinstance(module, WindowAttention) and module.path == "auto":
-            serves = HAS_TRITON and module.proj.in_features // module.num_heads in HEAD_DIMS
+            serves = runs_triton and HAS_TRITON and module.proj.in_features // module.num_heads in HEAD_DIMS
             module.path = "triton" if serves else "sdpa"
         elif isinstance(module, nn.LayerNorm):
             module.forward = partial(_normalize, module.forward)  # type: ignore[method-assign]

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from gcvit.config import Config
 from gcvit.data.assignment import holds_whole_lanes
+from gcvit.data.remote import is_remote
+from gcvit.errors import UserError
 from gcvit.model.flops import TRAINING_PASSES
 from gcvit.planning.forecast import GPUS_PER_NODE, engine_name
 from gcvit.planning.memory import KINDS
@@ -23,7 +26,11 @@ def print_plan(
     config: Config, notices: Sequence[str], *, num_gpus: int | None, gpu: str | None, mfu: float | None
 ) -> None:
     """What `train.py --plan` does; the arguments are its flags. Errors: as `make_plan` and `open_sources`."""
-    sources = None if config.data.dir is None else open_sources(config)
+    folder = config.data.dir
+    if folder is not None and not is_remote(folder) and not Path(folder).exists():
+        cure = "check --data_dir, or plan for ImageNet-1K with data.dir=null"
+        raise UserError("the data directory is no directory", got=f"{folder} (missing)", cure=cure)
+    sources = None if folder is None else open_sources(config)
     assumed = gpu is None and not torch.cuda.is_available()
     remarks = [f"there is no GPU here: {ASSUMED_GPU} is assumed, see --gpu and --gpus"] if assumed else []
     print(describe(make_plan(config, sources, num_gpus=num_gpus, gpu=gpu, mfu=mfu), [*notices, *remarks]), flush=True)
@@ -59,7 +66,7 @@ def describe_recipe(plan: Plan) -> Iterator[str]:
         parts[0] += f", of which {config.schedule.warmup} warm up"
     if schedule.cooldown_steps:
         parts.append(f"{config.schedule.cooldown} of cooldown")
-    yield (f"{epochs:,.4g} epochs run ({', and '.join(parts)}):")
+    yield (f"{_figure(epochs)} epochs run ({', and '.join(parts)}):")
     yield f"{schedule.total_steps:,} updates of {config.global_batch_size:,} images, in all {plan.num_trained:,}"
     yield f"learning rate up to {schedule.peak_lr:g}, {schedule.min_lr:g} at the end; seed {config.seed}"
     if config.optim.frozen_backbone:
@@ -75,7 +82,7 @@ def describe_recipe(plan: Plan) -> Iterator[str]:
     yield f"{plan.num_undecayed} of {plan.num_tensors} tensors without decay, {decay}"
     share = config.global_batch_size / plan.num_gpus
     yield (
-        f"{share:,.4g} images a GPU and update, in {plan.micro_steps} micro-step(s) of at most {plan.micro_batch}: "
+        f"{_figure(share)} images a GPU and update, in {plan.micro_steps} micro-step(s) of at most {plan.micro_batch}: "
         "these alone follow the number of GPUs"
     )
 
@@ -121,7 +128,7 @@ def describe_speed(plan: Plan) -> Iterator[str]:
         f"computes at {plan.mfu:.0%} of its {peak / 1e12:,.0f} TFLOP/s"
     )
     yield "(assumed: --mfu SHARE has another share; no GPU waits for data or for another, see docs/scaling.md)"
-    gpu_hours = f"{plan.hours * plan.num_gpus:,.3g} GPU hours"
+    gpu_hours = f"{_figure(plan.hours * plan.num_gpus)} GPU hours"
     yield f"{_duration(plan.hours)}, {gpu_hours}, {plan.num_evaluations} evaluations included"
 
 
@@ -175,8 +182,10 @@ def find_doubts(plan: Plan) -> Iterator[str]:
             "the GPUs would wait"
         )
     num_bytes = config.data.lanes * config.data.open_runs * config.data.run_bytes / plan.num_gpus
-    if num_bytes > _GB:
+    if data.in_runs and num_bytes > _GB:
         yield f"the runs that are open take up to {num_bytes / _GB:,.1f} GB of the host's memory for each GPU"
+    if config.model.drop_path_skips:
+        yield "model.drop_path_skips=true: a step that skips images takes less than is predicted here"
     if config.compile:
         yield "compile=true: what the compiler fuses takes less than is predicted here"
 
@@ -190,6 +199,11 @@ def _has_whole_lanes(plan: Plan) -> bool:
 def _count_readers(plan: Plan) -> int:
     """Processes that read shards; without workers the training's own do."""
     return plan.num_gpus * max(1, plan.config.data.num_workers)
+
+
+def _figure(number: float) -> str:
+    """Four digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _bytes(number: float) -> str:

@@ -42,6 +42,14 @@ def test_a_plan_is_printed_and_nothing_is_written(data, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_model_whose_drop_path_skips_images_is_planned_as_if_it_did_not():
+    words = ["model.drop_path=0.3", "--gpu", "l4"]
+    plain, skipping = (succeed(plan(*words, f"model.drop_path_skips={skips}")).stdout for skips in ("false", "true"))
+    assert "skips images takes less than is predicted here" in skipping
+    tables = [re.findall(r"^  (?:ddp|fsdp|zero).*$", text, re.MULTILINE) for text in (plain, skipping)]
+    assert tables[0] == tables[1] != []
+
+
 def test_a_plan_that_does_not_fit_names_one_that_does():
     """The cure is words for the command line."""
     huge = ["--gpu", "l4", "model.overrides={}", "model.img_size=224", "model.name=gc_vit_xxtiny", "ema=null"]
@@ -60,7 +68,10 @@ def test_a_plan_that_does_not_fit_names_one_that_does():
     ("words", "told"),
     [
         (["--gpu", "h100-81"], "did you mean h100-80?"),
-        (["--data_dir", "/nowhere"], "data directory is no directory"),
+        (["--data_dir", "/nowhere"], "no directory: got /nowhere (missing); cure: check --data_dir, or"),
+        (["engine=zero", "zero.extra={zero_optimization: {reduce_bucket_size: big}}"], "DeepSpeed refuses zero.extra"),
+        (["engine=zero", "zero.extra={zero_optimization: {reduce_bucket_sizes: 5}}"], "DeepSpeed refuses zero.extra"),
+        (["engine=fsdp", "fsdp.shard_size=3"], "cure: set fsdp.shard_size=2, or null"),
         (["model.num_classes=5", "--data_dir", "DATA"], "another number of classes"),
     ],
 )
@@ -96,6 +107,11 @@ def test_images_that_tell_nothing_of_their_labels_are_not_learned(tmp_path):
     assert done.returncode == 1
     assert "NOT LEARNED: in " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_shards_or_skips_is_learned_by_one_process_too(data):
+    done = succeed(overfit("--data_dir", data, "engine=fsdp", "fsdp.shard_size=8", "model.drop_path_skips=true"))
+    assert "\nLEARNED: " in done.stdout
 
 
 def test_one_batch_is_for_one_process(data):

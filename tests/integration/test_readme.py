@@ -114,8 +114,8 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("train.py", "evaluate.py", "configs"):
         (root / name).symlink_to(ROOT / name)
     write_imagenet(root / "data/imagenet")
-    for label in range(5):
-        folder = root / "data/flowers" / f"flower_{label}"
+    for label, flower in enumerate(("daisy", "rose", "tulip", "lily", "iris")):
+        folder = root / "data/flowers" / flower
         folder.mkdir(parents=True)
         for i in range(12):
             (folder / f"{i}.jpg").write_bytes(picture(50 * label + i))

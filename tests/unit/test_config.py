@@ -268,6 +268,9 @@ def test_an_unchanged_batch_scales_nothing_and_says_so_where_it_was_asked_to(pat
 def test_a_rate_that_is_scaled_below_its_floor_is_refused(path):
     assert "optim.min_lr" in refusal(path, "optim.lr_scaling=linear", "global_batch_size=32", "optim.min_lr=6e-4")
     assert load_config(path, ["optim.lr_scaling=sqrt", "global_batch_size=32", "optim.min_lr=6e-4"])[1]
+    for scaling, floor, cure in (("linear", "6e-4", "sqrt"), ("linear", "9e-4", "none"), ("sqrt", "9e-4", "none")):
+        told = refusal(path, f"optim.lr_scaling={scaling}", "global_batch_size=32", f"optim.min_lr={floor}")
+        assert told.endswith(f"or take optim.lr_scaling={cure}")
 
 
 def test_a_bad_batch_in_the_file_may_be_overridden(tmp_path):

@@ -88,6 +88,8 @@ def test_another_global_batch_is_another_recipe_and_says_so(batch, scaling, rate
         factor = batch / 1024
         for word in (f"{batch} instead of", scaling, f"{rate:g}", f"{1 / factor:.3g} times as many updates"):
             assert word in notice
+        # AdamW decays by rate times decay, and the rate is what scaling changes.
+        assert f"decays the weights {'as before' if rate == 5e-3 else f'{rate / 5e-3:.3g} times as much'};" in notice
     # In samples, warm-up and EMA are as long as ever.
     assert config.ema is not None
     assert to_samples(config.ema.half_life, **length) == to_samples(

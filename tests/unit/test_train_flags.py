@@ -136,6 +136,7 @@ def test_what_a_plan_is_for(parse, capsys):
     ("words", "told"),
     [
         (["--gpus", "32"], "--gpus belongs to a plan"),
+        (["--gpus", "0"], "--gpus belongs to a plan"),
         (["--gpu", "l4", "--replay", "3"], "--gpu belongs to a plan"),
         (["--mfu", "0.4", "--overfit-one-batch"], "--mfu belongs to a plan"),
         (["--plan", "--resume", "none"], "--resume belongs to a training"),

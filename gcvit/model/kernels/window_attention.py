@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from gcvit.errors import UserError
 from gcvit.model.kernels import CAPABILITY, DTYPES, HEAD_DIMS
 
-CURE = "attention=sdpa"
+CURE = "model.attention=sdpa"
 
 # Tokens of a tile and warps of a program, by the bytes of a number. In half precision, tensor cores want 64 rows for
 # four warps; larger tiles would leave the registers. In fp32 ordinary arithmetic does the products, and has room for

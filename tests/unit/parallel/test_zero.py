@@ -82,6 +82,12 @@ def test_what_deepspeed_refuses_is_the_users_to_mend(extra, world):  # noqa: F81
         build_engine(config, world, num_micro_steps=1)
 
 
+def test_what_deepspeed_would_choose_is_chosen_here():
+    """Its "auto" means its own default, which is for models a hundred times as large."""
+    plain = settings({})
+    assert settings({"zero_optimization": {"reduce_bucket_size": "auto"}}) == plain
+
+
 def test_buckets_follow_the_model():
     small, large = (settings(module=nn.Linear(n, 1000, device="meta"), stage=3) for n in (10_000, 100_000))
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters"):

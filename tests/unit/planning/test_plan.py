@@ -10,7 +10,9 @@ from dataclasses import replace
 import pytest
 
 from gcvit.config_file import load_config
+from gcvit.devices import DEVICES
 from gcvit.errors import UserError
+from gcvit.model.attention import WindowAttention
 from gcvit.planning import forecast
 from gcvit.planning import text as plan_text
 from gcvit.planning.forecast import MODES, Forecast
@@ -133,10 +135,29 @@ def test_another_engine_is_proposed_with_what_must_go(monkeypatch):
     assert words == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["engine=zero", "zero.stage=1"], ["zero=null", "zero.stage=3"]),  # without accumulation 2 takes as much
+        (["engine=zero", "zero.stage=2"], ["zero=null", "zero.stage=3"]),
+        (["engine=fsdp", "fsdp.shard_size=2"], ["fsdp=null"]),
+    ],
+)
+def test_the_same_engine_otherwise_is_nearer_than_another(monkeypatch, overrides, wanted):
+    """On GPUs whose room is between what the two take."""
+    for mode in MODES:
+        monkeypatch.setitem(IMAGE_BYTES, mode, 1e3)
+    room = (plan(*overrides).memory.peak + plan(*overrides, *wanted).memory.peak) / 2
+    monkeypatch.setattr("gcvit.planning.plan.ROOM", room / 40e9)
+    words = proposed(refusal(*overrides))
+    assert words[:-1] == wanted
+    assert plan(*overrides, *words).memory.peak <= room
+
+
 def test_where_nothing_fits_larger_gpus_are_named(monkeypatch):
     for mode in MODES:
         monkeypatch.setitem(IMAGE_BYTES, mode, 1e12)
-    assert "take more GPUs, or larger ones: nothing fits these" in refusal()
+    assert "take more GPUs, or larger ones: without offloading nothing fits these" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +195,20 @@ def test_time_follows_from_operations_and_the_assumed_share_of_the_peak():
     slower = plan("precision=bf16", "activation_checkpointing=full", mfu=0.25)
     assert slower.recomputing == 1.3
     assert slower.images_per_second == pytest.approx(found.images_per_second / slower.recomputing)
+
+
+def test_gpus_without_images_add_no_speed():
+    """Mixed images stay in pairs: of 8 there are four shares, and of 32 over five GPUs the largest is 8."""
+    found = plan("global_batch_size=8", num_gpus=4)
+    assert plan("global_batch_size=8", num_gpus=32).images_per_second == pytest.approx(found.images_per_second)
+    assert plan(num_gpus=5).images_per_second == pytest.approx(4 * plan(num_gpus=1).images_per_second)
+
+
+def test_a_gpu_too_old_for_our_kernels_is_planned_without_them():
+    for gpu, path in (("v100-32", "sdpa"), ("a100-40", "triton")):
+        forecast = Forecast(load_config(GOLDEN)[0], on_gpu=True, runs_triton=DEVICES[gpu].runs_triton)
+        paths = {module.path for module in forecast.model.modules() if isinstance(module, WindowAttention)}
+        assert paths == {path}, gpu
 
 
 def test_a_checkpoint_has_parameters_moments_and_ema():
@@ -236,3 +271,6 @@ def test_what_would_go_badly_is_noted():
     assert "the GPUs would wait" in notes("data.num_workers=0")
     assert "takes less than is predicted" in notes("compile=true")
     assert "GB of the host's memory" in notes("data.run_bytes=1000000000")
+    assert "skips images takes less" in notes("model.drop_path_skips=true", "model.drop_path=0.1")
+    found = plan(*well, "data.run_bytes=1000000000", mfu=0.9)
+    assert not list(plan_text.find_doubts(replace(found, data=replace(found.data, in_runs=False))))

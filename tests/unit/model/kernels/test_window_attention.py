@@ -46,12 +46,12 @@ def call(dtype: torch.dtype = torch.float32, num_heads: int = 1) -> Tensor:
 
 
 def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"dtype: got torch.float64; .*bfloat16.*; cure: attention=sdpa"):
+    with pytest.raises(UserError, match=r"dtype: got torch.float64; .*bfloat16.*; cure: model.attention=sdpa"):
         call(torch.float64)
-    with pytest.raises(UserError, match=r"width of a head: got 8.0; allowed: .*32.*; cure: attention=sdpa"):
+    with pytest.raises(UserError, match=r"width of a head: got 8.0; allowed: .*32.*; cure: model.attention=sdpa"):
         call(num_heads=2)
     monkeypatch.setitem(sys.modules, "gcvit.model.kernels.window_kernels", None)  # as where Triton is not installed
-    with pytest.raises(UserError, match=r"needs the package triton.*; cure: attention=sdpa"):
+    with pytest.raises(UserError, match=r"needs the package triton.*; cure: model.attention=sdpa"):
         call()
 
 
@@ -67,26 +67,34 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode():
         parts = torch.empty(1, 2, 2, 48, device="cuda")
-    with pytest.raises(UserError, match=r"got \(7, 5\); allowed: \(8, 0\) or above; cure: attention=sdpa"):
+    with pytest.raises(UserError, match=r"got \(7, 5\); allowed: \(8, 0\) or above; cure: model.attention=sdpa"):
         Problem(parts, None, window=2, num_heads=1).kernels  # noqa: B018
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "has_triton", "path"),
+    ("device", "capability", "dtype", "head_dim", "has_triton", "path"),
     [
-        ("cpu", torch.float32, 32, True, "reference"),
-        ("cuda", torch.bfloat16, 32, True, "triton"),
-        ("cuda", torch.float16, 16, True, "triton"),
-        ("cuda", torch.float32, 64, True, "triton"),
-        ("cuda", torch.float64, 32, True, "sdpa"),
-        ("cuda", torch.bfloat16, 8, True, "sdpa"),
-        ("cuda", torch.bfloat16, 32, False, "sdpa"),
+        ("cpu", (0, 0), torch.float32, 32, True, "reference"),
+        ("cuda", (8, 0), torch.bfloat16, 32, True, "triton"),
+        ("cuda", (9, 0), torch.float16, 16, True, "triton"),
+        ("cuda", (8, 9), torch.float32, 64, True, "triton"),
+        ("cuda", (9, 0), torch.float64, 32, True, "sdpa"),
+        ("cuda", (9, 0), torch.bfloat16, 8, True, "sdpa"),
+        ("cuda", (9, 0), torch.bfloat16, 32, False, "sdpa"),
+        ("cuda", (7, 5), torch.float16, 32, True, "sdpa"),
     ],
 )
 def test_auto_takes_the_kernels_where_they_serve(
-    device: str, dtype: torch.dtype, head_dim: int, has_triton: bool, path: str, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    has_triton: bool,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     attention = WindowAttention(2 * head_dim, 2, 2, uses_global_queries=True)
     with FakeTensorMode():
         parts = torch.empty(1, 2, 2, 4 * head_dim, device=device, dtype=dtype)
