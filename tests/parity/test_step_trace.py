@@ -24,7 +24,7 @@ def build(device="meta", mode="none"):
 def record(mode="none", *, num_images=4, dtype=torch.float32, autocast=False, on_gpu=False) -> list[Event]:
     model = build(mode=mode)
     if on_gpu:
-        compute_as_on_gpu(model)
+        compute_as_on_gpu(model, runs_triton=True)
     return record_step(model, num_images=num_images, dtype=dtype, autocast=autocast)
 
 
