@@ -40,6 +40,15 @@ def test_a_damaged_sample_is_replaced_and_told(image_tree, tmp_path, num_workers
         assert_equal_rows(by_position(one), by_position(other))
 
 
+def test_evaluation_names_the_cure_for_a_file(image_tree, tmp_path):
+    """Which is no shard, that data_prep could mend."""
+    root = shutil.copytree(image_tree, tmp_path / "copy")
+    (root / "train" / "bee" / "001.jpg").write_text("I am no image")
+    sizes = {"img_size": 32, "batch_size": 7, "world_size": 1, "rank": 0}
+    with pytest.raises(UserError, match=r"damaged: got bee/001\.jpg .*cure: replace the file; --skip-damaged"):
+        list(eval_stream(open_source(root, "train"), make_config(augment=PLAIN).data, **sizes))
+
+
 def test_nothing_but_damage_ends_with_an_error(image_tree, tmp_path):
     root = shutil.copytree(image_tree, tmp_path / "copy")
     for file in (root / "train").rglob("*.jpg"):

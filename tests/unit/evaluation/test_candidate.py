@@ -8,7 +8,7 @@ import torch
 
 from gcvit.config import DataConfig, ModelConfig, OverridesConfig
 from gcvit.errors import UserError
-from gcvit.evaluation.candidate import Candidate, average, digest, find_file, load
+from gcvit.evaluation.candidate import Candidate, average, digest, find_candidate, find_file, load
 from gcvit.model import create_model, weights
 from gcvit.parallel.build import build_model
 
@@ -90,6 +90,12 @@ def file(tmp_path_factory) -> str:
     model = create_model("gc_vit_xxtiny", num_classes=4)
     torch.save({"state_dict": weights.to_official_state(model.state_dict())}, path)
     return str(path)
+
+
+def test_a_file_in_the_place_of_a_run_is_told_what_it_needs(tmp_path):
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(UserError, match=r"needs its variant: got .*; cure: --model NAME --checkpoint .*w\.pth"):
+        find_candidate(str(tmp_path / "w.pth"))
 
 
 def test_a_file_says_its_classes_and_its_variant_s_card_the_rest(file, read):
