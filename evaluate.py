@@ -26,7 +26,7 @@ def main() -> None:
 
     from gcvit.evaluation import suite  # loads torch: --help is quicker without
     from gcvit.evaluation.latency import benchmark
-    from gcvit.parallel.world import join_world
+    from gcvit.runtime.distributed import join_world
 
     options = suite.read_options(arguments)
     sets = suite.open_sets(arguments)

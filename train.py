@@ -10,11 +10,12 @@ Any knob of the config can be set behind the flags as dotted.key=value.
 
 from argparse import Namespace
 
-from gcvit import notice, train_flags
+from gcvit import train_flags
 from gcvit.config import EmaConfig
 from gcvit.config_file import load_config
 from gcvit.data.forkserver import loader_context
 from gcvit.errors import run_main
+from gcvit.runtime import signals
 
 
 def parse_arguments() -> Namespace:
@@ -33,12 +34,12 @@ def main() -> None:
 
         return print_plan(config, notices, num_gpus=arguments.gpus, gpu=arguments.gpu, mfu=arguments.mfu)
     if arguments.replay is None and not arguments.overfit_one_batch:
-        notice.heed()
+        signals.heed()
     if config.data.num_workers:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
     from gcvit.monitoring.events import check_wandb
-    from gcvit.parallel.world import join_world  # loads torch: a misspelt key is told before that
     from gcvit.replay import replay
+    from gcvit.runtime.distributed import join_world  # loads torch: a misspelt key is told before that
     from gcvit.start import open_sources, start
     from gcvit.trainer import train
 

@@ -19,7 +19,7 @@ from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from gcvit.trainer import seed_drop_path
 
 IMAGES_PER_RANK = 8

@@ -186,7 +186,7 @@ def start_here(engine: str, model: str) -> None:
     """In a process of `start`: build, and print from rank 0 what it took."""
     from gcvit.config import Config, ModelConfig, OptimConfig, OverridesConfig, ScheduleConfig, ZeroConfig
     from gcvit.parallel.build import build_engine, build_model
-    from gcvit.parallel.world import join_world
+    from gcvit.runtime.distributed import join_world
 
     torch.set_num_threads(1)
     tiny = OverridesConfig(width=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))

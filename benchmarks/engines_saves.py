@@ -50,8 +50,8 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config_file import load_config
     from gcvit.loss import soft_target_loss
-    from gcvit.parallel.world import join_world
     from gcvit.run import save
+    from gcvit.runtime.distributed import join_world
     from gcvit.start import open_sources, start
 
     torch.set_num_threads(1)

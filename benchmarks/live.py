@@ -55,8 +55,8 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config_file import load_config
     from gcvit.monitoring.stalls import watch_waits
-    from gcvit.parallel.world import join_world
     from gcvit.run import log_step
+    from gcvit.runtime.distributed import join_world
     from gcvit.start import open_sources, start
     from gcvit.trainer import take_step
 

@@ -125,7 +125,7 @@ def measure(cases: list[Case]) -> dict[str, int]:
 
 def measure_here(cases: list[Case]) -> None:
     """In a process of `measure`: train, and print from rank 0 what it took."""
-    from gcvit.parallel.world import join_world
+    from gcvit.runtime.distributed import join_world
 
     torch.set_num_threads(1)
     wait = dist.Work.wait

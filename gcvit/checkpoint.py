@@ -27,11 +27,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from gcvit import progress
 from gcvit.errors import UserError
 from gcvit.flat_dcp import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
 from gcvit.parallel.engine import Counters, Fragment, Fragments
-from gcvit.parallel.world import World
+from gcvit.runtime import heartbeat
+from gcvit.runtime.distributed import World
 
 STATE_FILE = "state.json"
 FORMAT = 2
@@ -284,7 +284,7 @@ def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             record = _file_record(checkpoint.path / name)
         except OSError as error:
             raise DamagedError(checkpoint.path / name, got=str(error.strerror)) from None
-        progress.mark()
+        heartbeat.mark()
         if record != checkpoint.files[name]:
             raise DamagedError(checkpoint.path / name, got="another SHA-256 than when it was written")
 
@@ -299,7 +299,7 @@ def _file_record(path: Path) -> FileRecord:
 def _read_back(folder: Path, written: Mapping[str, FileRecord]) -> None:
     with _naming(folder):
         for name, record in written.items():
-            progress.mark()
+            heartbeat.mark()
             if _file_record(folder / name) != record:
                 raise UserError(
                     "the disk does not give back what was written to it",

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from gcvit.data.batch import Batch, Damage
 from gcvit.errors import UserError
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 _NUM_LISTED = 20  # of the error's message; metrics.jsonl has them all
 

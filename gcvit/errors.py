@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from gcvit.outcome import CRASHED, FINISHED, PREEMPTED, USER_ERROR, here, report
+from gcvit.runtime.exit_status import CRASHED, FINISHED, PREEMPTED, USER_ERROR, here, report
 
 _PASSING = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO)
 

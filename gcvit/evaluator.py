@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from gcvit import progress
 from gcvit.config import DataConfig
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
 from gcvit.errors import UserError
 from gcvit.evaluation.label_sets import Targets
-from gcvit.parallel.world import World
+from gcvit.runtime import heartbeat
+from gcvit.runtime.distributed import World
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def evaluate(
         counts[:3] += torch.stack([valid.sum(), ((ranks < 1) & valid).sum(), ((ranks < 5) & valid).sum()])
         loss += torch.where(valid, losses.double(), 0.0).sum()
         watch(Scored(indices, labels, logits, ranks, valid))
-        progress.mark()
+        heartbeat.mark()
         on_batch()
     world.sum(counts)
     world.sum(loss)

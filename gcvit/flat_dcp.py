@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from gcvit import progress
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment
+from gcvit.runtime import heartbeat
 
 METADATA_FILE = ".metadata"
 
@@ -153,7 +153,7 @@ class _HashedFile(io.FileIO):
         assert num_bytes is not None  # it is no pipe
         self.sha256.update(memoryview(content)[:num_bytes])
         self.num_bytes += num_bytes
-        progress.mark()
+        heartbeat.mark()
         return num_bytes
 
 

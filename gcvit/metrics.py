@@ -27,7 +27,7 @@ from gcvit.data.batch import Damage
 from gcvit.monitoring.events import Events
 from gcvit.monitoring.stalls import Seconds, attribute
 from gcvit.parallel.engine import StepResult
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 _WAITS_MUCH = 0.02  # share of the time that the line tells to be spent on waiting for data
 _NAN = math.nan

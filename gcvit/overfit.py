@@ -19,7 +19,7 @@ from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Engine
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 NUM_IMAGES = 16
 LEARNING_RATE = 1e-3

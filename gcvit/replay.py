@@ -21,9 +21,9 @@ from gcvit.data.source import Source
 from gcvit.errors import UserError
 from gcvit.nonfinite import name_samples
 from gcvit.parallel.engine import MODEL
-from gcvit.parallel.world import World
 from gcvit.run import Run
 from gcvit.runfolder import checkpoints_of, find_checkpoint
+from gcvit.runtime.distributed import World
 from gcvit.start import start
 from gcvit.trainer import Step, take_step
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragments
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 _CHUNK = 1 << 20  # words that are hashed at once: it bounds the memory that hashing takes
 _NUM_LISTED = 3  # tensors that the error names

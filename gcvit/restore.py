@@ -13,8 +13,8 @@ from gcvit.model import VARIANTS, weights
 from gcvit.model.fitting import fit
 from gcvit.model.variants import fetch_weights
 from gcvit.parallel.engine import MODEL, Engine, fill
-from gcvit.parallel.world import World
 from gcvit.run import all_fragments
+from gcvit.runtime.distributed import World
 
 
 def restore(

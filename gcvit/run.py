@@ -20,7 +20,7 @@ from gcvit.monitoring.profiling import Profiler
 from gcvit.monitoring.samples import Samples
 from gcvit.monitoring.stalls import StepClock
 from gcvit.parallel.engine import Engine, Fragments, StepResult
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 from gcvit.saver import Saver
 from gcvit.schedule import Schedule
 

@@ -1,4 +1,4 @@
-"""The folder of a run: `runs/TAG` with config.yaml, checkpoints/, metrics and a lock (`runlock.py`)."""
+"""The folder of a run: `runs/TAG` with config.yaml, checkpoints/, metrics and a lock (`run_lock.py`)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ from gcvit.checkpoint import Checkpoint, DamagedError
 from gcvit.config import Config
 from gcvit.config_file import dump_config
 from gcvit.errors import UserError
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 
 def checkpoints_of(run_dir: Path) -> Path:

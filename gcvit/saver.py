@@ -17,14 +17,15 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from gcvit import checkpoint, progress
+from gcvit import checkpoint
 from gcvit.checkpoint import RunState
 from gcvit.errors import UserError
 from gcvit.flat_dcp import own_part
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import Fragment, Fragments
-from gcvit.parallel.world import World
 from gcvit.replicas import check_replicas
+from gcvit.runtime import heartbeat
+from gcvit.runtime.distributed import World
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Saver:
         world = self._writers
         try:
             path = checkpoint.save(self._folder, state, tensors, info, world, check_lock=self._check_lock)
-            progress.mark()
+            heartbeat.mark()
             if write.prunes:
                 world.on_first(lambda: checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step))
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0

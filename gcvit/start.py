@@ -24,11 +24,11 @@ from gcvit.monitoring.stalls import StepClock
 from gcvit.monitoring.surroundings import describe_surroundings
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
-from gcvit.parallel.world import World
 from gcvit.planning.micro_batch import settle_micro_batch
 from gcvit.restore import load_weights, restore
 from gcvit.run import Intervals, Run, all_fragments
-from gcvit.runlock import RunLock
+from gcvit.runtime.distributed import World
+from gcvit.runtime.run_lock import RunLock
 from gcvit.saver import Saver
 from gcvit.schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 

@@ -8,7 +8,6 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from gcvit import progress
 from gcvit.config import Config
 from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
@@ -17,9 +16,10 @@ from gcvit.loss import soft_target_loss
 from gcvit.monitoring.stalls import StepClock, watch_waits
 from gcvit.nonfinite import BadSteps, poison_nonfinite
 from gcvit.parallel.engine import StepResult
-from gcvit.parallel.world import World
-from gcvit.preemption import Preemption
 from gcvit.run import Run, evaluate_all, evaluate_late, log_step, save
+from gcvit.runtime import heartbeat
+from gcvit.runtime.distributed import World
+from gcvit.runtime.preemption import Preemption
 from gcvit.schedule import is_time
 
 
@@ -71,7 +71,7 @@ def take_steps(run: Run, preemption: Preemption) -> None:
         bad_steps.add(batches, step.losses, step.result)
 
         state.step, state.samples = state.step + 1, state.samples + run.config.global_batch_size
-        progress.mark_step(state.step)
+        heartbeat.mark_step(state.step)
         with run.metrics.off_the_clock():
             run.profiler.look(state.step)
         evaluates, saves = (is_time(state.step, every, last) for every in (run.every.evaluate, run.every.save))

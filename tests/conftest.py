@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from gcvit import notice
+from gcvit.runtime import signals
 
 # Before torch is imported: one thread per process, so that sums keep their order and processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +20,7 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
     """A training in the tests' own process takes SIGTERM for a notice; whoever wants to end the tests does not."""
-    handlers = {number: signal.getsignal(number) for number in notice.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, held_back)

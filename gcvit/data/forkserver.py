@@ -5,7 +5,7 @@ import multiprocessing
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
-from gcvit import notice
+from gcvit.runtime import signals
 
 
 def loader_context() -> ForkServerContext:
@@ -19,7 +19,7 @@ def loader_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gcvit.data.stream"])
     for server in (resource_tracker, forkserver):
-        with notice.held_back():  # once for each: the tracker lets SIGTERM through again on its way
+        with signals.held_back():  # once for each: the tracker lets SIGTERM through again on its way
             server.ensure_running()
     return context
 

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gcvit import notice
 from gcvit.config import Config, DataConfig
 from gcvit.data.assignment import (
     cut_micro_batches,
@@ -48,6 +47,7 @@ from gcvit.data.forkserver import loader_context
 from gcvit.data.source import DamagedSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
 from gcvit.errors import UserError
+from gcvit.runtime import signals
 
 __all__ = ["Batch", "EvalBatch", "eval_stream", "num_micro_steps", "train_stream"]
 
@@ -328,8 +328,8 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group: the main process ends its workers, they need not each say so.
     # torch has set one thread a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # So does the notice to leave, of which they take none (notice.py): they load what the last steps need.
-    signal.pthread_sigmask(signal.SIG_BLOCK, notice.SIGNALS)
+    # So does the notice to leave, of which they take none (signals.py): they load what the last steps need.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 
@@ -341,7 +341,7 @@ def _start_worker(worker: int) -> None:
     def obey() -> None:
         # A worker that does not stop of itself is ended by the trainer, with SIGTERM.
         while True:
-            sent = signal.sigwaitinfo(notice.SIGNALS)
+            sent = signal.sigwaitinfo(signals.SIGNALS)
             if (sent.si_signo, sent.si_pid) == (signal.SIGTERM, trainer.pid):
                 os._exit(1)
 

@@ -18,7 +18,7 @@ from gcvit.model import GCViT, weights
 from gcvit.model.fitting import StateDict, fit
 from gcvit.model.variants import find_variant
 from gcvit.parallel.build import build_model
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 
 @dataclass(frozen=True)

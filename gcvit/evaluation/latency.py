@@ -13,7 +13,7 @@ from gcvit.errors import UserError
 from gcvit.evaluation import candidate
 from gcvit.evaluation.candidate import Candidate
 from gcvit.evaluation.views import PRECISIONS, Options, Views
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 PERCENTILES = (50, 90, 99)

@@ -16,7 +16,7 @@ import torch
 from gcvit.data.source import Source
 from gcvit.errors import UserError
 from gcvit.evaluator import Scored
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 TOP = 5
 COLUMNS = ("set", "weights", "index", "key", "label", *(f"top{k + 1}" for k in range(TOP)), "confidence")

@@ -27,7 +27,7 @@ from gcvit.errors import UserError
 from gcvit.evaluation.candidate import Candidate
 from gcvit.evaluation.label_sets import LABEL_SETS, ImageSet
 from gcvit.evaluation.views import Options
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 FOLDER = "evaluations"  # in a run's
 TABLE_FILE = "results.csv"

@@ -20,7 +20,7 @@ from gcvit.evaluation.predictions import Predictions
 from gcvit.evaluation.views import PRECISIONS, Options, Views
 from gcvit.evaluator import Result, evaluate
 from gcvit.model import GCViT
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 
 def read_options(arguments: Namespace) -> Options:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gcvit.config import Config
 from gcvit.errors import UserError
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 _NUM_ROWS = 40
 _MAX_EVENTS = 200_000  # of a memory snapshot

@@ -12,10 +12,10 @@ import torch
 
 import gcvit
 from gcvit.config import Config
-from gcvit.devices import find_device
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
 from gcvit.parallel.build import build_model
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
+from gcvit.runtime.gpu_specs import find_device
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "deepspeed")
 

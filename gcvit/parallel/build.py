@@ -13,7 +13,7 @@ from gcvit.parallel.ddp import DdpEngine
 from gcvit.parallel.engine import MODEL, Engine, fill
 from gcvit.parallel.fsdp import FsdpEngine
 from gcvit.parallel.recompute import recompute_parts
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gcvit.model import GCViT
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model", "exp_avg", "exp_avg_sq"
 

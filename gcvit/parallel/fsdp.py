@@ -18,7 +18,7 @@ from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim import Updater
 from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 
 class FsdpEngine:

@@ -29,8 +29,8 @@ from gcvit.model.layers import Stem
 from gcvit.optim import build_adamw, create_moment, set_lr
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
 from gcvit.parallel.loss_scale import LossScale
-from gcvit.parallel.world import World
 from gcvit.parallel.zero_settings import build_settings
+from gcvit.runtime.distributed import World
 
 
 class ZeroEngine:

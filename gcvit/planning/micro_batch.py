@@ -18,8 +18,8 @@ from gcvit.loss import soft_target_loss
 from gcvit.model.kernels import serve_device
 from gcvit.parallel.budget import Compute
 from gcvit.parallel.build import DTYPES
-from gcvit.parallel.world import World
 from gcvit.planning.forecast import Forecast, share_of, with_micro_batch
+from gcvit.runtime.distributed import World
 
 _DECISIVE = ("global_batch_size", "engine", "fsdp", "zero", "precision", "activation_checkpointing")
 """What of a config decides how much fits, beside the model, which a checkpoint fixes."""

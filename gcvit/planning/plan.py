@@ -16,7 +16,6 @@ from gcvit.config import Config, FsdpConfig
 from gcvit.data.assignment import micro_batch_capacity, num_micro_steps
 from gcvit.data.source import Source
 from gcvit.data.stream import check_world
-from gcvit.devices import Device, find_device, get_device
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
@@ -35,6 +34,7 @@ from gcvit.planning.forecast import (
     with_micro_batch,
 )
 from gcvit.planning.memory import Memory
+from gcvit.runtime.gpu_specs import Device, find_device, get_device
 from gcvit.schedule import Schedule, build_schedule, to_steps
 
 ROOM = 0.9

@@ -15,7 +15,7 @@ from gcvit.config import Config
 from gcvit.config_file import load_config
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")

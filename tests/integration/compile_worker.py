@@ -19,7 +19,7 @@ from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT
 from gcvit.parallel import build
 from gcvit.parallel.compiled import compile_parts
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 from tests.integration.engine_steps import draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gcvit.config import Config
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from gcvit.trainer import seed_drop_path
 
 

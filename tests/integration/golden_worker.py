@@ -16,8 +16,8 @@ import torch
 
 from gcvit import optim
 from gcvit.config_file import load_config
-from gcvit.parallel.world import World, join_world
 from gcvit.run import Run, all_fragments
+from gcvit.runtime.distributed import World, join_world
 from gcvit.start import open_sources, start
 from gcvit.trainer import train
 

@@ -24,8 +24,8 @@ from gcvit.config_file import load_config
 from gcvit.data import stream
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
-from gcvit.parallel.world import World, join_world
 from gcvit.run import Run
+from gcvit.runtime.distributed import World, join_world
 from gcvit.start import open_sources, start
 
 CONFIG = Path(__file__).with_name("golden.yaml")

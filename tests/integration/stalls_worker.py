@@ -27,8 +27,8 @@ from gcvit.data import folder as class_folders
 from gcvit.data.source import Source
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
-from gcvit.parallel.world import World, join_world
 from gcvit.run import Run
+from gcvit.runtime.distributed import World, join_world
 from gcvit.saver import Saver, _Snapshot
 from gcvit.start import open_sources, start
 from gcvit.trainer import train

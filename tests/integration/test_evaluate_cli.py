@@ -24,7 +24,7 @@ from gcvit.evaluation.label_sets import read_list
 from gcvit.model import GCViT
 from gcvit.parallel.build import build_model
 from gcvit.parallel.engine import Fragment
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 from tests.integration.bad_input.refusals import refusal
 from tests.integration.launching import ROOT, python, succeed, torchrun
 

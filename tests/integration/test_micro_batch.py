@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gcvit.config_file import load_config
-from gcvit.parallel.world import World
 from gcvit.planning.micro_batch import Trial
+from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT, succeed, torchrun
 from tests.integration.limited_device import Limited
 from tests.integration.trainings import read_rows, write_noise

@@ -9,7 +9,7 @@ import sys
 import termios
 from pathlib import Path
 
-from gcvit.runlock import RunLock
+from gcvit.runtime.run_lock import RunLock
 from tests.integration.launching import ROOT, environment, python, succeed
 from tests.unit.data.conftest import write_images
 from tests.unit.data.streaming import NUM_TRAIN
@@ -18,7 +18,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from gcvit.errors import run_main
-from gcvit.runlock import RunLock
+from gcvit.runtime.run_lock import RunLock
 
 def main():
     with RunLock(Path(sys.argv[1])):
@@ -33,7 +33,7 @@ import sys, torch
 from gcvit.config_file import load_config
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import StepResult
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 from gcvit.monitoring.stalls import Seconds
 
 config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])

@@ -20,7 +20,7 @@ from gcvit.evaluation.candidate import find_candidate, find_file, load
 from gcvit.evaluator import evaluate
 from gcvit.model import create_model, weights
 from gcvit.monitoring.schema import TIMED_KEYS
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 from tests.integration.launching import python, run, succeed, torchrun
 
 CONFIG = Path(__file__).with_name("golden.yaml")

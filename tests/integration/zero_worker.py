@@ -20,7 +20,7 @@ from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")

@@ -19,7 +19,7 @@ from gcvit import flat_dcp
 from gcvit.checkpoint import RunState, latest, load, open_checkpoint, prune, read_tensors, save
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Counters, Fragment, Fragments
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 
 SHAPES = {"head.weight": torch.Size([5, 7]), "head.bias": torch.Size([5]), "deep": torch.Size([2, 3, 2, 2])}
 STATE = RunState(step=12, samples=384, counters=Counters(updates=11), ema_updates=12, best_top1=71.25, best_step=8)

@@ -12,7 +12,7 @@ import torch
 
 from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, prepare, prune, read_tensors, restate, save
 from gcvit.errors import UserError
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from tests.unit.test_checkpoint import INFO, STATE, draw_tensors, whole
 
 

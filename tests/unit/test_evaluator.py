@@ -13,7 +13,7 @@ from gcvit import evaluator
 from gcvit.config import DataConfig
 from gcvit.data.batch import EvalBatch
 from gcvit.evaluator import Result, evaluate, judge_by_any, rank_of_label
-from gcvit.parallel.world import World
+from gcvit.runtime.distributed import World
 
 
 @given(

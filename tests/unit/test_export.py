@@ -21,7 +21,7 @@ from gcvit.export import export, name_in_timm
 from gcvit.model import VARIANTS, GCViT, weights
 from gcvit.parallel.build import build_model
 from gcvit.parallel.engine import Fragment
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from tests.integration.launching import ROOT
 
 CLASSES = [f"class_{label}" for label in range(10)]

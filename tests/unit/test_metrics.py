@@ -15,7 +15,7 @@ from gcvit.metrics import Metrics
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.stalls import Seconds
 from gcvit.parallel.engine import StepResult
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from tests.integration.launching import ROOT
 
 BATCH_SIZE = 32  # of golden.yaml

@@ -19,8 +19,8 @@ from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
 from gcvit.nonfinite import poison_nonfinite
 from gcvit.parallel.engine import StepResult
-from gcvit.parallel.world import World, join_world
 from gcvit.run import Run
+from gcvit.runtime.distributed import World, join_world
 from gcvit.start import open_sources, start
 from tests.integration.launching import ROOT
 

@@ -16,8 +16,8 @@ from gcvit.config import DataConfig
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError
 from gcvit.model import VARIANTS, create_model, weights
-from gcvit.parallel.world import World, join_world
 from gcvit.predict import Classifier, open_classifier
+from gcvit.runtime.distributed import World, join_world
 from tests.unit.test_export import CLASSES, save_run
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ import torch
 
 from gcvit.config_file import load_config
 from gcvit.errors import UserError
-from gcvit.parallel.world import World
 from gcvit.restore import check_alike
 from gcvit.runfolder import write_config
+from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT
 
 GOLDEN = ROOT / "tests/integration/golden.yaml"

@@ -6,7 +6,7 @@ import pytest
 
 from gcvit import checkpoint, runfolder
 from gcvit.errors import UserError
-from gcvit.runlock import RunLock
+from gcvit.runtime.run_lock import RunLock
 
 
 def test_the_lock_is_free_again_after_an_error(tmp_path):

@@ -14,7 +14,7 @@ from gcvit import checkpoint, saver
 from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, read_tensors, step_of
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from gcvit.saver import Saver
 
 INFO = {"config": {}, "data": "digest", "world_size": 1}

@@ -1,4 +1,4 @@
-"""Rules of the source tree that no linter checks. Imports between packages are checked by import-linter (`make lint`)."""
+"""Rules of the source tree that no linter checks; import-linter checks who imports whom."""
 
 import re
 import subprocess

@@ -11,7 +11,7 @@ from gcvit.data.transforms import DeviceAugment
 from gcvit.loss import soft_target_loss
 from gcvit.monitoring.stalls import StepClock
 from gcvit.parallel.build import build_model
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from gcvit.trainer import on_device, seed_drop_path
 from tests.integration.launching import ROOT
 from tests.unit.data.streaming import whole_batch

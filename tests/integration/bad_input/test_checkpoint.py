@@ -256,7 +256,7 @@ def test_other_data_than_the_checkpoints(monkeypatch, images, shards, finished):
 HOLD = """
 import sys, time
 from pathlib import Path
-from gcvit.runlock import RunLock
+from gcvit.runtime.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(200)

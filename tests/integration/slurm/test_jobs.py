@@ -94,7 +94,7 @@ def test_options_of_a_gpu_cluster_and_a_device_for_each_process(cluster):
     """All options that such clusters ask for; each of two nodes with eight (false) GPUs."""
     (cluster.tree / "show_device.py").write_text(
         "import os, sys\n"
-        "from gcvit.outcome import report\n"
+        "from gcvit.runtime.exit_status import report\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')\n"
         "sys.stdout.write('device ' + ' '.join(os.environ[n] for n in names) + '\\n')\n"
         "report(0, '')\n"

@@ -10,7 +10,7 @@ from gcvit.config_file import load_config
 from gcvit.loss import soft_target_loss
 from gcvit.monitoring.norms import Norms
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 from tests.integration.launching import ROOT
 from tests.integration.norms_worker import STAGES, Shown, true_norms
 

@@ -10,7 +10,7 @@ from gcvit.config import Config
 from gcvit.config_file import load_config
 from gcvit.errors import UserError
 from gcvit.monitoring.profiling import Profiler, read_memory_use
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 from tests.integration.launching import ROOT
 
 

@@ -17,7 +17,7 @@ from gcvit.data.stream import _await_batch
 from gcvit.monitoring import stalls
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.stalls import LOADING, Seconds, StepClock, attribute, watch_waits
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 
 TIMES = st.floats(0, 100)
 

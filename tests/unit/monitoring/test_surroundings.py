@@ -9,13 +9,13 @@ import torch
 
 import gcvit
 from gcvit.config_file import load_config
-from gcvit.devices import DEVICES
 from gcvit.model.flops import count_forward_flops
 from gcvit.monitoring import surroundings
 from gcvit.monitoring.schema import find_faults
 from gcvit.monitoring.surroundings import describe_surroundings
 from gcvit.parallel.build import build_model
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
+from gcvit.runtime.gpu_specs import DEVICES
 from tests.integration.launching import ROOT
 
 GOLDEN = ROOT / "tests/integration/golden.yaml"

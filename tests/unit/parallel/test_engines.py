@@ -15,7 +15,7 @@ from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine, build_model
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Engine, fill
-from gcvit.parallel.world import World, join_world
+from gcvit.runtime.distributed import World, join_world
 from tests.integration.launching import ROOT
 
 ENGINES = {

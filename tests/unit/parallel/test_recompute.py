@@ -21,7 +21,7 @@ from gcvit.parallel import budget
 from gcvit.parallel.budget import Compute, StorageTracker, activation_bytes, choose_parts, measure_parts
 from gcvit.parallel.build import build_engine, build_model
 from gcvit.parallel.recompute import recompute, recompute_parts
-from gcvit.parallel.world import join_world
+from gcvit.runtime.distributed import join_world
 from tests.integration.launching import ROOT
 
 MODES = ("none", "selective", "blocks", "full")

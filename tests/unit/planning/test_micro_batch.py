@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gcvit.config_file import load_config
 from gcvit.errors import UserError
-from gcvit.parallel.world import World
 from gcvit.planning.forecast import share_of
 from gcvit.planning.micro_batch import find_largest, settle_micro_batch
+from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT
 
 AUTO = load_config(ROOT / "tests/integration/golden.yaml", ["trainer.micro_batch_size=auto", "global_batch_size=24"])[0]

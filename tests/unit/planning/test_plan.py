@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from gcvit.config_file import load_config
-from gcvit.devices import DEVICES
 from gcvit.errors import UserError
 from gcvit.model.attention import WindowAttention
 from gcvit.planning import forecast
@@ -19,6 +18,7 @@ from gcvit.planning.forecast import MODES, Forecast
 from gcvit.planning.memory import KINDS
 from gcvit.planning.plan import ROOM, Cell, Data, Plan, compare, make_plan
 from gcvit.planning.text import describe
+from gcvit.runtime.gpu_specs import DEVICES
 from tests.integration.launching import ROOT
 from tests.unit.imagined import imagine
 

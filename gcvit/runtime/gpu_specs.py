@@ -1,7 +1,7 @@
 """GPUs by name: their memory, and the most operations a second that they can do. For plans, and for shares of the peak.
 
 Peaks are those of dense matrices; a data sheet that counts zeros of sparse ones ("with sparsity") says twice as much,
-and is halved here. In fp32 nothing is rounded to TF32, as `gcvit.parallel.world` has it, so tensor cores stand still.
+and is halved here. In fp32 nothing is rounded to TF32 (see `gcvit.runtime.distributed`), so tensor cores stand still.
 """
 
 import difflib

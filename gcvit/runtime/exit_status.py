@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from gcvit import progress
+from gcvit.runtime import heartbeat
 
 FINISHED = 0
 CRASHED = 1
@@ -39,7 +39,7 @@ def report(code: int, what: str) -> None:
         "outcome": _WORDS.get(code, "failed"),
         "exit": code,
         "what": " ".join(what.split()),
-        "step": progress.last_step(),
+        "step": heartbeat.last_step(),
         "time": time.time(),  # the first to fail is the cause, the others' connections to it broke
     }
     path = Path(folder) / f"rank_{rank}.json"

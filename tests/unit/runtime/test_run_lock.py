@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from gcvit import runlock
 from gcvit.errors import UserError
-from gcvit.runlock import Holder, RunLock
+from gcvit.runtime import run_lock
+from gcvit.runtime.run_lock import Holder, RunLock
 
 OTHER = Holder(job=None, restart=0, host="node9", pid=77, since="Mon Nov 23 04:00:00 2026")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(runlock, "_WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "_WATCH_SECONDS", 0.2)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -75,9 +75,9 @@ def test_a_live_run_keeps_its_lock(tmp_path):
 
 
 def test_a_heartbeat_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlock, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.01)
     beats, clock = set(), iter(range(1_700_000_000, 1_800_000_000))
-    monkeypatch.setattr(runlock.time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(run_lock.time, "time", lambda: float(next(clock)))
     with RunLock(tmp_path):
         end = time.monotonic() + 60
         while len(beats) < 3 and time.monotonic() < end:
@@ -130,7 +130,7 @@ def test_where_the_file_system_locks_within_a_node_only(tmp_path):
 
 
 def test_on_the_same_node_nobody_waits_for_a_dead_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlock, "_WATCH_SECONDS", 1e9)
+    monkeypatch.setattr(run_lock, "_WATCH_SECONDS", 1e9)
     sign(tmp_path, replace(RunLock(tmp_path).holder, pid=2**22, since="a longer text than any that comes later"))
     enter(tmp_path)
 

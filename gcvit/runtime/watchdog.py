@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gcvit import outcome, progress
+from gcvit.runtime import exit_status, heartbeat
 
 _PATIENCE_BEFORE_FIRST_STEP = 4  # times the limit: compilation, first reads
 _SECONDS_TO_TELL = 20
@@ -36,14 +36,14 @@ def watchdog(seconds: float | None) -> Iterator[None]:
 
 def _watch(seconds: float, is_over: threading.Event) -> None:
     tick = min(seconds / 20, 10.0)
-    idle, seen, before = 0.0, progress.num_marks(), time.monotonic()
+    idle, seen, before = 0.0, heartbeat.num_marks(), time.monotonic()
     while not is_over.wait(tick):
         now = time.monotonic()
         idle += min(now - before, 2 * tick)  # a process that was stopped, and this thread with it, does not hang
         before = now
-        if progress.num_marks() != seen:
-            idle, seen = 0.0, progress.num_marks()
-        limit = seconds if progress.last_step() is not None else _PATIENCE_BEFORE_FIRST_STEP * seconds
+        if heartbeat.num_marks() != seen:
+            idle, seen = 0.0, heartbeat.num_marks()
+        limit = seconds if heartbeat.last_step() is not None else _PATIENCE_BEFORE_FIRST_STEP * seconds
         if idle >= limit and not _is_debugged():
             _end(idle, 2 * tick)
 
@@ -61,14 +61,14 @@ def _is_debugged() -> bool:
 def _end(idle: float, pause: float) -> None:
     # What makes us hang, a dead file system say, may make the telling hang too: then the system ends us, with 1.
     faulthandler.dump_traceback_later(_SECONDS_TO_TELL + pause, exit=True)
-    step = progress.last_step()
+    step = heartbeat.last_step()
     what = f"no progress for {idle:.0f} s " + ("before the first step" if step is None else f"after step {step}")
     lines = [f"hung: {what}; the stacks of all threads:", *_read_stacks().splitlines()]
     with open(2, "wb", closefd=False) as stderr:  # in one piece, and not through a lock that another thread may hold
-        stderr.write("".join(f"[{outcome.here()}] {line}\n" for line in lines).encode())
-    outcome.report(outcome.HUNG, what)
+        stderr.write("".join(f"[{exit_status.here()}] {line}\n" for line in lines).encode())
+    exit_status.report(exit_status.HUNG, what)
     time.sleep(pause)  # the other ranks tell theirs, before a launcher ends them because of this one
-    os._exit(outcome.HUNG)
+    os._exit(exit_status.HUNG)
 
 
 def _read_stacks() -> str:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gcvit import notice
 from gcvit.errors import Preempted
-from gcvit.parallel.world import World
+from gcvit.runtime import signals
+from gcvit.runtime.distributed import World
 
 
 class Preemption:
@@ -25,7 +25,7 @@ class Preemption:
     def is_agreed(self) -> bool:
         """Whether any rank had the notice at the look before; the same on all. Nobody looks again once it is true."""
         if self._is_alone:
-            return notice.is_given()
+            return signals.is_given()
         self._pending.wait()
         agreed = bool(self._flag[0])
         if not agreed:
@@ -39,13 +39,13 @@ class Preemption:
 
     def close(self) -> None:
         """The training is finished: a notice has no effect any more."""
-        notice.ignore()
+        signals.ignore()
         if not self._is_alone:
             self._pending.wait()
             dist.destroy_process_group(self._group)
 
     def _begin(self) -> None:
-        self._flag = np.array([notice.is_given()], dtype=np.int32)
+        self._flag = np.array([signals.is_given()], dtype=np.int32)
         pending = dist.all_reduce(torch.from_numpy(self._flag), op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert pending is not None
         self._pending = pending

@@ -7,7 +7,7 @@ from tests.integration.launching import python
 HEAD = """
 import threading, time
 from gcvit import progress
-from gcvit.watchdog import watchdog
+from gcvit.runtime.watchdog import watchdog
 
 def wait_for_nothing():
     time.sleep(1000)

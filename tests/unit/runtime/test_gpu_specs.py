@@ -2,8 +2,8 @@
 
 import pytest
 
-from gcvit.devices import DEVICES, find_device, get_device
 from gcvit.errors import UserError
+from gcvit.runtime.gpu_specs import DEVICES, find_device, get_device
 
 
 def test_tensor_cores_are_faster_and_every_name_belongs_to_one_gpu():

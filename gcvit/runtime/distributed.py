@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from gcvit.errors import UserError
-from gcvit.watchdog import watchdog
+from gcvit.runtime.watchdog import watchdog
 
 T = TypeVar("T")
 
