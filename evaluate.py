@@ -12,17 +12,17 @@ correct_top1, correct_top5, num_skipped (damaged). The rest is in RUN/evaluation
 
 from argparse import Namespace
 
-from gcvit import evaluate_flags
+from gcvit.config import evaluate_cli
 from gcvit.errors import run_main
 
 
 def parse_arguments() -> Namespace:
-    return evaluate_flags.parse_arguments(__doc__)
+    return evaluate_cli.parse_arguments(__doc__)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    evaluate_flags.check(arguments)
+    evaluate_cli.check(arguments)
 
     from gcvit.evaluation import suite  # loads torch: --help is quicker without
     from gcvit.evaluation.latency import benchmark

@@ -10,21 +10,21 @@ Any knob of the config can be set behind the flags as dotted.key=value.
 
 from argparse import Namespace
 
-from gcvit import train_flags
-from gcvit.config import EmaConfig
-from gcvit.config_file import load_config
+from gcvit.config import train_cli
+from gcvit.config.load import load_config
+from gcvit.config.schema import EmaConfig
 from gcvit.data.forkserver import loader_context
 from gcvit.errors import run_main
 from gcvit.runtime import signals
 
 
 def parse_arguments() -> Namespace:
-    return train_flags.parse_arguments(__doc__)
+    return train_cli.parse_arguments(__doc__)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    train_flags.check(arguments)
+    train_cli.check(arguments)
     knobs = {"data.dir": arguments.data_dir, "trainer.micro_batch_size": arguments.batch_size, "tag": arguments.tag}
     config, notices = load_config(arguments.config, arguments.overrides, knobs)
     if arguments.model_ema and config.ema is None:

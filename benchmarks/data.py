@@ -41,8 +41,8 @@ from benchmarks.data_scale import (
     measure_reads,
     measure_resume,
 )
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.data.source import open_source
 from gcvit.data.stream import train_stream
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.assignment import EpochOrder
 from gcvit.data.manifest import Shard, read_manifest, write_manifest
 from gcvit.data.source import Source, open_source

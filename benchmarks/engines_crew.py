@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from gcvit.config import Config, FsdpConfig, ModelConfig, OptimConfig, OverridesConfig, ScheduleConfig, ZeroConfig
+from gcvit.config.schema import (
+    Config,
+    FsdpConfig,
+    ModelConfig,
+    OptimConfig,
+    OverridesConfig,
+    ScheduleConfig,
+    ZeroConfig,
+)
 from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine

@@ -184,7 +184,7 @@ def held_in_theory(engine: str, weights_bytes: int) -> float:
 
 def start_here(engine: str, model: str) -> None:
     """In a process of `start`: build, and print from rank 0 what it took."""
-    from gcvit.config import Config, ModelConfig, OptimConfig, OverridesConfig, ScheduleConfig, ZeroConfig
+    from gcvit.config.schema import Config, ModelConfig, OptimConfig, OverridesConfig, ScheduleConfig, ZeroConfig
     from gcvit.parallel.build import build_engine, build_model
     from gcvit.runtime.distributed import join_world
 

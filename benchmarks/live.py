@@ -53,7 +53,7 @@ def unwatched() -> Iterator[None]:
 
 def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | None:
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
-    from gcvit.config_file import load_config
+    from gcvit.config.load import load_config
     from gcvit.monitoring.stalls import watch_waits
     from gcvit.run import log_step
     from gcvit.runtime.distributed import join_world

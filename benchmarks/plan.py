@@ -70,7 +70,7 @@ def grid(quick: bool, on_gpu: bool) -> list[Case]:
 
 
 def make_config(case: Case) -> Any:
-    from gcvit.config import Config, EmaConfig, FsdpConfig, ModelConfig, OptimConfig, ScheduleConfig, ZeroConfig
+    from gcvit.config.schema import Config, EmaConfig, FsdpConfig, ModelConfig, OptimConfig, ScheduleConfig, ZeroConfig
 
     is_zero = case.engine.startswith("zero")
     return Config(

@@ -1,4 +1,4 @@
-"""Write docs/config.md from `gcvit.config`: each knob with its sentence, what it may be, and what configs/ set.
+"""Write docs/config.md from `gcvit.config.schema`: each knob with its sentence, what it may be, and what configs/ set.
 
     python -m docs.config_page
 
@@ -16,16 +16,16 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gcvit import config as knobs
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config import schema as knobs
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/config.md"
 INTRODUCTION = """\
 # Every knob
 
-This page is made from the sentences in `gcvit/config.py` by `python -m docs.config_page`, and a test compares the two.
+This page is made from `gcvit/config/schema.py` by `python -m docs.config_page`, and a test compares the two.
 
 A config is one complete YAML file; those in `configs/` list all knobs. Any of them may follow a command as
 `section.knob=value`: `optim.lr=1e-3`, `ema=null`, `"schedule.cosine=90 epochs"`. The command line goes over the file,

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 import gcvit
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import RunState
-from gcvit.config import AugmentConfig, Config
+from gcvit.config.schema import AugmentConfig, Config
 from gcvit.model import VARIANTS
 from gcvit.model.summary import summarize
 from gcvit.parallel.build import build_model

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from gcvit.config import DataConfig
+from gcvit.config.schema import DataConfig
 from gcvit.data.source import Source
 from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize

@@ -24,8 +24,8 @@ from torch import Tensor
 from gcvit import checkpoint, runfolder
 from gcvit.card import read_records, write_card
 from gcvit.checkpoint import Checkpoint
-from gcvit.config import Config, ModelConfig
-from gcvit.config_file import parse_config
+from gcvit.config.load import parse_config
+from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError, run_main
 from gcvit.model import VARIANTS, GCViT, layouts
 from gcvit.model.fitting import HEAD

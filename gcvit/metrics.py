@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.batch import Damage
 from gcvit.monitoring.events import Events
 from gcvit.monitoring.stalls import Seconds, attribute

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gcvit.config import OptimConfig
+from gcvit.config.schema import OptimConfig
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, StepResult
 from gcvit.parallel.loss_scale import LossScale
 

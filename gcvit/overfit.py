@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.source import Source
 from gcvit.data.stream import train_stream
 from gcvit.data.transforms import DeviceAugment

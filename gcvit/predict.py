@@ -21,8 +21,8 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from gcvit import checkpoint, runfolder
-from gcvit.config import DataConfig
-from gcvit.config_file import parse_config
+from gcvit.config.load import parse_config
+from gcvit.config.schema import DataConfig
 from gcvit.data.decode import DecodeError
 from gcvit.data.folder import SUFFIXES
 from gcvit.data.transforms import EvalTransform, normalize

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gcvit import checkpoint
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.batch import Batch
 from gcvit.data.source import Source
 from gcvit.errors import UserError

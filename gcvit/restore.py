@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import Checkpoint, RunState
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.source import Source
 from gcvit.ema import Ema
 from gcvit.errors import UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import RunState
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.damage import DamageBudget
 from gcvit.data.source import Source
 from gcvit.data.stream import Batch

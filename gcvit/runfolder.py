@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gcvit import checkpoint
 from gcvit.checkpoint import Checkpoint, DamagedError
-from gcvit.config import Config
-from gcvit.config_file import dump_config
+from gcvit.config.load import dump_config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World
 

@@ -7,7 +7,7 @@ warm-up, so the rate jumps where the two meet (timm's CosineLRScheduler with `wa
 import math
 from dataclasses import dataclass
 
-from gcvit.config import DURATION, OptimConfig, ScheduleConfig
+from gcvit.config.schema import DURATION, OptimConfig, ScheduleConfig
 from gcvit.errors import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from gcvit import runfolder
 from gcvit.card import describe_origin
 from gcvit.checkpoint import Checkpoint, RunState
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.damage import DamageBudget
 from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.source import Source, num_local_ranks, open_source

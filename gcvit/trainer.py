@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted

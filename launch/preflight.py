@@ -39,7 +39,7 @@ def read_command(entry: str, arguments: list[str]) -> tuple[str | None, Any]:
         from evaluate import parse_arguments as parse_evaluation
 
         return parse_evaluation().data_dir, None
-    from gcvit.config_file import load_config
+    from gcvit.config.load import load_config
     from train import parse_arguments
 
     given = parse_arguments()

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.assignment import EpochOrder, Picks
 from gcvit.data.source import Source
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gcvit.config import Config, DataConfig
+from gcvit.config.schema import Config, DataConfig
 from gcvit.data.assignment import (
     cut_micro_batches,
     deal_share,

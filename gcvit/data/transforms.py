@@ -21,7 +21,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import CenterCrop, ColorJitter, FiveCrop, InterpolationMode, RandomAffine, Resize
 
-from gcvit.config import AugmentConfig, DataConfig, MixConfig
+from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
 from gcvit.data.decode import MAX_PIXELS, Box, Bytes, DecodeError, EncodedImage, Pixels, decode
 from gcvit.errors import UserError

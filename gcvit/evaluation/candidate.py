@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gcvit import checkpoint, runfolder
-from gcvit.config import DataConfig, ModelConfig
-from gcvit.config_file import parse_config
+from gcvit.config.load import parse_config
+from gcvit.config.schema import DataConfig, ModelConfig
 from gcvit.errors import UserError
 from gcvit.export import WEIGHTS_FILE, choose_kind, load_export, read_label_names
 from gcvit.model import GCViT, weights

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from gcvit.config import DataConfig
+from gcvit.config.schema import DataConfig
 from gcvit.errors import UserError
 from gcvit.evaluation import candidate, predictions, scores
 from gcvit.evaluation import record as evaluation_record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcvit.config import DataConfig, ModelConfig
+from gcvit.config.schema import DataConfig, ModelConfig
 from gcvit.errors import UserError
 
 NUM_CROPS = 5  # of `EvalTransform`'s five_crop; ten-crop is these and their mirror images

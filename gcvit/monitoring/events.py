@@ -11,8 +11,8 @@ import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from gcvit.config import Config
-from gcvit.config_file import dump_config
+from gcvit.config.load import dump_config
+from gcvit.config.schema import Config
 from gcvit.data.remote import is_remote, redact
 from gcvit.errors import UserError
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gcvit.config import OptimConfig
+from gcvit.config.schema import OptimConfig
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import EXP_AVG, MODEL, Engine, Fragments, StepResult
 

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gcvit.config import Config, DataConfig
+from gcvit.config.schema import Config, DataConfig
 from gcvit.data.batch import Batch
 from gcvit.data.source import Source
 from gcvit.metrics import Metrics

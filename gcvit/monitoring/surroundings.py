@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import gcvit
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
 from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import World

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gcvit.config import OptimConfig
+from gcvit.config.schema import OptimConfig
 from gcvit.model import GCViT
 from gcvit.optim import Updater
 from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult

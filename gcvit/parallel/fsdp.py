@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gcvit.config import FsdpConfig, OptimConfig
+from gcvit.config.schema import FsdpConfig, OptimConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim import Updater

@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
-from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.layers import Stem

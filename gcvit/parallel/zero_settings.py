@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 
 Settings = dict[str, Any]

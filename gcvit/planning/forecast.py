@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.config import Config, FsdpConfig, ZeroConfig
+from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
 from gcvit.data.assignment import num_micro_steps
 from gcvit.errors import UserError
 from gcvit.model import GCViT

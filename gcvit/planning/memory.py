@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gcvit.config import Config, FsdpConfig
+from gcvit.config.schema import Config, FsdpConfig
 from gcvit.model import GCViT
 from gcvit.parallel.build import DTYPES
 from gcvit.parallel.fsdp import find_units

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
 from gcvit.model.kernels import serve_device

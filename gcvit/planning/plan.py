@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.config import Config, FsdpConfig
+from gcvit.config.schema import Config, FsdpConfig
 from gcvit.data.assignment import micro_batch_capacity, num_micro_steps
 from gcvit.data.source import Source
 from gcvit.data.stream import check_world

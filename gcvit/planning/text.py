@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.remote import is_remote
 from gcvit.errors import UserError

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from gcvit.config_file import dump_yaml, parse_yaml
+from gcvit.config.load import dump_yaml, parse_yaml
 from gcvit.data.remote import is_remote, redact
 from gcvit.errors import UserError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import World

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from torch._dynamo.utils import counters
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT
 from gcvit.parallel import build

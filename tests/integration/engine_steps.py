@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.runtime.distributed import World, join_world
 from gcvit.trainer import seed_drop_path
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine

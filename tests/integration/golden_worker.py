@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gcvit import optim
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.run import Run, all_fragments
 from gcvit.runtime.distributed import World, join_world
 from gcvit.start import open_sources, start

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcvit import trainer
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data import stream
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss

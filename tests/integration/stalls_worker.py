@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.data import batch, decode, source, stream, transforms
 from gcvit.data import folder as class_folders
 from gcvit.data.source import Source

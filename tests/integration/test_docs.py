@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.model import create_model
 from tests.integration.command_lines import Command, find_commands, read_command
 from tests.integration.launching import ROOT, environment

@@ -16,7 +16,7 @@ from timm.data import RealLabelsImagenet
 import evaluate
 from gcvit import checkpoint
 from gcvit.checkpoint import RunState
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data.source import open_source
 from gcvit.evaluation import latency
 from gcvit.evaluation.candidate import digest

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from gcvit.checkpoint import open_checkpoint, read_tensors
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.data.source import open_source
 from gcvit.data.stream import train_stream
 from gcvit.data.transforms import DeviceAugment

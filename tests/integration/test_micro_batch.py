@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.planning.micro_batch import Trial
 from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT, succeed, torchrun

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gcvit.config import DataConfig
+from gcvit.config.schema import DataConfig
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.model import GCViT, create_model, layouts
 from tests.integration.hub_server import serve_hub

@@ -30,7 +30,7 @@ run_main(main)
 
 STEPS = """
 import sys, torch
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import join_world

@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import evaluate
 import train
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.model import create_model, weights
 from tests.integration.command_lines import find_blocks, find_commands

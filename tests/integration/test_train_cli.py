@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from gcvit.checkpoint import open_checkpoint, read_tensors
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data.source import open_source
 from gcvit.evaluation.candidate import find_candidate, find_file, load
 from gcvit.evaluator import evaluate

@@ -14,8 +14,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.ema import Ema
 from gcvit.loss import soft_target_loss
 from gcvit.parallel.build import build_engine

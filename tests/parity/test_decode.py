@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 
-from gcvit.config import AugmentConfig, DataConfig
+from gcvit.config.schema import AugmentConfig, DataConfig
 from gcvit.data import transforms
 from gcvit.data.decode import decode
 from gcvit.data.transforms import TrainTransform, preserved_generators, seed_sample

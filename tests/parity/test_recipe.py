@@ -24,7 +24,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from gcvit.config import AugmentConfig, DataConfig, MixConfig, OptimConfig, ScheduleConfig
+from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig, OptimConfig, ScheduleConfig
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment, normalize
 from gcvit.ema import Ema

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.model import create_model
 from gcvit.parallel.recompute import recompute_parts
 from gcvit.planning import forecast, step_trace

@@ -12,7 +12,7 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from gcvit.config import AugmentConfig, DataConfig, MixConfig
+from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig
 from gcvit.data import transforms
 from gcvit.data.batch import Piece, join_pieces
 from gcvit.data.decode import Box

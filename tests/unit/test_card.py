@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from gcvit import checkpoint
 from gcvit.card import describe_origin, read_records, write_card
 from gcvit.checkpoint import RunState
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.export import export
 from gcvit.model import VARIANTS
 from gcvit.model.summary import Row

@@ -7,9 +7,9 @@ import pytest
 from pydantic import BaseModel
 
 from docs.config_page import PAGE, describe_values, write_page
-from gcvit import config
-from gcvit.config import Config, OverridesConfig
-from tests.unit.test_configs import FILES, find_missing
+from gcvit.config import schema
+from gcvit.config.schema import Config, OverridesConfig
+from tests.unit.config.test_shipped_configs import FILES, find_missing
 
 PAGE_TEXT = PAGE.read_text()
 
@@ -33,7 +33,7 @@ def find_knobs(prefix: str, section: type[BaseModel]) -> list[str]:
         knobs.append(prefix + name)
         kinds = re.findall(r"\w+Config", str(field.annotation))
         for kind in kinds:
-            knobs += find_knobs(f"{prefix}{name}.", getattr(config, kind))
+            knobs += find_knobs(f"{prefix}{name}.", getattr(schema, kind))
     return knobs
 
 
@@ -41,12 +41,12 @@ def find_knobs(prefix: str, section: type[BaseModel]) -> list[str]:
     ("annotation", "words"),
     [
         (int, "whole number"),
-        (config.Count | None, "whole number from 1 or null"),
-        (config.BelowOne, "number from 0, below 1"),
-        (config.Share, "number from 0, to 1"),
-        (config.Length | None, "duration above 0 or null"),
+        (schema.Count | None, "whole number from 1 or null"),
+        (schema.BelowOne, "number from 0, below 1"),
+        (schema.Share, "number from 0, to 1"),
+        (schema.Length | None, "duration above 0 or null"),
         (Literal["a", 1], "`a`, `1`"),
-        (tuple[config.Positive, config.Positive], "2 of: number above 0"),
+        (tuple[schema.Positive, schema.Positive], "2 of: number above 0"),
         (OverridesConfig | None, "section or null"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.config import EmaConfig
+from gcvit.config.schema import EmaConfig
 from gcvit.ema import Ema
 from gcvit.errors import Preempted
 from gcvit.parallel.engine import Fragment, Fragments

@@ -59,6 +59,6 @@ def test_all_else_is_as_ever(body, code):
 
 
 def test_errors_are_quick_to_load():
-    done = python("-c", "import sys, gcvit.config; sys.exit('torch' in sys.modules)")
+    done = python("-c", "import sys, gcvit.config.schema; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, "a misspelt key would be told only after torch was loaded"
     assert sys.version_info >= (3, 11)

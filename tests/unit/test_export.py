@@ -13,8 +13,8 @@ from torch import nn
 
 from gcvit import checkpoint
 from gcvit.checkpoint import RunState
-from gcvit.config import Config, ModelConfig
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError
 from gcvit.evaluation import candidate
 from gcvit.export import export, name_in_timm

@@ -9,8 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gcvit import metrics as metrics_module
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.metrics import Metrics
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.stalls import Seconds

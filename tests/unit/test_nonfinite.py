@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gcvit import checkpoint, nonfinite, trainer
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data.batch import Damage
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.optim import param_groups_layer_decay
 
-from gcvit.config import OptimConfig
+from gcvit.config.schema import OptimConfig
 from gcvit.model import create_model
 from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gcvit import export, predict
-from gcvit.config import DataConfig
+from gcvit.config.schema import DataConfig
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError
 from gcvit.model import VARIANTS, create_model, weights

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.restore import check_alike
 from gcvit.runfolder import write_config

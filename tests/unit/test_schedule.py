@@ -6,7 +6,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 
-from gcvit.config import OptimConfig, ScheduleConfig
+from gcvit.config.schema import OptimConfig, ScheduleConfig
 from gcvit.errors import UserError
 from gcvit.schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.loss import soft_target_loss

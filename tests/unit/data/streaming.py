@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import torch
 
-from gcvit.config import Config
-from gcvit.config_file import parse_config
+from gcvit.config.load import parse_config
+from gcvit.config.schema import Config
 from gcvit.data.assignment import EpochOrder
 from gcvit.data.batch import Batch, Piece, join_pieces
 from gcvit.data.stream import train_stream

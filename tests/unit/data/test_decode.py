@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from gcvit.config import AugmentConfig, DataConfig
+from gcvit.config.schema import AugmentConfig, DataConfig
 from gcvit.data import decode as module
 from gcvit.data.decode import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
 from gcvit.data.transforms import EvalTransform, TrainTransform, preserved_generators, seed_sample

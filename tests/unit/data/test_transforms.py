@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, rand_augment_choices
 from torch import Tensor
 
-from gcvit.config import AffineConfig, AugmentConfig, DataConfig, MixConfig
+from gcvit.config.schema import AffineConfig, AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch, Piece, empty_images, join_pieces
 from gcvit.data.decode import DecodeError
 from gcvit.data.transforms import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gcvit.config import DataConfig, ModelConfig, OverridesConfig
+from gcvit.config.schema import DataConfig, ModelConfig, OverridesConfig
 from gcvit.errors import UserError
 from gcvit.evaluation.candidate import Candidate, average, digest, find_candidate, find_file, load
 from gcvit.model import create_model, weights

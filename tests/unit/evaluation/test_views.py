@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import five_crop, pil_to_tensor, resize, ten_crop
 
-from gcvit.config import DataConfig, ModelConfig
+from gcvit.config.schema import DataConfig, ModelConfig
 from gcvit.data.transforms import EvalTransform
 from gcvit.errors import UserError
 from gcvit.evaluation.views import Options, Views

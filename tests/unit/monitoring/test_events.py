@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.monitoring.events import Events, check_wandb, describe_targets, flatten, hide_secrets
 from tests.integration.launching import ROOT

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.loss import soft_target_loss
 from gcvit.monitoring.norms import Norms
 from gcvit.parallel.build import build_engine

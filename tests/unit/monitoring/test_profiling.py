@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.monitoring.profiling import Profiler, read_memory_use
 from gcvit.runtime.distributed import join_world

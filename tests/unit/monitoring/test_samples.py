@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data.batch import Batch, Piece, join_pieces
 from gcvit.data.transforms import DeviceAugment
 from gcvit.monitoring.samples import NUM_IMAGES, Samples, lay_out, name_targets

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gcvit
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.model.flops import count_forward_flops
 from gcvit.monitoring import surroundings
 from gcvit.monitoring.schema import find_faults

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.config import Config
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT

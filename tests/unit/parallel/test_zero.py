@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcvit.config import OptimConfig, ZeroConfig
+from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.zero_settings import build_settings

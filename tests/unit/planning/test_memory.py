@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gcvit.config import FsdpConfig, ZeroConfig
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
+from gcvit.config.schema import FsdpConfig, ZeroConfig
 from gcvit.data.assignment import num_micro_steps
 from gcvit.parallel.build import build_model
 from gcvit.planning.forecast import player_of, with_engine

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.planning.forecast import share_of
 from gcvit.planning.micro_batch import find_largest, settle_micro_batch

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.model.attention import WindowAttention
 from gcvit.planning import forecast

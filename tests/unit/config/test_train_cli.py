@@ -9,9 +9,9 @@ import pytest
 
 import evaluate
 import train
-from gcvit import train_flags
-from gcvit.config import Config, EmaConfig
-from gcvit.config_file import load_config
+from gcvit.config import train_cli
+from gcvit.config.load import load_config
+from gcvit.config.schema import Config, EmaConfig
 from gcvit.errors import UserError
 from tests.integration.launching import ROOT
 
@@ -153,7 +153,7 @@ def test_what_a_plan_is_for(parse, capsys):
 )
 def test_a_flag_without_effect_is_refused(parse, words, told):
     with pytest.raises(UserError, match=told):
-        train_flags.check(parse(train, "--config", CONFIG, *words))
+        train_cli.check(parse(train, "--config", CONFIG, *words))
 
 
 def test_overrides_may_stand_between_flags(parse):

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gcvit.config import Config, MixConfig, Section
-from gcvit.config_file import dump_config, load_config, parse_config, parse_yaml
+from gcvit.config.load import dump_config, load_config, parse_config, parse_yaml
+from gcvit.config.schema import Config, MixConfig, Section
 from gcvit.errors import UserError
 
 MINIMAL = """

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gcvit.config_file import load_config
+from gcvit.config.load import load_config
 from gcvit.data.assignment import cut_micro_batches, deal_share, micro_batch_capacity, num_micro_steps
 from gcvit.ema import Ema
 from gcvit.schedule import build_schedule, to_samples

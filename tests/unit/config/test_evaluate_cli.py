@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gcvit import evaluate_flags
+from gcvit.config import evaluate_cli
 from gcvit.errors import UserError
 from tests.integration.launching import ROOT, environment
 
@@ -15,7 +15,7 @@ FILE = ["--model", "m", "--checkpoint", "f"]
 
 def check(words: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-    evaluate_flags.check(evaluate_flags.parse_arguments(None))
+    evaluate_cli.check(evaluate_cli.parse_arguments(None))
 
 
 @pytest.mark.parametrize(

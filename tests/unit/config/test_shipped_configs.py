@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from gcvit.config import Config, OverridesConfig, Section
-from gcvit.config_file import load_config, parse_yaml
+from gcvit.config.load import load_config, parse_yaml
+from gcvit.config.schema import Config, OverridesConfig, Section
 from gcvit.schedule import build_schedule, to_samples
 
-FOLDER = Path(__file__).parents[2] / "configs"
+FOLDER = Path(__file__).parents[3] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 SIZES = ("xxtiny", "xtiny", "tiny", "tiny2", "small", "small2", "base", "large")
 RECIPES = {

@@ -1,6 +1,6 @@
 """Reads a config from YAML, the command line and flags, explains what is wrong with it, and writes it again.
 
-What the knobs are is said in `gcvit.config`.
+What the knobs are is said in `gcvit.config.schema`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gcvit.config import Config
+from gcvit.config.schema import Config
 from gcvit.errors import UserError
 
 _PATTERNS = {
