@@ -24,7 +24,7 @@ from gcvit.config.schema import (
     ZeroConfig,
 )
 from gcvit.ema import Ema
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL
 from gcvit.runtime.distributed import World, join_world

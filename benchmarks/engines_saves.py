@@ -49,7 +49,7 @@ def make_images(root: Path) -> None:
 def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] | None:
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config.load import load_config
-    from gcvit.loss import soft_target_loss
+    from gcvit.optim.loss import soft_target_loss
     from gcvit.run import save
     from gcvit.runtime.distributed import join_world
     from gcvit.start import open_sources, start

@@ -16,7 +16,7 @@ from gcvit.data.source import Source
 from gcvit.data.stream import train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Engine
 from gcvit.runtime.distributed import World

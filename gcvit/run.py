@@ -19,10 +19,10 @@ from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiling import Profiler
 from gcvit.monitoring.samples import Samples
 from gcvit.monitoring.stalls import StepClock
+from gcvit.optim.lr_schedule import Schedule
 from gcvit.parallel.engine import Engine, Fragments, StepResult
 from gcvit.runtime.distributed import World
 from gcvit.saver import Saver
-from gcvit.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from gcvit.monitoring.profiling import Profiler
 from gcvit.monitoring.samples import Samples
 from gcvit.monitoring.stalls import StepClock
 from gcvit.monitoring.surroundings import describe_surroundings
+from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
 from gcvit.planning.micro_batch import settle_micro_batch
@@ -30,7 +31,6 @@ from gcvit.run import Intervals, Run, all_fragments
 from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
 from gcvit.saver import Saver
-from gcvit.schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 

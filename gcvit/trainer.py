@@ -12,15 +12,15 @@ from gcvit.config.schema import Config
 from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted
-from gcvit.loss import soft_target_loss
 from gcvit.monitoring.stalls import StepClock, watch_waits
 from gcvit.nonfinite import BadSteps, poison_nonfinite
+from gcvit.optim.loss import soft_target_loss
+from gcvit.optim.lr_schedule import is_time
 from gcvit.parallel.engine import StepResult
 from gcvit.run import Run, evaluate_all, evaluate_late, log_step, save
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
 from gcvit.runtime.preemption import Preemption
-from gcvit.schedule import is_time
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A config is one YAML file without inheritance. Unknown keys, wrong types and knobs that would have no effect in the
 chosen mode are refused. Absent is `None`: a section such as `ema` or `zero` that is not there is off. Durations are
-texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.schedule`. `gcvit.config.load` reads it.
+texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.optim.lr_schedule`. `load.py` reads it.
 """
 
 import math

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcvit.config.schema import OptimConfig
 from gcvit.model import GCViT
-from gcvit.optim import Updater
+from gcvit.optim.adamw import Updater
 from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult
 from gcvit.runtime.distributed import World
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from gcvit.config.schema import FsdpConfig, OptimConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
-from gcvit.optim import Updater
+from gcvit.optim.adamw import Updater
 from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult
 from gcvit.runtime.distributed import World
 

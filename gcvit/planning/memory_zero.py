@@ -6,7 +6,7 @@ from collections import Counter, defaultdict, deque
 import torch
 
 from gcvit.config.schema import Config, ZeroConfig
-from gcvit.optim import Group, find_group
+from gcvit.optim.adamw import Group, find_group
 from gcvit.parallel.zero_settings import build_settings
 from gcvit.planning.memory import FP32, Layout, Played
 from gcvit.planning.step_trace import ROOT

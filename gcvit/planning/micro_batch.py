@@ -14,8 +14,8 @@ from torch import nn
 
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
-from gcvit.loss import soft_target_loss
 from gcvit.model.kernels import serve_device
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.budget import Compute
 from gcvit.parallel.build import DTYPES
 from gcvit.planning.forecast import Forecast, share_of, with_micro_batch

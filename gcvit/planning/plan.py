@@ -19,7 +19,8 @@ from gcvit.data.stream import check_world
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
-from gcvit.optim import decays
+from gcvit.optim.adamw import decays
+from gcvit.optim.lr_schedule import Schedule, build_schedule, to_steps
 from gcvit.parallel.build import DTYPES
 from gcvit.parallel.fsdp import check_shards
 from gcvit.parallel.zero_settings import build_settings
@@ -35,7 +36,6 @@ from gcvit.planning.forecast import (
 )
 from gcvit.planning.memory import Memory
 from gcvit.runtime.gpu_specs import Device, find_device, get_device
-from gcvit.schedule import Schedule, build_schedule, to_steps
 
 ROOM = 0.9
 """Share of a GPU's memory that a step may take: beside it are CUDA's context, NCCL, workspaces and gaps."""

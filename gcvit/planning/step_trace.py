@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT
 from gcvit.model.attention import HAS_TRITON, WindowAttention
 from gcvit.model.kernels import HEAD_DIMS
+from gcvit.optim.loss import soft_target_loss
 
 ROOT = ""
 """The part that is left of the model beside its cut points: the last norm and the head."""

@@ -11,10 +11,10 @@ from gcvit.data.assignment import holds_whole_lanes
 from gcvit.data.remote import is_remote
 from gcvit.errors import UserError
 from gcvit.model.flops import TRAINING_PASSES
+from gcvit.optim.lr_schedule import to_samples
 from gcvit.planning.forecast import GPUS_PER_NODE, engine_name
 from gcvit.planning.memory import KINDS
 from gcvit.planning.plan import ASSUMED_GPU, ROOM, Plan, make_plan
-from gcvit.schedule import to_samples
 from gcvit.start import open_sources
 
 IMAGES_PER_CORE = 410

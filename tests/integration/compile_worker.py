@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
-from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel import build
 from gcvit.parallel.compiled import compile_parts
 from gcvit.runtime.distributed import World

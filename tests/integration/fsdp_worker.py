@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import World
 from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file

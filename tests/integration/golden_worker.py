@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from gcvit import optim
 from gcvit.config.load import load_config
+from gcvit.optim import adamw
 from gcvit.run import Run, all_fragments
 from gcvit.runtime.distributed import World, join_world
 from gcvit.start import open_sources, start
@@ -25,15 +25,15 @@ from gcvit.trainer import train
 def sabotage(kind: str | None) -> mock._patch:
     """A bug of the kind that the golden test must find."""
     if kind == "swapped decay groups":
-        right = optim.decays
-        return mock.patch.object(optim, "decays", lambda *a, **k: not right(*a, **k))
+        right = adamw.decays
+        return mock.patch.object(adamw, "decays", lambda *a, **k: not right(*a, **k))
     if kind == "doubled gradient":
         from gcvit.parallel.ddp import DdpEngine
 
         right_backward = DdpEngine.backward
         return mock.patch.object(DdpEngine, "backward", lambda self, loss: right_backward(self, 2 * loss))
     assert kind is None, kind
-    return mock.patch.object(optim, "BIAS_TABLE", optim.BIAS_TABLE)  # nothing
+    return mock.patch.object(adamw, "BIAS_TABLE", adamw.BIAS_TABLE)  # nothing
 
 
 def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:

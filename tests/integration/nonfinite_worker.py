@@ -23,7 +23,7 @@ from gcvit import trainer
 from gcvit.config.load import load_config
 from gcvit.data import stream
 from gcvit.errors import UserError
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
 from gcvit.run import Run
 from gcvit.runtime.distributed import World, join_world
 from gcvit.start import open_sources, start

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gcvit.config.load import load_config
-from gcvit.loss import soft_target_loss
 from gcvit.monitoring.norms import Norms
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import World
 from tests.integration.engine_steps import report_to_file

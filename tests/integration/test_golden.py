@@ -19,8 +19,8 @@ from gcvit.config.schema import Config
 from gcvit.data.source import open_source
 from gcvit.data.stream import train_stream
 from gcvit.data.transforms import DeviceAugment
+from gcvit.optim.lr_schedule import build_schedule
 from gcvit.parallel.build import build_model
-from gcvit.schedule import build_schedule
 from tests.integration.launching import succeed, torchrun
 
 HERE = Path(__file__).parent

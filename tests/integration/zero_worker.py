@@ -17,7 +17,7 @@ from torch import Tensor
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.ema import Ema
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
 from gcvit.runtime.distributed import World

@@ -28,13 +28,13 @@ from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig, OptimConfi
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment, normalize
 from gcvit.ema import Ema
-from gcvit.loss import soft_target_loss
 from gcvit.model import create_model, weights
 from gcvit.model.gcvit import GCViT
 from gcvit.model.layers import DropPath
-from gcvit.optim import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
+from gcvit.optim.adamw import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
+from gcvit.optim.loss import soft_target_loss
+from gcvit.optim.lr_schedule import build_schedule
 from gcvit.parallel.engine import Fragment
-from gcvit.schedule import build_schedule
 from tests.unit.data.streaming import whole_batch
 
 NUM_STEPS, BATCH_SIZE, IMG_SIZE, NUM_CLASSES = 100, 4, 64, 10

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from gcvit.config.schema import EmaConfig
 from gcvit.ema import Ema
 from gcvit.errors import Preempted
+from gcvit.optim.lr_schedule import to_samples
 from gcvit.parallel.engine import Fragment, Fragments
-from gcvit.schedule import to_samples
 
 SHAPES = {"a": torch.Size([13, 7]), "b": torch.Size([1]), "c": torch.Size([40])}
 

@@ -16,8 +16,8 @@ from gcvit import checkpoint, nonfinite, trainer
 from gcvit.config.load import load_config
 from gcvit.data.batch import Damage
 from gcvit.errors import UserError
-from gcvit.loss import soft_target_loss
 from gcvit.nonfinite import poison_nonfinite
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.engine import StepResult
 from gcvit.run import Run
 from gcvit.runtime.distributed import World, join_world

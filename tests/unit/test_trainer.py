@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from gcvit.config.load import load_config
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment
-from gcvit.loss import soft_target_loss
 from gcvit.monitoring.stalls import StepClock
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import World, join_world
 from gcvit.trainer import on_device, seed_drop_path

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from gcvit.config.load import load_config, parse_yaml
 from gcvit.config.schema import Config, OverridesConfig, Section
-from gcvit.schedule import build_schedule, to_samples
+from gcvit.optim.lr_schedule import build_schedule, to_samples
 
 FOLDER = Path(__file__).parents[3] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

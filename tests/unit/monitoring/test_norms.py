@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gcvit.config.load import load_config
-from gcvit.loss import soft_target_loss
 from gcvit.monitoring.norms import Norms
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import join_world
 from tests.integration.launching import ROOT

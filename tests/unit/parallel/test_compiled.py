@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL
 from gcvit.trainer import seed_drop_path

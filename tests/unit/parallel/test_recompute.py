@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
-from gcvit.loss import soft_target_loss
 from gcvit.model import GCViT
+from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel import budget
 from gcvit.parallel.budget import Compute, StorageTracker, activation_bytes, choose_parts, measure_parts
 from gcvit.parallel.build import build_engine, build_model

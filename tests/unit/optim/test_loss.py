@@ -2,7 +2,7 @@
 
 import torch
 
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
 
 
 def test_each_samples_loss_and_gradient_are_pytorchs():

@@ -8,7 +8,7 @@ from timm.scheduler import CosineLRScheduler
 
 from gcvit.config.schema import OptimConfig, ScheduleConfig
 from gcvit.errors import UserError
-from gcvit.schedule import Schedule, build_schedule, is_time, to_samples, to_steps
+from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 
 COUNTS = st.integers(1, 10**7)
 

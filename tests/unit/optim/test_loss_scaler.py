@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcvit.loss import soft_target_loss
+from gcvit.optim.loss import soft_target_loss
+from gcvit.optim.loss_scaler import LossScale
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Counters, fill
-from gcvit.parallel.loss_scale import LossScale
 from tests.unit.parallel.test_engines import configure, copy_all, draw_batch, train_step
 from tests.unit.parallel.test_engines import world as world  # the fixture
 

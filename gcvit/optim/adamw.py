@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
+from gcvit.optim.loss_scaler import LossScale
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, StepResult
-from gcvit.parallel.loss_scale import LossScale
 
 BIAS_TABLE = "bias_table"
 
