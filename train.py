@@ -13,7 +13,7 @@ from argparse import Namespace
 from gcvit.config import train_cli
 from gcvit.config.load import load_config
 from gcvit.config.schema import EmaConfig
-from gcvit.data.forkserver import loader_context
+from gcvit.data.worker_process import loader_context
 from gcvit.errors import run_main
 from gcvit.runtime import signals
 

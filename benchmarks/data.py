@@ -43,8 +43,8 @@ from benchmarks.data_scale import (
 )
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
+from gcvit.data.loader import train_stream
 from gcvit.data.source import open_source
-from gcvit.data.stream import train_stream
 
 CONFIG = Path(__file__).parent.parent / "configs/gc_vit_tiny.yaml"
 IMG_SIZE = 224

@@ -14,10 +14,10 @@ from unittest import mock
 import numpy as np
 
 from gcvit.config.schema import Config
-from gcvit.data.assignment import EpochOrder
+from gcvit.data.epoch_order import EpochOrder
+from gcvit.data.loader import train_stream
 from gcvit.data.manifest import Shard, read_manifest, write_manifest
 from gcvit.data.source import Source, open_source
-from gcvit.data.stream import train_stream
 
 IMAGENET, IMAGENET_21K = 1_280_000, 14_200_000
 WORLD_SIZE = 32  # as the recipe's; the first of these ranks is measured

@@ -36,8 +36,8 @@ TINY = "{width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8], windows: [4, 
 def unwatched() -> Iterator[None]:
     """Take away what the steps themselves tell, in the loader too."""
     from gcvit import trainer
+    from gcvit.data.stage_timer import Stopwatch
     from gcvit.monitoring.stalls import StepClock
-    from gcvit.monitoring.stopwatch import Stopwatch
 
     nothing = torch.zeros((), dtype=torch.int64)
     with ExitStack() as stack:

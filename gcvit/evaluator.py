@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcvit.config.schema import DataConfig
+from gcvit.data.loader import eval_stream
 from gcvit.data.source import Source
-from gcvit.data.stream import eval_stream
 from gcvit.data.transforms import normalize
 from gcvit.errors import UserError
 from gcvit.evaluation.label_sets import Targets

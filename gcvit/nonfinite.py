@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gcvit.checkpoint import latest
 from gcvit.data.batch import Batch
-from gcvit.data.epochs import find_samples
+from gcvit.data.epoch_iterator import find_samples
 from gcvit.errors import UserError
 from gcvit.parallel.engine import StepResult
 from gcvit.run import Run, save

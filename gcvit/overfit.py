@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gcvit.config.schema import Config
+from gcvit.data.loader import train_stream
 from gcvit.data.source import Source
-from gcvit.data.stream import train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
 from gcvit.optim.loss import soft_target_loss

@@ -24,7 +24,7 @@ from gcvit import checkpoint, runfolder
 from gcvit.config.load import parse_config
 from gcvit.config.schema import DataConfig
 from gcvit.data.decode import DecodeError
-from gcvit.data.folder import SUFFIXES
+from gcvit.data.folder_source import SUFFIXES
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError, run_main
 from gcvit.export import WEIGHTS_FILE, choose_kind, load_export, read_label_names

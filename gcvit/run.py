@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from gcvit import checkpoint, runfolder
 from gcvit.checkpoint import RunState
 from gcvit.config.schema import Config
-from gcvit.damage import DamageBudget
+from gcvit.data.corruption_budget import DamageBudget
+from gcvit.data.loader import Batch
 from gcvit.data.source import Source
-from gcvit.data.stream import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.evaluator import Result, evaluate

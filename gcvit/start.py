@@ -9,10 +9,10 @@ from gcvit import runfolder
 from gcvit.card import describe_origin
 from gcvit.checkpoint import Checkpoint, RunState
 from gcvit.config.schema import Config
-from gcvit.damage import DamageBudget
-from gcvit.data.assignment import holds_whole_lanes
+from gcvit.data.corruption_budget import DamageBudget
+from gcvit.data.epoch_order import holds_whole_lanes
+from gcvit.data.loader import check_world, num_micro_steps, train_stream
 from gcvit.data.source import Source, num_local_ranks, open_source
-from gcvit.data.stream import check_world, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcvit.config.schema import Config
-from gcvit.data.stream import Batch
+from gcvit.data.loader import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted
 from gcvit.monitoring.stalls import StepClock, watch_waits

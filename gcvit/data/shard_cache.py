@@ -26,8 +26,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from gcvit.data.download import Absent, Say, Stopped, download, hold, join, local_errors, redact, say_on_stderr
 from gcvit.data.manifest import COLUMNS, FILE_NAME, Shard, column_path
-from gcvit.data.remote import Absent, Say, Stopped, download, hold, join, local_errors, redact, say_on_stderr
 from gcvit.errors import UserError
 
 # All that is written lies below a folder of this name, and nothing else is ever evicted: the user may name a cache

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32
 
-from gcvit.data.folder import LAYOUT, class_folders, open_folder
+from gcvit.data.download import is_remote
+from gcvit.data.folder_source import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, column_path, find_split, read_manifest
-from gcvit.data.remote import is_remote
 from gcvit.data.shard_cache import Prefetcher, ShardCache, fetch_manifest
 from gcvit.errors import UserError
 

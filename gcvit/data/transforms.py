@@ -24,8 +24,8 @@ from torchvision.transforms import CenterCrop, ColorJitter, FiveCrop, Interpolat
 from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
 from gcvit.data.decode import MAX_PIXELS, Box, Bytes, DecodeError, EncodedImage, Pixels, decode
+from gcvit.data.stage_timer import Stopwatch
 from gcvit.errors import UserError
-from gcvit.monitoring.stopwatch import Stopwatch
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the image; these and the aspect ratio are timm's defaults
 ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))

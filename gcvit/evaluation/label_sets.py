@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gcvit.data.folder import class_folders, open_folder
+from gcvit.data.folder_source import class_folders, open_folder
 from gcvit.data.manifest import find_split
 from gcvit.data.source import Source, open_source
 from gcvit.errors import UserError

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 
 import gcvit
-from gcvit.data.remote import is_remote, redact
+from gcvit.data.download import is_remote, redact
 from gcvit.errors import UserError
 from gcvit.evaluation.candidate import Candidate
 from gcvit.evaluation.label_sets import LABEL_SETS, ImageSet

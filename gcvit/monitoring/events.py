@@ -13,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from gcvit.config.load import dump_config
 from gcvit.config.schema import Config
-from gcvit.data.remote import is_remote, redact
+from gcvit.data.download import is_remote, redact
 from gcvit.errors import UserError
 
 ID_FILE = "wandb_id"

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from gcvit.data.batch import Batch
+from gcvit.data.stage_timer import Stopwatch
 from gcvit.monitoring.schema import STAGES
-from gcvit.monitoring.stopwatch import Stopwatch
 from gcvit.parallel.engine import Engine
 
 LOADING = STAGES[:4]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gcvit.config.schema import Config, FsdpConfig, ModelConfig, ZeroConfig
-from gcvit.data.assignment import micro_batch_capacity
+from gcvit.data.epoch_order import micro_batch_capacity
 from gcvit.model import GCViT, create_model
 from gcvit.parallel.budget import Compute, recompute_within
 from gcvit.parallel.compiled import compile_parts

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
-from gcvit.data.assignment import num_micro_steps
+from gcvit.data.epoch_order import num_micro_steps
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.parallel.budget import Compute, choose_parts

@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.config.schema import Config, FsdpConfig
-from gcvit.data.assignment import micro_batch_capacity, num_micro_steps
+from gcvit.data.epoch_order import micro_batch_capacity, num_micro_steps
+from gcvit.data.loader import check_world
 from gcvit.data.source import Source
-from gcvit.data.stream import check_world
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from gcvit.config.schema import Config
-from gcvit.data.assignment import holds_whole_lanes
-from gcvit.data.remote import is_remote
+from gcvit.data.download import is_remote
+from gcvit.data.epoch_order import holds_whole_lanes
 from gcvit.errors import UserError
 from gcvit.model.flops import TRAINING_PASSES
 from gcvit.optim.lr_schedule import to_samples

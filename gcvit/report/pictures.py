@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from gcvit.data.decode import DecodeError, decode
-from gcvit.data.remote import is_remote
+from gcvit.data.download import is_remote
 from gcvit.data.source import open_source
 from gcvit.errors import UserError
 from gcvit.report.record import Row, number, section

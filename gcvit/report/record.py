@@ -17,7 +17,7 @@ import numpy.typing as npt
 import yaml
 
 from gcvit.config.load import dump_yaml, parse_yaml
-from gcvit.data.remote import is_remote, redact
+from gcvit.data.download import is_remote, redact
 from gcvit.errors import UserError
 
 Row = dict[str, Any]

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcvit import trainer
 from gcvit.config.load import load_config
-from gcvit.data import stream
+from gcvit.data import loader
 from gcvit.errors import UserError
 from gcvit.optim.loss import soft_target_loss
 from gcvit.run import Run
@@ -124,7 +124,7 @@ def observe(run: Run, plan: dict[int, str]) -> dict[str, Any]:
         poison(run, plan),
         mock.patch.object(trainer, "take_step", observed_take),
         mock.patch.object(run.engine, "step", observed_step),
-        mock.patch.object(stream._TrainLoader, "__getitem__", reads.apart(stream._TrainLoader.__getitem__)),
+        mock.patch.object(loader._TrainLoader, "__getitem__", reads.apart(loader._TrainLoader.__getitem__)),
         reads,
     ):
         try:

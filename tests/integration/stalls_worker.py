@@ -22,8 +22,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
-from gcvit.data import batch, decode, source, stream, transforms
-from gcvit.data import folder as class_folders
+from gcvit.data import batch, decode, loader, source, transforms
+from gcvit.data import folder_source as class_folders
 from gcvit.data.source import Source
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
@@ -38,7 +38,7 @@ LOADER_PLACES: dict[str, list[tuple[Any, str]]] = {
     "storage": [(source.ShardSource, "fetch"), (class_folders.FolderSource, "fetch")],
     "decoding": [(decode.EncodedImage, "read")],
     "augmentation": [(transforms, "_resize")],
-    "collation": [(stream, "empty_images")],
+    "collation": [(loader, "empty_images")],
 }
 COLLECTIVES = (
     *("allreduce", "reduce", "broadcast", "allgather", "all_gather_single", "_allgather_base"),
@@ -81,7 +81,7 @@ def visited(places: list[tuple[Any, str]], visit: Callable[[], None]) -> Iterato
         yield
 
 
-class SleepyLoader(stream._TrainLoader):
+class SleepyLoader(loader._TrainLoader):
     """Travels to the loader processes, and is slow there."""
 
     sleeper: ClassVar[Sleeper]
@@ -90,7 +90,7 @@ class SleepyLoader(stream._TrainLoader):
         super().__init__(data, config)
         self._sleeper, self._batch_size = self.sleeper, config.global_batch_size
 
-    def __getitem__(self, task: stream._TrainTask) -> Any:
+    def __getitem__(self, task: loader._TrainTask) -> Any:
         if not len(task.rows):
             return super().__getitem__(task)
         step = 1 + int(task.epochs[0] * self._source.num_samples + task.places[0]) // self._batch_size
@@ -150,7 +150,7 @@ def run_all(spec: dict, world: World) -> None:
         config, _ = load_config(spec["config"], overrides)
         SleepyLoader.sleeper = sleeper = Sleeper(run, world.rank)
         with (
-            mock.patch.object(stream, "_TrainLoader", SleepyLoader),
+            mock.patch.object(loader, "_TrainLoader", SleepyLoader),
             start(config, world, open_sources(config)) as started,
         ):
             train_slowly(started, sleeper, set(map(int, run["plan"])))

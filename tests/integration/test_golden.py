@@ -16,8 +16,8 @@ from PIL import Image
 from gcvit.checkpoint import open_checkpoint, read_tensors
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
+from gcvit.data.loader import train_stream
 from gcvit.data.source import open_source
-from gcvit.data.stream import train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.optim.lr_schedule import build_schedule
 from gcvit.parallel.build import build_model

@@ -134,7 +134,7 @@ def test_a_loader_takes_no_notice_and_yet_obeys_its_trainer(tmp_path):
 import multiprocessing, subprocess
 from pathlib import Path
 from gcvit.data.source import open_source
-from gcvit.data.stream import train_stream
+from gcvit.data.loader import train_stream
 from tests.unit.data.streaming import make_config
 
 if __name__ == "__main__":
@@ -158,8 +158,8 @@ def test_a_loader_that_is_stuck_is_left_behind_whatever_signals_rain(tmp_path):
     """Of two SIGTERMs that wait at once the system keeps one: the trainer's may be the one that it drops."""
     (tmp_path / "stuck.py").write_text("""
 import os, subprocess, sys, time
-from gcvit.data.forkserver import loader_context
-from gcvit.data.stream import _start_worker
+from gcvit.data.worker_process import loader_context
+from gcvit.data.loader import _start_worker
 
 RAIN = "import os, sys, itertools; [os.kill(int(sys.argv[1]), 15) for _ in itertools.count()]"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gcvit.data import remote
+from gcvit.data import download
+from gcvit.data.download import Absent, hold
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
-from gcvit.data.remote import Absent, hold
 from gcvit.data.shard_cache import CACHE_FOLDER, ShardCache, fetch_manifest
 from gcvit.errors import UserError
 from tests.integration.flaky_server import FlakyServer, serve
@@ -28,7 +28,7 @@ NUM_SHARDS = 6
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.005)
+    monkeypatch.setattr(download, "FIRST_DELAY_S", 0.005)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def server(tmp_path: Path) -> Iterator[FlakyServer]:
         yield server
 
 
-def open_cache(url: str, tmp_path: Path, max_bytes: int | None = None, say=remote.say_on_stderr) -> ShardCache:
+def open_cache(url: str, tmp_path: Path, max_bytes: int | None = None, say=download.say_on_stderr) -> ShardCache:
     url, folder = fetch_manifest(url, "train", tmp_path / "near", say)
     return ShardCache(url, folder, read_manifest(folder, check_shards=False).shards, max_bytes, say)
 
@@ -86,7 +86,7 @@ RETRIED = {
 @pytest.mark.parametrize(("failure", "reason"), RETRIED.items(), ids=RETRIED)
 def test_what_may_pass_is_tried_again(server, tmp_path, monkeypatch, failure, reason):
     if failure in ("silent", "trickle"):
-        monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(download, "READ_TIMEOUT_S", 0.3)
     said: list[str] = []
     cache = open_cache(server.url, tmp_path, say=said.append)
     server.failures["train/train-000001.tar"] = deque([failure, failure])
@@ -144,7 +144,7 @@ def test_manifest_and_columns_survive_failures(server, tmp_path):
 
 
 def test_a_slow_download_is_said(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "SLOW_S", 0.1)
+    monkeypatch.setattr(download, "SLOW_S", 0.1)
     server.pause_s = 0.5
     said: list[str] = []
     cache = open_cache(server.url, tmp_path, say=said.append)
@@ -177,7 +177,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 def read_shards(url: str, tmp_path: Path, numbers: list[int], max_bytes: int | None, answers) -> None:
     """What a child does: each shard in turn, as often as it is named; answers how many were right, or the error."""
-    remote.FIRST_DELAY_S = 0.005
+    download.FIRST_DELAY_S = 0.005
     try:
         cache = open_cache(url, tmp_path, max_bytes)
         answers.put(sum(read(cache, number) == expected(number) for number in numbers))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gcvit.config.load import load_config
-from gcvit.data.assignment import cut_micro_batches, deal_share, micro_batch_capacity, num_micro_steps
+from gcvit.data.epoch_order import cut_micro_batches, deal_share, micro_batch_capacity, num_micro_steps
 from gcvit.ema import Ema
 from gcvit.optim.lr_schedule import build_schedule, to_samples
 from tests.integration.launching import ROOT

@@ -7,9 +7,9 @@ import torch
 
 from gcvit.config.load import parse_config
 from gcvit.config.schema import Config
-from gcvit.data.assignment import EpochOrder
 from gcvit.data.batch import Batch, Piece, join_pieces
-from gcvit.data.stream import train_stream
+from gcvit.data.epoch_order import EpochOrder
+from gcvit.data.loader import train_stream
 
 NUM_TRAIN, NUM_VAL = 47, 23
 PLAIN = {"mix": None, "rand_augment": None, "erase_prob": 0.0}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gcvit.data.epochs import find_samples
+from gcvit.data.epoch_iterator import find_samples
 from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
 from tests.unit.data.streaming import make_config, take_steps

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.data import remote
+from gcvit.data import download
+from gcvit.data.download import hold
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
-from gcvit.data.remote import hold
 from gcvit.data.shard_cache import CACHE_FOLDER, Cached, Prefetcher, ShardCache, choose_victims, fetch_manifest
 from gcvit.errors import UserError
 
@@ -23,8 +23,8 @@ SIZE = 1000
 
 @pytest.fixture(autouse=True)
 def files_are_remote(monkeypatch):
-    monkeypatch.setitem(remote.PACKAGES, "file", "fsspec")
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setitem(download.PACKAGES, "file", "fsspec")
+    monkeypatch.setattr(download, "FIRST_DELAY_S", 0.001)
 
 
 def write_remote(folder: Path, split: str = "train", num_shards: int = 4, salt: int = 0) -> tuple[Shard, ...]:

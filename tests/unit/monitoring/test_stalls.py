@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gcvit.data.batch import Batch, Piece, empty_images
-from gcvit.data.stream import _await_batch
+from gcvit.data.loader import _await_batch
 from gcvit.monitoring import stalls
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.stalls import LOADING, Seconds, StepClock, attribute, watch_waits

@@ -5,7 +5,7 @@ import torch
 
 from gcvit.config.load import load_config
 from gcvit.config.schema import FsdpConfig, ZeroConfig
-from gcvit.data.assignment import num_micro_steps
+from gcvit.data.epoch_order import num_micro_steps
 from gcvit.parallel.build import build_model
 from gcvit.planning.forecast import player_of, with_engine
 from gcvit.planning.memory import KINDS, Layout, Memory

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.data import remote
-from gcvit.data.remote import Absent, Stopped, download, hold, is_remote, join, redact
+from gcvit.data import download as module
+from gcvit.data.download import Absent, Stopped, download, hold, is_remote, join, redact
 from gcvit.errors import UserError
 
 NASTY = st.text(alphabet="ab1/?#@:[]%.-_ é", max_size=12)
@@ -18,8 +18,8 @@ NASTY = st.text(alphabet="ab1/?#@:[]%.-_ é", max_size=12)
 
 @pytest.fixture(autouse=True)
 def files_are_remote(monkeypatch):
-    monkeypatch.setitem(remote.PACKAGES, "file", "fsspec")
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setitem(module.PACKAGES, "file", "fsspec")
+    monkeypatch.setattr(module, "FIRST_DELAY_S", 0.001)
 
 
 def good(content: bytes = b"") -> None:
@@ -79,7 +79,7 @@ def test_no_password_and_no_query_is_ever_shown(protocol, user, before, after, p
     assert "SECRET" not in redact(f"{protocol}://{userinfo}host/{path}?{query}")
     assert "SECRET" not in redact(f"{protocol}://host/{path}?{query}SECRET")
     error = OSError(f"GET {protocol}://host/{path.replace(' ', '')}?{query.replace(' ', '')}SECRET failed")
-    assert "SECRET" not in remote._describe(error)
+    assert "SECRET" not in module._describe(error)
 
 
 @given(url=st.text(), protocol=st.sampled_from(["", "https://", "s3://", "hf://"]))

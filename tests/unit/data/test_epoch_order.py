@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from gcvit.data.assignment import (
+from gcvit.data.epoch_order import (
     EpochOrder,
     cut_micro_batches,
     deal_share,

@@ -9,15 +9,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gcvit.data import stream
-from gcvit.data.assignment import (
+from gcvit.data import loader as module
+from gcvit.data.epoch_order import (
     cut_micro_batches,
     deal_share,
     holds_whole_lanes,
     micro_batch_capacity,
 )
+from gcvit.data.loader import eval_stream, num_micro_steps, train_stream
 from gcvit.data.source import open_source
-from gcvit.data.stream import eval_stream, num_micro_steps, train_stream
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
 from tests.unit.data.streaming import (
@@ -130,7 +130,7 @@ def plan(source, config, world_size, rank, micro, start_step=0):
     capacity = micro_batch_capacity(*numbers, micro, paired=paired)
     in_runs = source.in_runs and holds_whole_lanes(*numbers, lanes=8, paired=paired)
     micro_batches = cut_micro_batches(share, num_steps, capacity)
-    return stream._plan_training(source, config, start_step, micro_batches, in_runs), num_steps
+    return module._plan_training(source, config, start_step, micro_batches, in_runs), num_steps
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -143,7 +143,7 @@ def test_a_rank_reads_its_share_once_in_runs(shard_dir, monkeypatch, world_size,
     monkeypatch.setattr(source, "fetch", lambda begin, end: fetched.append((begin, end)) or [memoryview(b"")] * 99)
     num_read = 0
     for rank in range(world_size):
-        loaders = [stream._TrainLoader(source, config) for _ in range(num_workers)]
+        loaders = [module._TrainLoader(source, config) for _ in range(num_workers)]
         tasks, num_steps = plan(source, config, world_size, rank, None)
         most_open = 0
         wanted = 0

@@ -2,7 +2,7 @@
 
 1. The run's place is one integer, the samples consumed: step t begins at t * global_batch_size.
 2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the
-   sample. Of each global batch it takes its rank's share (`gcvit.data.assignment`), cuts it into micro-batches,
+   sample. Of each global batch it takes its rank's share (`gcvit.data.epoch_order`), cuts it into micro-batches,
    and each of these into one task per loader process, of a few numbers.
 3. A run of neighbouring samples is one loader process's, which reads it at once and keeps it until its last sample
    is used. (Where a rank does not keep its lanes, runs are several ranks', and samples are read one by one.)
@@ -33,19 +33,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gcvit.config.schema import Config, DataConfig
-from gcvit.data.assignment import (
+from gcvit.data.batch import Batch, Damage, EvalBatch, Piece, empty_images, join_pieces
+from gcvit.data.decode import DecodeError
+from gcvit.data.epoch_iterator import Epochs
+from gcvit.data.epoch_order import (
     cut_micro_batches,
     deal_share,
     holds_whole_lanes,
     micro_batch_capacity,
     num_micro_steps,
 )
-from gcvit.data.batch import Batch, Damage, EvalBatch, Piece, empty_images, join_pieces
-from gcvit.data.decode import DecodeError
-from gcvit.data.epochs import Epochs
-from gcvit.data.forkserver import loader_context
 from gcvit.data.source import DamagedSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
+from gcvit.data.worker_process import loader_context
 from gcvit.errors import UserError
 from gcvit.runtime import signals
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gcvit.data.loader import eval_stream
 from gcvit.data.source import open_source
-from gcvit.data.stream import eval_stream
 from gcvit.errors import UserError
 from tests.unit.data.streaming import NUM_TRAIN, PLAIN, assert_equal_rows, by_position, make_config, take_steps
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gcvit.config.schema import Config
-from gcvit.data.assignment import EpochOrder, Picks
+from gcvit.data.epoch_order import EpochOrder, Picks
 from gcvit.data.source import Source
 
 Indices = npt.NDArray[np.int64]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.monitoring.stopwatch import Stopwatch
+from gcvit.data.stage_timer import Stopwatch
 
 STAGES = st.sampled_from([None, "storage", "decoding", "collation"])
 

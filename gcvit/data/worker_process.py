@@ -17,7 +17,7 @@ def loader_context() -> ForkServerContext:
     not reach these.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gcvit.data.stream"])
+    context.set_forkserver_preload(["gcvit.data.loader"])
     for server in (resource_tracker, forkserver):
         with signals.held_back():  # once for each: the tracker lets SIGTERM through again on its way
             server.ensure_running()
