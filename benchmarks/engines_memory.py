@@ -46,7 +46,7 @@ MARGIN = 0.1  # beyond the theory and one block (and what gloo takes), as a shar
 def measure_activations(quick: bool) -> dict[str, Any]:
     """By mode: bytes, seconds, `less` and `time` as multiples of "none", and the mode that is better in both."""
     from gcvit.model import create_model
-    from gcvit.parallel.recompute import recompute_parts
+    from gcvit.parallel.activation_checkpointing import recompute_parts
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -93,7 +93,7 @@ def time_step(model: torch.nn.Module, images: torch.Tensor) -> float:
 
 
 def measure_bytes(model: torch.nn.Module, images: torch.Tensor) -> dict[str, int]:
-    from gcvit.parallel.budget import StorageTracker
+    from gcvit.parallel.activation_budget import StorageTracker
 
     if images.device.type == "cpu":
         with StorageTracker(model.parameters()) as tracker:

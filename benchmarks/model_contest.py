@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.model_check import describe
 from gcvit.model import create_model
 from gcvit.model.variants import VARIANTS
-from gcvit.parallel.compiled import compile_parts
+from gcvit.parallel.compile import compile_parts
 
 OURS = ("reference", "sdpa", "triton")
 SKIPPING = "skipping"  # attention=auto, and drop path that does not compute what it drops

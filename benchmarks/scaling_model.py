@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.model import create_model
+from gcvit.parallel.deepspeed_config import _sizes
 from gcvit.parallel.fsdp import find_units
-from gcvit.parallel.zero_settings import _sizes
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
 MIB = 2**20

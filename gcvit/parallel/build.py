@@ -7,12 +7,12 @@ import torch
 from gcvit.config.schema import Config, FsdpConfig, ModelConfig, ZeroConfig
 from gcvit.data.epoch_order import micro_batch_capacity
 from gcvit.model import GCViT, create_model
-from gcvit.parallel.budget import Compute, recompute_within
-from gcvit.parallel.compiled import compile_parts
+from gcvit.parallel.activation_budget import Compute, recompute_within
+from gcvit.parallel.activation_checkpointing import recompute_parts
+from gcvit.parallel.compile import compile_parts
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.parallel.engine import MODEL, Engine, fill
 from gcvit.parallel.fsdp import FsdpEngine
-from gcvit.parallel.recompute import recompute_parts
 from gcvit.runtime.distributed import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -28,8 +28,8 @@ from gcvit.model import GCViT
 from gcvit.model.layers import Stem
 from gcvit.optim.adamw import build_adamw, create_moment, set_lr
 from gcvit.optim.loss_scaler import LossScale
+from gcvit.parallel.deepspeed_config import build_settings
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Fragment, Fragments, StepResult
-from gcvit.parallel.zero_settings import build_settings
 from gcvit.runtime.distributed import World
 
 

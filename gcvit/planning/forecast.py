@@ -20,9 +20,9 @@ from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
 from gcvit.data.epoch_order import num_micro_steps
 from gcvit.errors import UserError
 from gcvit.model import GCViT
-from gcvit.parallel.budget import Compute, choose_parts
+from gcvit.parallel.activation_budget import Compute, choose_parts
+from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
 from gcvit.parallel.build import DTYPES, build_model
-from gcvit.parallel.recompute import recompute, recompute_parts
 from gcvit.planning.memory import Layout, Memory, Played, PlayedDdp, PlayedFsdp
 from gcvit.planning.memory_zero import PlayedZero3, PlayedZero12
 from gcvit.planning.step_trace import Event, compute_as_on_gpu, record_step

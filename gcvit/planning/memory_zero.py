@@ -7,7 +7,7 @@ import torch
 
 from gcvit.config.schema import Config, ZeroConfig
 from gcvit.optim.adamw import Group, find_group
-from gcvit.parallel.zero_settings import build_settings
+from gcvit.parallel.deepspeed_config import build_settings
 from gcvit.planning.memory import FP32, Layout, Played
 from gcvit.planning.step_trace import ROOT
 

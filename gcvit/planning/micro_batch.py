@@ -16,7 +16,7 @@ from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.model.kernels import serve_device
 from gcvit.optim.loss import soft_target_loss
-from gcvit.parallel.budget import Compute
+from gcvit.parallel.activation_budget import Compute
 from gcvit.parallel.build import DTYPES
 from gcvit.planning.forecast import Forecast, share_of, with_micro_batch
 from gcvit.runtime.distributed import World

@@ -22,8 +22,8 @@ from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
 from gcvit.optim.adamw import decays
 from gcvit.optim.lr_schedule import Schedule, build_schedule, to_steps
 from gcvit.parallel.build import DTYPES
+from gcvit.parallel.deepspeed_config import build_settings
 from gcvit.parallel.fsdp import check_shards
-from gcvit.parallel.zero_settings import build_settings
 from gcvit.planning.forecast import (
     GPUS_PER_NODE,
     MODES,

@@ -18,7 +18,7 @@ from gcvit.config.schema import Config
 from gcvit.model import GCViT
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel import build
-from gcvit.parallel.compiled import compile_parts
+from gcvit.parallel.compile import compile_parts
 from gcvit.runtime.distributed import World
 from tests.integration.engine_steps import draw_micro_batches, report_to_file
 

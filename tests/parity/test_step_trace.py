@@ -5,7 +5,7 @@ import torch
 
 from gcvit.config.load import load_config
 from gcvit.model import create_model
-from gcvit.parallel.recompute import recompute_parts
+from gcvit.parallel.activation_checkpointing import recompute_parts
 from gcvit.planning import forecast, step_trace
 from gcvit.planning.forecast import Forecast, with_engine
 from gcvit.planning.step_trace import Event, Recorder, compute_as_on_gpu, record_step

@@ -16,7 +16,7 @@ from gcvit.model import create_model
 from gcvit.model.attention import WindowAttention
 from gcvit.model.kernels.window_attention import run_backward, run_forward, window_attention
 from gcvit.model.layers import Block
-from gcvit.parallel.recompute import recompute
+from gcvit.parallel.activation_checkpointing import recompute
 
 FORWARD, BACKWARD, LINEAR = "gcvit::window_attention", "gcvit::window_attention_backward", "aten::addmm"
 LOCAL_AND_GLOBAL = pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])

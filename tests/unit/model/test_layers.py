@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.model import GCViT, create_model
 from gcvit.model.layers import Block, DropPath, GatedPointwise, SqueezeExcite, add_to_some
-from gcvit.parallel.recompute import recompute_parts
+from gcvit.parallel.activation_checkpointing import recompute_parts
 
 
 @pytest.mark.parametrize("side", [2, 4])

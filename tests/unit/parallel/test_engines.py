@@ -236,7 +236,7 @@ def test_the_count_of_updates_can_be_set(name, world):
 
 def run_counted(mode: str, drop_path: float = 0.0) -> tuple[int, int, dict[str, Tensor]]:
     """FLOPs of forward and of backward, and the gradients."""
-    from gcvit.parallel.recompute import recompute_parts
+    from gcvit.parallel.activation_checkpointing import recompute_parts
 
     config = configure("ddp", f"model.drop_path={drop_path}")
     model = build_model(config.model).train()

@@ -7,7 +7,7 @@ from torch import nn
 from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.zero_settings import build_settings
+from gcvit.parallel.deepspeed_config import build_settings
 from tests.unit.parallel.test_engines import configure, world  # noqa: F401  (a fixture)
 
 SMALL = nn.Linear(1000, 1000, device="meta")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gcvit.errors import UserError
 from gcvit.model import GCViT
-from gcvit.parallel.recompute import recompute
+from gcvit.parallel.activation_checkpointing import recompute
 from gcvit.runtime.distributed import World
 
 _NUM_RUNS = 5

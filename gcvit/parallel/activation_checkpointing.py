@@ -21,7 +21,7 @@ _LINEAR = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 def recompute_parts(model: GCViT, mode: str) -> None:
     """Checkpoint parts of the model in place: by "none" nothing, by "blocks" the blocks, by "full" all cut points.
 
-    "selective" takes all too, but keeps what their linear layers give. For mode "budget" see `budget.py`.
+    "selective" takes all too, but keeps what their linear layers give. For mode "budget" see `activation_budget.py`.
     The last part is always left alone: backward begins with it, so to forget it would cost time and lower no peak.
     """
     if mode == "none":

@@ -17,10 +17,10 @@ from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.optim.loss import soft_target_loss
-from gcvit.parallel import budget
-from gcvit.parallel.budget import Compute, StorageTracker, activation_bytes, choose_parts, measure_parts
+from gcvit.parallel import activation_budget
+from gcvit.parallel.activation_budget import Compute, StorageTracker, activation_bytes, choose_parts, measure_parts
+from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
 from gcvit.parallel.build import build_engine, build_model
-from gcvit.parallel.recompute import recompute, recompute_parts
 from gcvit.runtime.distributed import join_world
 from tests.integration.launching import ROOT
 
@@ -154,7 +154,7 @@ def test_the_tracker_counts_what_is_alive_once():
         seen = tracker.num_seen
         z = y.double()
         assert tracker.bytes_alive(seen) == 4 * 8 * 8
-        assert tracker.bytes_alive(without=budget.address_of(views[0])) == 4 * 8 * 4 + 4 * 8 * 8
+        assert tracker.bytes_alive(without=activation_budget.address_of(views[0])) == 4 * 8 * 4 + 4 * 8 * 8
         del z
         assert tracker.bytes_alive(seen) == 0
 
@@ -207,7 +207,7 @@ def test_a_budget_takes_the_best_parts_first_and_no_more_than_it_needs(monkeypat
     ]
     rate = {part.name: part.num_bytes / part.milliseconds for part in parts}
     whole, least = (activation_bytes(model, names, FP32, NUM_IMAGES) for names in ([], model.cut_points()))
-    monkeypatch.setattr(budget, "measure_parts", lambda *_: (parts, whole))
+    monkeypatch.setattr(activation_budget, "measure_parts", lambda *_: (parts, whole))
     for share in (0.0, 0.4):
         allowed = int(least + share * (whole - least))
         choice = choose_parts(model, FP32, NUM_IMAGES, allowed)
