@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 import gcvit
-from gcvit import checkpoint, runfolder
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import resolve, store
+from gcvit.checkpoint.store import RunState
 from gcvit.config.schema import AugmentConfig, Config
 from gcvit.model import VARIANTS
 from gcvit.model.summary import summarize
@@ -38,7 +38,7 @@ def describe_origin(source: str) -> str:
     """
     path = Path(source)
     if path.is_dir():
-        found = checkpoint.open_checkpoint(runfolder.find_checkpoint(path))
+        found = store.open_checkpoint(resolve.find_checkpoint(path))
         return _tell(f"those of {found.info['config']['tag']} at step {found.state.step}", found.state.initial_weights)
     published = [name for name, row in VARIANTS.items() if source == name or path.name == row.weights_file]
     if published:

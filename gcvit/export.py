@@ -21,9 +21,9 @@ import timm
 import torch
 from torch import Tensor
 
-from gcvit import checkpoint, runfolder
 from gcvit.card import read_records, write_card
-from gcvit.checkpoint import Checkpoint
+from gcvit.checkpoint import resolve, store
+from gcvit.checkpoint.store import Checkpoint
 from gcvit.config.load import parse_config
 from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError, run_main
@@ -42,7 +42,7 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
     is one; `layout` "timm" or "own", by default timm's where timm has the architecture. Complete or not there at all.
     Errors: UserError for what cannot be, before anything is written, and for a disk that does not take it.
     """
-    found = checkpoint.open_checkpoint(runfolder.find_checkpoint(run))
+    found = store.open_checkpoint(resolve.find_checkpoint(run))
     config = parse_config(found.info["config"], source=str(found.path))
     kind = choose_kind(found, kind)
     timm_name = name_in_timm(config.model)
@@ -59,7 +59,7 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
         out = run / "export" if found.path != run else run.resolve().with_name(f"{run.resolve().name}-export")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("something is there already", got=out, cure="give another --out, or move it away")
-    tensors = checkpoint.read_tensors(found, kind)
+    tensors = store.read_tensors(found, kind)
     if name == timm_name:
         tensors = layouts.to_timm_state(tensors)
     classes, state = found.info.get("classes"), found.state
@@ -81,7 +81,7 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
 
 def choose_kind(found: Checkpoint, kind: str | None) -> str:
     """Which weights of a checkpoint are meant: None is the EMA where there is one. Errors: UserError for no EMA."""
-    has_ema = checkpoint.has_kind(found, "ema")
+    has_ema = store.has_kind(found, "ema")
     if kind == "ema" and not has_ema:
         raise UserError("this run has no EMA", got=found.path, cure="take --weights model")
     return kind or ("ema" if has_ema else "model")
@@ -193,9 +193,9 @@ def _write(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], t
         for file, text in texts.items():
             (part / file).write_text(text)
         for path in (part / WEIGHTS_FILE, *(part / file for file in texts), part):
-            checkpoint.sync(path)
+            store.sync(path)
         part.rename(out)  # also onto an empty folder
-        checkpoint.sync(out.parent)
+        store.sync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError("cannot write the export", got=f"{out} ({error})", cure="give another --out") from None
 

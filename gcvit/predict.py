@@ -20,7 +20,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from gcvit import checkpoint, runfolder
+from gcvit.checkpoint import resolve, store
 from gcvit.config.load import parse_config
 from gcvit.config.schema import DataConfig
 from gcvit.data.decode import DecodeError
@@ -71,12 +71,12 @@ def _open_folder(path: Path, attention: str) -> Classifier:
         model, config = load_export(path, attention)
         classes, origin = read_label_names(path), f"{path}: export of {config.model.name}"
     else:
-        found = checkpoint.open_checkpoint(runfolder.find_checkpoint(path))
+        found = store.open_checkpoint(resolve.find_checkpoint(path))
         config = parse_config(found.info["config"], source=str(found.path))
         kind = choose_kind(found, None)
         with torch.device("meta"):
             model = build_model(config.model.model_copy(update={"attention": attention}))
-        model.load_state_dict(checkpoint.read_tensors(found, kind), assign=True)
+        model.load_state_dict(store.read_tensors(found, kind), assign=True)
         classes, origin = found.info.get("classes"), f"{found.path}: {kind} of {config.model.name}"
     return Classifier(model.eval(), config.data, name_classes(classes, model.num_classes), origin)
 

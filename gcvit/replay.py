@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gcvit import checkpoint
+from gcvit.checkpoint import store
+from gcvit.checkpoint.resolve import checkpoints_of, find_checkpoint
 from gcvit.config.schema import Config
 from gcvit.data.batch import Batch
 from gcvit.data.source import Source
@@ -22,7 +23,6 @@ from gcvit.errors import UserError
 from gcvit.nonfinite import name_samples
 from gcvit.parallel.engine import MODEL
 from gcvit.run import Run
-from gcvit.runfolder import checkpoints_of, find_checkpoint
 from gcvit.runtime.distributed import World
 from gcvit.start import start
 from gcvit.trainer import Step, take_step
@@ -47,9 +47,7 @@ def replay(
     chosen = world.on_first(lambda: find_before(config.run_dir, step)) if resume == "auto" else resume
     notices = ["replay: torch.compile is off, so that every module can be looked at"] if config.compile else []
     if chosen != "none":
-        num_trained = world.on_first(
-            lambda: checkpoint.open_checkpoint(find_checkpoint(Path(chosen))).info["world_size"]
-        )
+        num_trained = world.on_first(lambda: store.open_checkpoint(find_checkpoint(Path(chosen))).info["world_size"])
         if num_trained != world.size:
             told = f"replay: on {world.size} processes, where {num_trained} trained"
             notices.append(f"{told}: drop path falls otherwise, and sums differ in the last bits")
@@ -79,7 +77,7 @@ def replay(
 
 def find_before(run_dir: Path, step: int) -> str:
     """The newest checkpoint of a run from before its step number `step`. Errors: UserError where there is none."""
-    there = [checkpoint.step_of(path) for path in checkpoint.complete_ones(checkpoints_of(run_dir))]
+    there = [store.step_of(path) for path in store.complete_ones(checkpoints_of(run_dir))]
     before = [number for number in there if number < step]
     if not before:
         raise UserError(

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from gcvit import checkpoint, runfolder
-from gcvit.checkpoint import Checkpoint, RunState
+from gcvit.checkpoint import resolve, store
+from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.config.schema import Config
 from gcvit.data.source import Source
 from gcvit.ema import Ema
@@ -50,7 +50,7 @@ def restore(
             got=config.global_batch_size,
             allowed=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
         )
-    if found.path.parent.resolve() != runfolder.checkpoints_of(config.run_dir).resolve():
+    if found.path.parent.resolve() != resolve.checkpoints_of(config.run_dir).resolve():
         state.best_top1, state.best_step = -1.0, -1  # the best lies in the other run's folder
     elif config.global_batch_size != found.info["config"]["global_batch_size"]:
         raise UserError(
@@ -59,7 +59,7 @@ def restore(
             allowed=found.info["config"]["global_batch_size"],
             cure=f"go on in another run: --tag NAME --resume {found.path}",
         )
-    elif ema is None and checkpoint.has_kind(found, "ema"):
+    elif ema is None and store.has_kind(found, "ema"):
         raise UserError(
             "the run has an EMA, which would be lost",
             got="ema=null",
@@ -67,17 +67,17 @@ def restore(
         )
     state.step = state.samples // config.global_batch_size
     kinds = all_fragments(engine, ema)
-    ema_is_new = ema is not None and not checkpoint.has_kind(found, "ema")
+    ema_is_new = ema is not None and not store.has_kind(found, "ema")
     if ema_is_new:
         kinds.pop("ema")
-    checkpoint.load(found, kinds, engine.world)
+    store.load(found, kinds, engine.world)
     engine.refresh()
     engine.set_counters(state.counters)
     if ema and ema_is_new:
         ema.restart()
     elif ema:
         ema.updates = state.ema_updates
-    changes = checkpoint.differences(found.info["config"], config.model_dump(mode="json"))
+    changes = store.differences(found.info["config"], config.model_dump(mode="json"))
     return state, [
         f"changed since {found.path.name}: {x}" for x in changes if not x.startswith(("tag ", "output_dir "))
     ]
@@ -93,10 +93,10 @@ def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: in
     """
     module, change = engine.module, {"reset_head": reset_head, "resample": True}
     if Path(source).is_dir():
-        found = engine.world.on_first(lambda: checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(source))))
-        found = checkpoint.check(found, engine.world)
-        kind = "ema" if checkpoint.has_kind(found, "ema") else MODEL
-        state, changes = fit(checkpoint.read_tensors(found, kind), module, found.path, **change)
+        found = engine.world.on_first(lambda: store.open_checkpoint(resolve.find_checkpoint(Path(source))))
+        found = store.check(found, engine.world)
+        kind = "ema" if store.has_kind(found, "ema") else MODEL
+        state, changes = fit(store.read_tensors(found, kind), module, found.path, **change)
         description = ", ".join([f"{found.path}: {kind}", *changes])
     else:
         path = fetch_weights(source) if source in VARIANTS else source

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from gcvit import checkpoint, runfolder
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import resolve, store
+from gcvit.checkpoint.manager import Saver
+from gcvit.checkpoint.store import RunState
 from gcvit.config.schema import Config
 from gcvit.data.corruption_budget import DamageBudget
 from gcvit.data.loader import Batch
@@ -22,7 +23,6 @@ from gcvit.monitoring.stalls import StepClock
 from gcvit.optim.lr_schedule import Schedule
 from gcvit.parallel.engine import Engine, Fragments, StepResult
 from gcvit.runtime.distributed import World
-from gcvit.saver import Saver
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def evaluate_all(run: Run, on_batch: Callable[[], None]) -> bool:
 def evaluate_late(run: Run, on_batch: Callable[[], None]) -> None:
     """Do the evaluation that a preemption put off, and note it in the checkpoint that the run went on from."""
     is_best = evaluate_all(run, on_batch)
-    path = runfolder.checkpoints_of(run.config.run_dir) / f"step_{run.state.step:08d}"
+    path = resolve.checkpoints_of(run.config.run_dir) / f"step_{run.state.step:08d}"
     if run.world.on_first(path.exists):
-        run.world.on_first(lambda: checkpoint.restate(path, run.state))
+        run.world.on_first(lambda: store.restate(path, run.state))
     elif is_best:  # that one lies in another run's folder
         save(run)
 

@@ -5,9 +5,10 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from gcvit import runfolder
 from gcvit.card import describe_origin
-from gcvit.checkpoint import Checkpoint, RunState
+from gcvit.checkpoint import resolve
+from gcvit.checkpoint.manager import Saver
+from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.config.schema import Config
 from gcvit.data.corruption_budget import DamageBudget
 from gcvit.data.epoch_order import holds_whole_lanes
@@ -30,7 +31,6 @@ from gcvit.restore import load_weights, restore
 from gcvit.run import Intervals, Run, all_fragments
 from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
-from gcvit.saver import Saver
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 
@@ -81,7 +81,7 @@ def start(
     with ExitStack() as stack:
         lock = RunLock(config.run_dir)
         world.on_first(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
-        found, damaged = runfolder.open_sound(config.run_dir, resume, world)
+        found, damaged = resolve.open_sound(config.run_dir, resume, world)
         check_weights(config, found, init_from, reset_head)
         said = list(notices)
         config = settle_micro_batch(config, world, found.info if found else None, said)
@@ -90,7 +90,7 @@ def start(
         engine = build_engine(config, world, num_micro_steps=micro_steps, notices=said)
         ema = build_ema(config, engine, length)
         state, changes = load_state(found, init_from, reset_head, engine, ema, config, train)
-        said += [*changes, *world.on_first(lambda: runfolder.set_aside(damaged))]
+        said += [*changes, *world.on_first(lambda: resolve.set_aside(damaged))]
         check_length(state, schedule)
         stream = train_stream(
             train,
@@ -102,7 +102,7 @@ def start(
             pin_memory=world.device.type == "cuda",
         )
         augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
-        world.on_first(lambda: runfolder.write_config(config))
+        world.on_first(lambda: resolve.write_config(config))
         surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
         costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
@@ -110,7 +110,7 @@ def start(
         for line in (*said, *describe(config, world, train, schedule, micro_steps, state.step)):
             metrics.say(line)
         damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
-        folder = runfolder.checkpoints_of(config.run_dir)
+        folder = resolve.checkpoints_of(config.run_dir)
         saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints, check_lock=lock.check)
         metrics.say(saver.begin(state, all_fragments(engine, ema)))
         metrics.log_start(state.step, {**surroundings, "samples": state.samples})

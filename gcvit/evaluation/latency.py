@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gcvit.checkpoint import weights_source
+from gcvit.checkpoint.weights_source import Candidate
 from gcvit.errors import UserError
-from gcvit.evaluation import candidate
-from gcvit.evaluation.candidate import Candidate
 from gcvit.evaluation.views import PRECISIONS, Options, Views
 from gcvit.runtime.distributed import World
 
@@ -30,7 +30,7 @@ def benchmark(weights: Candidate, options: Options, batch_sizes: Sequence[int] |
     if world.size > 1:
         raise UserError("--benchmark times one device", got=f"{world.size} processes", cure="start one process")
     state, sizes = weights.read(world), options.sizes_of(weights.model)
-    modules = [candidate.load(weights, state, size).to(world.device) for size in sizes]
+    modules = [weights_source.load(weights, state, size).to(world.device) for size in sizes]
     model = Views(modules, dtype=PRECISIONS[options.precision])
     rows = []
     for batch_size in batch_sizes or BATCH_SIZES:

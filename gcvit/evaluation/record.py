@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 
 import gcvit
+from gcvit.checkpoint.weights_source import Candidate
 from gcvit.data.download import is_remote, redact
 from gcvit.errors import UserError
-from gcvit.evaluation.candidate import Candidate
 from gcvit.evaluation.label_sets import LABEL_SETS, ImageSet
 from gcvit.evaluation.views import Options
 from gcvit.runtime.distributed import World

@@ -10,11 +10,12 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from gcvit.checkpoint import weights_source
+from gcvit.checkpoint.weights_source import Candidate
 from gcvit.config.schema import DataConfig
 from gcvit.errors import UserError
-from gcvit.evaluation import candidate, predictions, scores
+from gcvit.evaluation import predictions, scores
 from gcvit.evaluation import record as evaluation_record
-from gcvit.evaluation.candidate import Candidate
 from gcvit.evaluation.label_sets import ImageSet, Targets, find_rights, find_targets, open_set
 from gcvit.evaluation.predictions import Predictions
 from gcvit.evaluation.views import PRECISIONS, Options, Views
@@ -62,11 +63,14 @@ def find_candidates(arguments: Namespace, options: Options) -> list[Candidate]:
     """The weights to evaluate, one after the other. Errors: UserError for what is not there or does not fit."""
     if arguments.model:
         resample = options.img_size is not None
-        files = [candidate.find_file(arguments.model, path, resample=resample) for path in arguments.checkpoint]
-        found = [candidate.average(files)]
+        files = [weights_source.find_file(arguments.model, path, resample=resample) for path in arguments.checkpoint]
+        found = [weights_source.average(files)]
     else:
         kinds = ("ema", "model") if arguments.weights == "both" else (arguments.weights,)
-        found = [candidate.average([candidate.find_candidate(run, kind) for run in arguments.runs]) for kind in kinds]
+        found = [
+            weights_source.average([weights_source.find_candidate(run, kind) for run in arguments.runs])
+            for kind in kinds
+        ]
     options.prepare(found[0].data)
     return found
 
@@ -105,8 +109,8 @@ def evaluate_all(
         for weights in candidates:
             state = weights.read(world)
             sizes = options.sizes_of(weights.model)
-            modules = [candidate.load(weights, state, size).to(world.device) for size in sizes]
-            sha256 = candidate.digest(state)
+            modules = [weights_source.load(weights, state, size).to(world.device) for size in sizes]
+            sha256 = weights_source.digest(state)
             _check_alike("weights", [(weights.path, sha256)], world)
             for one, target in zip(sets, targets, strict=True):
                 begin = time.perf_counter()

@@ -16,13 +16,14 @@ import time
 from types import ModuleType
 
 import train
-from gcvit import checkpoint, evaluator, trainer  # what train.py loads when it has read its arguments
+from gcvit import evaluator, trainer
+from gcvit.checkpoint import store  # what train.py loads when it has read its arguments
 from gcvit.errors import run_main
 
 PLACES = {
     "step": (trainer, "take_step"),
     "evaluate": (evaluator, "rank_of_label"),
-    "write": (checkpoint, "write_fragments"),
+    "write": (store, "write_fragments"),
 }
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from gcvit.checkpoint.manager import Saver, _Snapshot
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.data import batch, decode, loader, source, transforms
@@ -29,7 +30,6 @@ from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.run import Run
 from gcvit.runtime.distributed import World, join_world
-from gcvit.saver import Saver, _Snapshot
 from gcvit.start import open_sources, start
 from gcvit.trainer import train
 

@@ -14,12 +14,12 @@ from PIL import Image
 from timm.data import RealLabelsImagenet
 
 import evaluate
-from gcvit import checkpoint
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import store
+from gcvit.checkpoint.store import RunState
+from gcvit.checkpoint.weights_source import digest
 from gcvit.config.load import load_config
 from gcvit.data.source import open_source
 from gcvit.evaluation import latency
-from gcvit.evaluation.candidate import digest
 from gcvit.evaluation.label_sets import read_list
 from gcvit.model import GCViT
 from gcvit.parallel.build import build_model
@@ -78,7 +78,7 @@ def run(tmp_path_factory, sets) -> tuple[Path, dict[tuple[int, str], GCViT]]:
                 for kind in ("model", "ema")
             }
             state = RunState(step=step, samples=32 * step, best_step=STEPS[-1])
-            checkpoint.save(folder / "checkpoints", state, tensors, info, world)
+            store.save(folder / "checkpoints", state, tensors, info, world)
     return folder, models
 
 

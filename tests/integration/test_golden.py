@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gcvit.checkpoint import open_checkpoint, read_tensors
+from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.data.loader import train_stream

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gcvit.checkpoint import open_checkpoint, read_tensors
+from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from tests.integration.golden_worker import digest_tensors
 from tests.integration.test_golden import ENGINES, images, read_run, train_all  # noqa: F401  (images is a fixture)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcvit.checkpoint import open_checkpoint
+from gcvit.checkpoint.store import open_checkpoint
 from tests.integration.launching import succeed, torchrun
 from tests.integration.nonfinite_worker import BAD_RANK, ENGINES, KINDS
 from tests.integration.trainings import write_noise

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcvit.checkpoint import open_checkpoint
+from gcvit.checkpoint.store import open_checkpoint
 from gcvit.monitoring.schema import TIMED_KEYS
 from tests.integration.launching import ROOT, environment, python, succeed
 from tests.integration.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_noise

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gcvit.checkpoint import open_checkpoint, read_tensors
+from gcvit.checkpoint.store import open_checkpoint, read_tensors
+from gcvit.checkpoint.weights_source import find_candidate, find_file, load
 from gcvit.config.load import load_config
 from gcvit.data.source import open_source
-from gcvit.evaluation.candidate import find_candidate, find_file, load
 from gcvit.evaluator import evaluate
 from gcvit.model import create_model, weights
 from gcvit.monitoring.schema import TIMED_KEYS

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gcvit.checkpoint import latest as latest_checkpoint
-from gcvit.checkpoint import open_checkpoint, read_tensors, step_of
+from gcvit.checkpoint.store import latest as latest_checkpoint
+from gcvit.checkpoint.store import open_checkpoint, read_tensors, step_of
 from tests.integration.launching import ROOT, environment
 
 KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")

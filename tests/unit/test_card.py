@@ -8,9 +8,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from gcvit import checkpoint
 from gcvit.card import describe_origin, read_records, write_card
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import store
+from gcvit.checkpoint.store import RunState
 from gcvit.config.load import load_config
 from gcvit.export import export
 from gcvit.model import VARIANTS
@@ -55,8 +55,7 @@ def test_an_export_has_a_card_that_the_hub_reads(run, tmp_path):
     assert "somewhere" not in card.text  # the data's folder
     with torch.device("meta"):
         num_params = (
-            sum(fragment.numel() for fragment in checkpoint.open_checkpoint(next(run.glob("*/step_*"))).shapes.values())
-            // 2
+            sum(fragment.numel() for fragment in store.open_checkpoint(next(run.glob("*/step_*"))).shapes.values()) // 2
         )
     assert f"| parameters | {num_params:,} |" in card.text
     assert "| input | 32 × 32 pixels" in card.text

@@ -11,12 +11,11 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from gcvit import checkpoint
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import store, weights_source
+from gcvit.checkpoint.store import RunState
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError
-from gcvit.evaluation import candidate
 from gcvit.export import export, name_in_timm
 from gcvit.model import VARIANTS, GCViT, weights
 from gcvit.parallel.build import build_model
@@ -54,7 +53,7 @@ def save_run(folder: Path, world: World, *overrides: str, kinds=("model", "ema")
         for kind, model in models.items()
     }
     info = {"config": config.model_dump(mode="json"), "data": "", "world_size": 1, "classes": CLASSES}
-    checkpoint.save(folder / "checkpoints", STATE, tensors, info, world)
+    store.save(folder / "checkpoints", STATE, tensors, info, world)
     return folder, models
 
 
@@ -114,16 +113,16 @@ def test_evaluate_loads_the_folder_and_the_file(run, world, tmp_path, layout):
     folder, models = run
     out = tmp_path / "out"
     export(folder, out, layout=layout)
-    of_folder = candidate.find_candidate(str(out))
-    of_file = candidate.find_file("gc_vit_xxtiny", str(out / "model.safetensors"))
+    of_folder = weights_source.find_candidate(str(out))
+    of_file = weights_source.find_file("gc_vit_xxtiny", str(out / "model.safetensors"))
     assert (of_folder.data.crop_pct, of_folder.data.eval_resize) == (0.9, "squash")
     assert of_folder.classes == tuple(CLASSES)
     for found in (of_folder, of_file):
         assert found.model.num_classes == 10
-        model, wanted = candidate.load(found, found.read(world), 224), models["ema"].state_dict()
+        model, wanted = weights_source.load(found, found.read(world), 224), models["ema"].state_dict()
         assert all(torch.equal(tensor, wanted[n]) for n, tensor in model.state_dict().items())
     with pytest.raises(UserError, match="one kind of weights"):
-        candidate.find_candidate(str(out), "model")
+        weights_source.find_candidate(str(out), "model")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_a_file_of_others_is_no_export(tmp_path):
     for content in ({}, {"config": "{"}):
         safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", content or None)
         with pytest.raises(UserError, match=r"model\.safetensors"):
-            candidate.find_candidate(str(tmp_path))
+            weights_source.find_candidate(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot read"):
-        candidate.find_candidate(str(tmp_path))
+        weights_source.find_candidate(str(tmp_path))

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gcvit import checkpoint, nonfinite, trainer
+from gcvit import nonfinite, trainer
+from gcvit.checkpoint import store
 from gcvit.config.load import load_config
 from gcvit.data.batch import Damage
 from gcvit.errors import UserError
@@ -155,9 +156,9 @@ def test_a_row_of_bad_steps_ends_the_run(
             assert ("--resume auto" in str(stopped.value)) == (max(saved) < first)
         run.saver.wait()
     assert [row["step"] for row in rows(run, "bad_step")] == sorted(bad)
-    there = checkpoint.complete_ones(run.config.run_dir / "checkpoints")
-    assert [checkpoint.step_of(path) for path in there] == saved
-    assert [checkpoint.open_checkpoint(path).state.samples for path in there] == [4 * step for step in saved]
+    there = store.complete_ones(run.config.run_dir / "checkpoints")
+    assert [store.step_of(path) for path in there] == saved
+    assert [store.open_checkpoint(path).state.samples for path in there] == [4 * step for step in saved]
 
 
 def test_a_hopeless_run_is_not_evaluated(images, world, tmp_path, monkeypatch):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from gcvit.checkpoint.resolve import write_config
 from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.restore import check_alike
-from gcvit.runfolder import write_config
 from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT
 

@@ -11,7 +11,7 @@ import torch
 
 import evaluate
 import train
-from gcvit.checkpoint import open_checkpoint, read_tensors
+from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from gcvit.model import create_model, weights
 from tests.integration.bad_input.refusals import CONFIG, SHORT, both, expect_line, hashes, refusal
 from tests.integration.launching import ROOT, environment, python, run, torchrun

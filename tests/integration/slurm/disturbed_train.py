@@ -20,9 +20,10 @@ raises = os.environ.get("RAISE")
 
 
 def main():
-    from gcvit import checkpoint, trainer
+    from gcvit import trainer
+    from gcvit.checkpoint import store
 
-    take_step, read_back = trainer.take_step, checkpoint._read_back
+    take_step, read_back = trainer.take_step, store._read_back
 
     def read_back_late(*arguments):
         time.sleep(save_seconds)
@@ -34,7 +35,7 @@ def main():
             raise ArithmeticError("a step that cannot be done")
         return take_step(run, batches)
 
-    trainer.take_step, checkpoint._read_back = take_disturbed_step, read_back_late
+    trainer.take_step, store._read_back = take_disturbed_step, read_back_late
     true_train.main()
 
 

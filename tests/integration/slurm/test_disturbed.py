@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from gcvit.checkpoint import open_checkpoint, read_tensors
+from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from tests.integration.slurm.cluster import Cluster, Job, losses, wait_for
 
 STEPS = 20

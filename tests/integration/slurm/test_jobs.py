@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gcvit.checkpoint import open_checkpoint, read_tensors
+from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from tests.integration.launching import ROOT, python, succeed
 from tests.integration.slurm.cluster import Cluster, Job, losses, wait_for
 

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit import replicas
+from gcvit.checkpoint import replica_check
+from gcvit.checkpoint.replica_check import check_replicas, digest_tensors
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
-from gcvit.replicas import check_replicas, digest_tensors
 
 
 @pytest.fixture(autouse=True, params=[1 << 20, 4])
 def chunk(request, monkeypatch) -> None:
     """Also in chunks that every tensor here has several of."""
-    monkeypatch.setattr(replicas, "_CHUNK", request.param)
+    monkeypatch.setattr(replica_check, "_CHUNK", request.param)
 
 
 @given(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, prepare, prune, read_tensors, restate, save
+from gcvit.checkpoint.store import RunState, complete_ones, open_checkpoint, prepare, prune, read_tensors, restate, save
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World, join_world
-from tests.unit.test_checkpoint import INFO, STATE, draw_tensors, whole
+from tests.unit.checkpoint.test_store import INFO, STATE, draw_tensors, whole
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from gcvit import checkpoint, saver
-from gcvit.checkpoint import RunState, complete_ones, open_checkpoint, read_tensors, step_of
+from gcvit.checkpoint import manager, store
+from gcvit.checkpoint.manager import Saver
+from gcvit.checkpoint.store import RunState, complete_ones, open_checkpoint, read_tensors, step_of
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World, join_world
-from gcvit.saver import Saver
 
 INFO = {"config": {}, "data": "digest", "world_size": 1}
 
@@ -60,14 +60,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.is_reached, self._opened = threading.Event(), threading.Event()
-        right = checkpoint.write_fragments
+        right = store.write_fragments
 
         def write(*arguments):
             self.is_reached.set()
             assert self._opened.wait(60)
             return right(*arguments)
 
-        monkeypatch.setattr(checkpoint, "write_fragments", write)
+        monkeypatch.setattr(store, "write_fragments", write)
 
     def open(self) -> None:
         self._opened.set()
@@ -195,14 +195,14 @@ def test_a_write_that_failed_is_told_beside_another_error(failing, heard):
 
 
 def test_a_bug_in_the_writer_is_not_swallowed(started, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_fragments", lambda *_: 1 / 0)
+    monkeypatch.setattr(store, "write_fragments", lambda *_: 1 / 0)
     started.save(RunState(step=1), tensors_of(1.0), INFO)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         started.wait()
 
 
 def test_nothing_is_written_where_replicas_differ(started, tmp_path, monkeypatch):
-    monkeypatch.setattr(saver, "check_replicas", lambda *_: (_ for _ in ()).throw(UserError("come apart")))
+    monkeypatch.setattr(manager, "check_replicas", lambda *_: (_ for _ in ()).throw(UserError("come apart")))
     with pytest.raises(UserError, match="come apart"):
         started.save(RunState(step=1), tensors_of(1.0), INFO)
     started.wait()
@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_training(started, tm
 
 def test_the_disk_use_is_told(started, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 4 * 48})
-    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: usage)
     line = started.begin(RunState(), tensors_of(1.0))
     assert line.startswith("checkpoints take 4.8e-08 GB each, 2 kept")
     assert f"up to 1.92e-07 GB, of 1.92e-07 GB free in {tmp_path}" in line

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gcvit import checkpoint, runfolder
+from gcvit.checkpoint import resolve, store
 from gcvit.errors import UserError
 from gcvit.runtime.run_lock import RunLock
 
@@ -25,40 +25,40 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def write_checkpoint(run_dir: Path, step: int, best_step: int = -1, suffix: str = "") -> Path:
-    path = runfolder.checkpoints_of(run_dir) / f"step_{step:08d}{suffix}"
+    path = resolve.checkpoints_of(run_dir) / f"step_{step:08d}{suffix}"
     path.mkdir(parents=True)
     state = {"step": step, "best_step": best_step}
-    content = {"format": checkpoint.FORMAT, "state": state, "shapes": {}, "files": {}}
-    (path / checkpoint.STATE_FILE).write_bytes(checkpoint._to_json({**content, "sha256": checkpoint._digest(content)}))
+    content = {"format": store.FORMAT, "state": state, "shapes": {}, "files": {}}
+    (path / store.STATE_FILE).write_bytes(store._to_json({**content, "sha256": store._digest(content)}))
     return path
 
 
 def test_auto_takes_the_newest_complete_one_or_begins(tmp_path):
-    assert runfolder.choose_checkpoint(tmp_path, "auto") is None
+    assert resolve.choose_checkpoint(tmp_path, "auto") is None
     write_checkpoint(tmp_path, 9)
     newest = write_checkpoint(tmp_path, 10)
     write_checkpoint(tmp_path, 11, suffix=".tmp")
-    assert runfolder.choose_checkpoint(tmp_path, "auto") == newest
+    assert resolve.choose_checkpoint(tmp_path, "auto") == newest
 
 
 def test_none_begins_but_never_over_an_old_run(tmp_path):
-    assert runfolder.choose_checkpoint(tmp_path, "none") is None
+    assert resolve.choose_checkpoint(tmp_path, "none") is None
     newest = write_checkpoint(tmp_path, 5)
     with pytest.raises(UserError, match="holds a run already") as caught:
-        runfolder.choose_checkpoint(tmp_path, "none")
+        resolve.choose_checkpoint(tmp_path, "none")
     assert str(newest) in str(caught.value)
 
 
 def test_a_path_names_a_checkpoint_or_a_runs_best(tmp_path):
     best = write_checkpoint(tmp_path / "old", 5)
     newest = write_checkpoint(tmp_path / "old", 10, best_step=5)
-    assert runfolder.choose_checkpoint(tmp_path / "new", str(newest)) == newest
-    assert runfolder.choose_checkpoint(tmp_path / "new", str(tmp_path / "old")) == best
+    assert resolve.choose_checkpoint(tmp_path / "new", str(newest)) == newest
+    assert resolve.choose_checkpoint(tmp_path / "new", str(tmp_path / "old")) == best
 
 
 def test_without_its_best_a_run_means_its_newest(tmp_path):
     newest = write_checkpoint(tmp_path, 10, best_step=5)
-    assert runfolder.find_checkpoint(tmp_path) == newest
+    assert resolve.find_checkpoint(tmp_path) == newest
 
 
 @pytest.mark.parametrize("name", ["absent", "file", "empty"])
@@ -66,5 +66,5 @@ def test_a_path_without_a_checkpoint(tmp_path, name):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoint here") as caught:
-        runfolder.find_checkpoint(tmp_path / name)
+        resolve.find_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)

@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcvit import flat_dcp
-from gcvit.checkpoint import RunState, latest, load, open_checkpoint, prune, read_tensors, save
+from gcvit.checkpoint import shard_files
+from gcvit.checkpoint.store import RunState, latest, load, open_checkpoint, prune, read_tensors, save
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Counters, Fragment, Fragments
 from gcvit.runtime.distributed import World, join_world
@@ -104,7 +104,9 @@ def test_any_range_of_a_tensor_can_be_loaded(world, tmp_path_factory, places, se
 def test_replicas_divide_a_fragment_among_them(numel, num_replicas, start):
     """Each writes its part: together they are the whole, once."""
     data, shape = torch.arange(float(numel)), torch.Size([start + numel])
-    parts = [flat_dcp.own_part(Fragment(data, start, shape, replica, num_replicas)) for replica in range(num_replicas)]
+    parts = [
+        shard_files.own_part(Fragment(data, start, shape, replica, num_replicas)) for replica in range(num_replicas)
+    ]
     assert torch.equal(torch.cat([part.data for part in parts]), data)
     assert [part.start for part in parts] == sorted(part.start for part in parts)
     for part in parts:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gcvit import checkpoint, runfolder
+from gcvit.checkpoint import resolve, store
 from gcvit.config.load import parse_config
 from gcvit.config.schema import DataConfig, ModelConfig
 from gcvit.errors import UserError
@@ -52,15 +52,15 @@ def find_candidate(path: str, kind: str | None = None) -> Candidate:
         return Candidate(path, "export", None, config.model, config.data, _tuple(classes), None, lambda world: state)
     if Path(path).is_file():
         raise UserError("a file of weights needs its variant", got=path, cure=f"--model NAME --checkpoint {path}")
-    found = checkpoint.open_checkpoint(runfolder.find_checkpoint(Path(path)))
+    found = store.open_checkpoint(resolve.find_checkpoint(Path(path)))
     config = parse_config(found.info["config"], source=str(found.path))
     chosen, classes = choose_kind(found, kind), found.info.get("classes")
     folder = found.path.resolve().parent
-    run_dir = folder.parent if folder == runfolder.checkpoints_of(folder.parent) else None
+    run_dir = folder.parent if folder == resolve.checkpoints_of(folder.parent) else None
 
     def read(world: World) -> StateDict:
         # The ranks divide the work of hashing; each reads all.
-        return checkpoint.read_tensors(checkpoint.check(found, world), chosen)
+        return store.read_tensors(store.check(found, world), chosen)
 
     step = found.state.step
     return Candidate(str(found.path), chosen, step, config.model, config.data, _tuple(classes), run_dir, read)

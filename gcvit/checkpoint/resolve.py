@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from gcvit import checkpoint
-from gcvit.checkpoint import Checkpoint, DamagedError
+from gcvit.checkpoint import store
+from gcvit.checkpoint.store import Checkpoint, DamagedError
 from gcvit.config.load import dump_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
@@ -22,7 +22,7 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
     Errors: UserError for a fresh start over an old run, or a path that holds no checkpoint.
     """
-    newest = checkpoint.latest(checkpoints_of(run_dir))
+    newest = store.latest(checkpoints_of(run_dir))
     if resume == "auto":
         return newest
     if resume == "none":
@@ -53,12 +53,12 @@ def open_sound(run_dir: Path, resume: str, world: World) -> tuple[Checkpoint | N
     chosen = world.on_first(lambda: choose_checkpoint(run_dir, resume))
     if chosen is None:
         return None, []
-    paths = [chosen] if resume != "auto" else world.on_first(lambda: checkpoint.complete_ones(chosen.parent)[::-1])
+    paths = [chosen] if resume != "auto" else world.on_first(lambda: store.complete_ones(chosen.parent)[::-1])
     damaged: list[DamagedError] = []
     for path in paths:
         try:
-            found = world.on_first(lambda path=path: checkpoint.open_checkpoint(path))  # type: ignore[misc]
-            return checkpoint.check(found, world), damaged
+            found = world.on_first(lambda path=path: store.open_checkpoint(path))  # type: ignore[misc]
+            return store.check(found, world), damaged
         except DamagedError as error:
             damaged.append(error)
     raise damaged[0]
@@ -89,9 +89,9 @@ def find_checkpoint(path: Path) -> Path:
 
     Errors: UserError where there is none.
     """
-    if (path / checkpoint.STATE_FILE).exists():
+    if (path / store.STATE_FILE).exists():
         return path
-    newest = checkpoint.latest(checkpoints_of(path))
+    newest = store.latest(checkpoints_of(path))
     if newest is None:
         raise UserError(
             "no checkpoint here",
@@ -99,7 +99,7 @@ def find_checkpoint(path: Path) -> Path:
             allowed="a run folder (runs/TAG) or a checkpoint (runs/TAG/checkpoints/step_N)",
             cure="check the path, or wait for the run's first save",
         )
-    best_step = checkpoint.open_checkpoint(newest).state.best_step
+    best_step = store.open_checkpoint(newest).state.best_step
     best = newest.with_name(f"step_{best_step:08d}")
     return best if best.exists() else newest
 

@@ -8,7 +8,7 @@ replica under DDP, which then writes its part of it.
 Whole or not at all: the files are written to `step_N.tmp` and hashed on their way to the disk, flushed, and read back
 from it. `state.json`, with their sizes and hashes and one of itself, comes last; then rank 0 renames the folder, and
 only then old ones go. So a folder under its final name is complete, whenever a process is killed, and what a killed
-one leaves is named `.tmp`, which the next run or save removes. `saver.py` does this beside the training.
+one leaves is named `.tmp`, which the next run or save removes. `manager.py` does this beside the training.
 
 Nothing is believed: sizes and hashes are checked before a tensor is touched. No pickle from a file is executed:
 tensors are read with `weights_only`, DCP's metadata through an allow-list.
@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gcvit.checkpoint.shard_files import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
 from gcvit.errors import UserError
-from gcvit.flat_dcp import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
 from gcvit.parallel.engine import Counters, Fragment, Fragments
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World

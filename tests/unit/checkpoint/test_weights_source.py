@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gcvit.checkpoint.weights_source import Candidate, average, digest, find_candidate, find_file, load
 from gcvit.config.schema import DataConfig, ModelConfig, OverridesConfig
 from gcvit.errors import UserError
-from gcvit.evaluation.candidate import Candidate, average, digest, find_candidate, find_file, load
 from gcvit.model import create_model, weights
 from gcvit.parallel.build import build_model
 

@@ -17,13 +17,13 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from gcvit import checkpoint
-from gcvit.checkpoint import RunState
+from gcvit.checkpoint import store
+from gcvit.checkpoint.replica_check import check_replicas
+from gcvit.checkpoint.shard_files import own_part
+from gcvit.checkpoint.store import RunState
 from gcvit.errors import UserError
-from gcvit.flat_dcp import own_part
 from gcvit.metrics import Metrics
 from gcvit.parallel.engine import Fragment, Fragments
-from gcvit.replicas import check_replicas
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
 
@@ -67,8 +67,8 @@ class Saver:
         num_bytes = sum(self._world.gather(here))
 
         def clear() -> str:
-            checkpoint.prepare(self._folder)
-            checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step)
+            store.prepare(self._folder)
+            store.prune(self._folder, keep=self._keep, best_step=state.best_step)
             return self._describe_disk(num_bytes)
 
         return self._world.on_first(clear)
@@ -138,7 +138,7 @@ class Saver:
     def _describe_disk(self, num_bytes: int) -> str:
         """In words, for checkpoints of so many bytes each."""
         most = self._keep + 2  # the best, and the one that is being written
-        there = len(checkpoint.complete_ones(self._folder))
+        there = len(store.complete_ones(self._folder))
         free = shutil.disk_usage(self._folder).free
         fits = num_bytes * (most - there) <= free
         return (
@@ -151,10 +151,10 @@ class Saver:
         begin = time.perf_counter()
         world = self._writers
         try:
-            path = checkpoint.save(self._folder, state, tensors, info, world, check_lock=self._check_lock)
+            path = store.save(self._folder, state, tensors, info, world, check_lock=self._check_lock)
             heartbeat.mark()
             if write.prunes:
-                world.on_first(lambda: checkpoint.prune(self._folder, keep=self._keep, best_step=state.best_step))
+                world.on_first(lambda: store.prune(self._folder, keep=self._keep, best_step=state.best_step))
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0
         except UserError as error:
             write.failure = error
