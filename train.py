@@ -37,7 +37,7 @@ def main() -> None:
         signals.heed()
     if config.data.num_workers:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
-    from gcvit.monitoring.events import check_wandb
+    from gcvit.monitoring.writers import check_wandb
     from gcvit.replay import replay
     from gcvit.runtime.distributed import join_world  # loads torch: a misspelt key is told before that
     from gcvit.start import open_sources, start

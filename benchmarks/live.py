@@ -37,7 +37,7 @@ def unwatched() -> Iterator[None]:
     """Take away what the steps themselves tell, in the loader too."""
     from gcvit import trainer
     from gcvit.data.stage_timer import Stopwatch
-    from gcvit.monitoring.stalls import StepClock
+    from gcvit.monitoring.step_timer import StepClock
 
     nothing = torch.zeros((), dtype=torch.int64)
     with ExitStack() as stack:
@@ -54,7 +54,7 @@ def unwatched() -> Iterator[None]:
 def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | None:
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config.load import load_config
-    from gcvit.monitoring.stalls import watch_waits
+    from gcvit.monitoring.step_timer import watch_waits
     from gcvit.run import log_step
     from gcvit.runtime.distributed import join_world
     from gcvit.start import open_sources, start

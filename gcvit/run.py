@@ -15,11 +15,11 @@ from gcvit.data.source import Source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.evaluator import Result, evaluate
-from gcvit.metrics import Metrics
+from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.norms import Norms
-from gcvit.monitoring.profiling import Profiler
-from gcvit.monitoring.samples import Samples
-from gcvit.monitoring.stalls import StepClock
+from gcvit.monitoring.profiler import Profiler
+from gcvit.monitoring.sample_grid import Samples
+from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.lr_schedule import Schedule
 from gcvit.parallel.engine import Engine, Fragments, StepResult
 from gcvit.runtime.distributed import World

@@ -17,12 +17,12 @@ from gcvit.data.source import Source, num_local_ranks, open_source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.errors import UserError
-from gcvit.metrics import Metrics
+from gcvit.monitoring.environment import describe_surroundings
+from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.norms import Norms
-from gcvit.monitoring.profiling import Profiler
-from gcvit.monitoring.samples import Samples
-from gcvit.monitoring.stalls import StepClock
-from gcvit.monitoring.surroundings import describe_surroundings
+from gcvit.monitoring.profiler import Profiler
+from gcvit.monitoring.sample_grid import Samples
+from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine

@@ -12,7 +12,7 @@ from gcvit.config.schema import Config
 from gcvit.data.loader import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted
-from gcvit.monitoring.stalls import StepClock, watch_waits
+from gcvit.monitoring.step_timer import StepClock, watch_waits
 from gcvit.nonfinite import BadSteps, poison_nonfinite
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import is_time

@@ -22,7 +22,7 @@ from gcvit.checkpoint.replica_check import check_replicas
 from gcvit.checkpoint.shard_files import own_part
 from gcvit.checkpoint.store import RunState
 from gcvit.errors import UserError
-from gcvit.metrics import Metrics
+from gcvit.monitoring.metric_logger import Metrics
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World

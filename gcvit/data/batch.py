@@ -50,7 +50,7 @@ class Batch:
     labels: Tensor  # int64 [b]
     erase: Tensor  # int64 [b, 5]
     pieces: tuple[Piece, ...]  # which together have each row once
-    # Seconds, by what the loader did: see `gcvit.monitoring.stalls`.
+    # Seconds, by what the loader did: see `gcvit.monitoring.step_timer`.
     waited: Mapping[str, float] = field(default_factory=dict)
 
     def images_on(self, device: torch.device) -> Tensor:

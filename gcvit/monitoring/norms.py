@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
-from gcvit.metrics import Metrics
+from gcvit.monitoring.metric_logger import Metrics
 from gcvit.parallel.engine import EXP_AVG, MODEL, Engine, Fragments, StepResult
 
 

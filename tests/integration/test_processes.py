@@ -31,10 +31,10 @@ run_main(main)
 STEPS = """
 import sys, torch
 from gcvit.config.load import load_config
-from gcvit.metrics import Metrics
+from gcvit.monitoring.metric_logger import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import join_world
-from gcvit.monitoring.stalls import Seconds
+from gcvit.monitoring.step_timer import Seconds
 
 config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])
 config.run_dir.mkdir()

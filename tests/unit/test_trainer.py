@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gcvit.config.load import load_config
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment
-from gcvit.monitoring.stalls import StepClock
+from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import World, join_world

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gcvit.monitoring import stalls as measured
+from gcvit.monitoring import step_timer as measured
 from gcvit.report.__main__ import main
 from gcvit.report.page import render, to_json
 from gcvit.report.published import find_place

@@ -9,7 +9,7 @@ import torch
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
-from gcvit.monitoring.profiling import Profiler, read_memory_use
+from gcvit.monitoring.profiler import Profiler, read_memory_use
 from gcvit.runtime.distributed import join_world
 from tests.integration.launching import ROOT
 

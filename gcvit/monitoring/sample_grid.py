@@ -14,8 +14,8 @@ from torch import Tensor
 from gcvit.config.schema import Config, DataConfig
 from gcvit.data.batch import Batch
 from gcvit.data.source import Source
-from gcvit.metrics import Metrics
-from gcvit.monitoring.events import describe_targets
+from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.writers import describe_targets
 
 NUM_IMAGES, NUM_COLUMNS = 16, 4
 _LEAST_SHARE = 1.5  # times what label smoothing gives to every class: less is no target of its own

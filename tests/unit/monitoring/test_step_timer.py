@@ -14,9 +14,9 @@ from torch import nn
 
 from gcvit.data.batch import Batch, Piece, empty_images
 from gcvit.data.loader import _await_batch
-from gcvit.monitoring import stalls
+from gcvit.monitoring import step_timer
 from gcvit.monitoring.schema import STAGES
-from gcvit.monitoring.stalls import LOADING, Seconds, StepClock, attribute, watch_waits
+from gcvit.monitoring.step_timer import LOADING, Seconds, StepClock, attribute, watch_waits
 from gcvit.runtime.distributed import join_world
 
 TIMES = st.floats(0, 100)
@@ -150,7 +150,7 @@ def test_on_a_gpu_stages_are_its_stream_s_and_only_a_row_waits_for_it(switches):
         fake, right = FakeGpu(), {}
         patch.setattr(torch.cuda, "Event", fake.Event)
         patch.setattr(torch.cuda, "current_stream", lambda: fake)
-        patch.setattr(stalls, "_MAX_MARKS", 6)  # some are added up on the way
+        patch.setattr(step_timer, "_MAX_MARKS", 6)  # some are added up on the way
         clock = StepClock(torch.device("cuda"))
         for stage, seconds in switches:
             clock.switch(stage)

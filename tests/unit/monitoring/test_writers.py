@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
-from gcvit.monitoring.events import Events, check_wandb, describe_targets, flatten, hide_secrets
+from gcvit.monitoring.writers import Events, check_wandb, describe_targets, flatten, hide_secrets
 from tests.integration.launching import ROOT
 
 GOLDEN = ROOT / "tests/integration/golden.yaml"

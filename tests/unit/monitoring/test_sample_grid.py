@@ -10,7 +10,7 @@ from PIL import Image
 from gcvit.config.load import load_config
 from gcvit.data.batch import Batch, Piece, join_pieces
 from gcvit.data.transforms import DeviceAugment
-from gcvit.monitoring.samples import NUM_IMAGES, Samples, lay_out, name_targets
+from gcvit.monitoring.sample_grid import NUM_IMAGES, Samples, lay_out, name_targets
 from tests.integration.launching import ROOT
 
 CLASSES = ("cat", "dog", "owl", "fox")

@@ -10,9 +10,9 @@ import torch
 import gcvit
 from gcvit.config.load import load_config
 from gcvit.model.flops import count_forward_flops
-from gcvit.monitoring import surroundings
+from gcvit.monitoring import environment
+from gcvit.monitoring.environment import describe_surroundings
 from gcvit.monitoring.schema import find_faults
-from gcvit.monitoring.surroundings import describe_surroundings
 from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import join_world
 from gcvit.runtime.gpu_specs import DEVICES
@@ -67,13 +67,13 @@ def test_the_peak_is_that_of_the_precision(monkeypatch):
 
 
 def test_the_commit_is_that_of_the_tree_with_a_sign_for_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(surroundings, "__file__", str(tmp_path / "gcvit/monitoring/surroundings.py"))
-    assert surroundings._commit() is None
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "gcvit/monitoring/environment.py"))
+    assert environment._commit() is None
     answers = {"rev-parse": "abc\n", "status": ""}
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(
-        surroundings.subprocess, "run", lambda words, **options: SimpleNamespace(stdout=answers[words[3]])
+        environment.subprocess, "run", lambda words, **options: SimpleNamespace(stdout=answers[words[3]])
     )
-    assert surroundings._commit() == "abc"
+    assert environment._commit() == "abc"
     answers["status"] = " M train.py\n"
-    assert surroundings._commit() == "abc+"
+    assert environment._commit() == "abc+"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gcvit import metrics as metrics_module
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
-from gcvit.metrics import Metrics
+from gcvit.monitoring import metric_logger as metrics_module
+from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.schema import STAGES
-from gcvit.monitoring.stalls import Seconds
+from gcvit.monitoring.step_timer import Seconds
 from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import World, join_world
 from tests.integration.launching import ROOT

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from gcvit.config.schema import Config
 from gcvit.data.batch import Damage
-from gcvit.monitoring.events import Events
-from gcvit.monitoring.stalls import Seconds, attribute
+from gcvit.monitoring.step_timer import Seconds, attribute
+from gcvit.monitoring.writers import Events
 from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import World
 
