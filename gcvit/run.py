@@ -14,7 +14,7 @@ from gcvit.data.loader import Batch
 from gcvit.data.source import Source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
-from gcvit.evaluator import Result, evaluate
+from gcvit.evaluation.evaluator import Result, evaluate
 from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiler import Profiler

@@ -12,7 +12,7 @@ import torch
 from gcvit.checkpoint import weights_source
 from gcvit.checkpoint.weights_source import Candidate
 from gcvit.errors import UserError
-from gcvit.evaluation.views import PRECISIONS, Options, Views
+from gcvit.evaluation.tta import PRECISIONS, Options, Views
 from gcvit.runtime.distributed import World
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -15,7 +15,7 @@ import torch
 
 from gcvit.data.source import Source
 from gcvit.errors import UserError
-from gcvit.evaluator import Scored
+from gcvit.evaluation.evaluator import Scored
 from gcvit.runtime.distributed import World
 
 TOP = 5

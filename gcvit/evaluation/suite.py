@@ -14,12 +14,12 @@ from gcvit.checkpoint import weights_source
 from gcvit.checkpoint.weights_source import Candidate
 from gcvit.config.schema import DataConfig
 from gcvit.errors import UserError
-from gcvit.evaluation import predictions, scores
-from gcvit.evaluation import record as evaluation_record
+from gcvit.evaluation import metrics, predictions
+from gcvit.evaluation import results as evaluation_record
+from gcvit.evaluation.evaluator import Result, evaluate
 from gcvit.evaluation.label_sets import ImageSet, Targets, find_rights, find_targets, open_set
 from gcvit.evaluation.predictions import Predictions
-from gcvit.evaluation.views import PRECISIONS, Options, Views
-from gcvit.evaluator import Result, evaluate
+from gcvit.evaluation.tta import PRECISIONS, Options, Views
 from gcvit.model import GCViT
 from gcvit.runtime.distributed import World
 
@@ -118,7 +118,7 @@ def evaluate_all(
                 seconds = time.perf_counter() - begin
                 if not world.is_first:
                     continue
-                details = scores.score(found, target.classes, partial(predictions.key_of, one.source))
+                details = metrics.score(found, target.classes, partial(predictions.key_of, one.source))
                 record = evaluation_record.describe(
                     one,
                     weights,

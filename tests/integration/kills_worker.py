@@ -16,9 +16,10 @@ import time
 from types import ModuleType
 
 import train
-from gcvit import evaluator, trainer
+from gcvit import trainer
 from gcvit.checkpoint import store  # what train.py loads when it has read its arguments
 from gcvit.errors import run_main
+from gcvit.evaluation import evaluator
 
 PLACES = {
     "step": (trainer, "take_step"),

@@ -17,7 +17,7 @@ from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from gcvit.checkpoint.weights_source import find_candidate, find_file, load
 from gcvit.config.load import load_config
 from gcvit.data.source import open_source
-from gcvit.evaluator import evaluate
+from gcvit.evaluation.evaluator import evaluate
 from gcvit.model import create_model, weights
 from gcvit.monitoring.schema import TIMED_KEYS
 from gcvit.runtime.distributed import join_world

@@ -12,8 +12,8 @@ from PIL import Image
 from timm.data import RealLabelsImagenet
 
 from gcvit.errors import UserError
+from gcvit.evaluation.evaluator import judge_by_any
 from gcvit.evaluation.label_sets import LABEL_SETS, find_rights, find_targets, open_set, read_list
-from gcvit.evaluator import judge_by_any
 
 IMAGENET = read_list("imagenet")
 

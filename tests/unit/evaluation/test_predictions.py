@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gcvit.errors import UserError
+from gcvit.evaluation.evaluator import Scored, rank_of_label
 from gcvit.evaluation.predictions import COLUMNS, Collector, check_path, key_of, open_writer, rows_of
-from gcvit.evaluator import Scored, rank_of_label
 
 CLASSES = [f"class {label}" for label in range(7)]
 

@@ -26,7 +26,7 @@ from gcvit.checkpoint.weights_source import Candidate
 from gcvit.data.download import is_remote, redact
 from gcvit.errors import UserError
 from gcvit.evaluation.label_sets import LABEL_SETS, ImageSet
-from gcvit.evaluation.views import Options
+from gcvit.evaluation.tta import Options
 from gcvit.runtime.distributed import World
 
 FOLDER = "evaluations"  # in a run's

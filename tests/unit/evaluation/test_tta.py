@@ -11,7 +11,7 @@ from torchvision.transforms.functional import five_crop, pil_to_tensor, resize, 
 from gcvit.config.schema import DataConfig, ModelConfig
 from gcvit.data.transforms import EvalTransform
 from gcvit.errors import UserError
-from gcvit.evaluation.views import Options, Views
+from gcvit.evaluation.tta import Options, Views
 
 WEIGHT = torch.randn(3 * 8 * 8, 5, generator=torch.Generator().manual_seed(1))
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gcvit.evaluation.metrics import count_classes, find_confused, find_mistakes, reliability, score
 from gcvit.evaluation.predictions import Predictions
-from gcvit.evaluation.scores import count_classes, find_confused, find_mistakes, reliability, score
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gcvit.errors import UserError
-from gcvit.evaluation.record import TABLE_FILE, as_line, as_table, hide_secrets, keep, make_folder
+from gcvit.evaluation.results import TABLE_FILE, as_line, as_table, hide_secrets, keep, make_folder
 
 
 def make_record(name: str = "val", weights: str = "ema", step: int | None = 7, **result: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gcvit import evaluator
 from gcvit.config.schema import DataConfig
 from gcvit.data.batch import EvalBatch
-from gcvit.evaluator import Result, evaluate, judge_by_any, rank_of_label
+from gcvit.evaluation import evaluator
+from gcvit.evaluation.evaluator import Result, evaluate, judge_by_any, rank_of_label
 from gcvit.runtime.distributed import World
 
 
