@@ -30,7 +30,7 @@ def main() -> None:
     if arguments.model_ema and config.ema is None:
         config = config.model_copy(update={"ema": EmaConfig()})
     if arguments.plan:
-        from gcvit.planning.text import print_plan
+        from gcvit.planning.format_plan import print_plan
 
         return print_plan(config, notices, num_gpus=arguments.gpus, gpu=arguments.gpu, mfu=arguments.mfu)
     if arguments.replay is None and not arguments.overfit_one_batch:

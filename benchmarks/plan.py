@@ -92,7 +92,7 @@ def make_config(case: Case) -> Any:
 
 
 def predict(cases: list[Case], on_gpu: bool) -> Iterator[dict[str, Any]]:
-    from gcvit.planning.forecast import Forecast
+    from gcvit.planning.memory_predictor import Forecast
 
     forecasts: dict[tuple[str, int], Forecast] = {}
     for case in cases:

@@ -26,7 +26,7 @@ from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
-from gcvit.planning.micro_batch import settle_micro_batch
+from gcvit.planning.micro_batch_finder import settle_micro_batch
 from gcvit.restore import load_weights, restore
 from gcvit.run import Intervals, Run, all_fragments
 from gcvit.runtime.distributed import World

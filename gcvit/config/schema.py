@@ -304,7 +304,7 @@ class TrainerConfig(Section):
 
     @property
     def settled_micro_batch_size(self) -> int | None:
-        """`micro_batch_size` where "auto" has become a number, see `gcvit.planning.micro_batch`."""
+        """`micro_batch_size` where "auto" has become a number, see `gcvit.planning.micro_batch_finder`."""
         assert not isinstance(self.micro_batch_size, str), "auto is not settled yet"
         return self.micro_batch_size
 

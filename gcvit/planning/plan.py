@@ -1,7 +1,7 @@
 """`train.py --plan`: what a training will take, before any GPU does it, and whether it can work at all.
 
-Counted: parameters, operations, images, checkpoints. Predicted: memory (`forecast.py`). Assumed, and said so: the
-share of the GPUs' peak that is reached, and without data ImageNet-1K. `text.py` puts it into words.
+Counted: parameters, operations, images, checkpoints. Predicted: memory (`memory_predictor.py`). Assumed, and said so: the
+share of the GPUs' peak that is reached, and without data ImageNet-1K. `format_plan.py` puts it into words.
 """
 
 import math
@@ -24,7 +24,7 @@ from gcvit.optim.lr_schedule import Schedule, build_schedule, to_steps
 from gcvit.parallel.build import DTYPES
 from gcvit.parallel.deepspeed_config import build_settings
 from gcvit.parallel.fsdp import check_shards
-from gcvit.planning.forecast import (
+from gcvit.planning.memory_predictor import (
     GPUS_PER_NODE,
     MODES,
     Forecast,
@@ -34,7 +34,7 @@ from gcvit.planning.forecast import (
     with_engine,
     with_micro_batch,
 )
-from gcvit.planning.memory import Memory
+from gcvit.planning.memory_simulator import Memory
 from gcvit.runtime.gpu_specs import Device, find_device, get_device
 
 ROOM = 0.9

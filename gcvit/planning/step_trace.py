@@ -3,7 +3,7 @@
 The model's own code runs forward, loss and backward under PyTorch's FakeTensorMode, and the dispatcher is watched: so
 recomputed activations, in-place updates and copies within operations count as they fall, whatever autograd's hooks see
 of them. Weights are left out, and so is what becomes of a gradient once it is there: an engine's business, which
-`gcvit.planning.memory` plays over the same record, for all engines alike.
+`gcvit.planning.memory_simulator` plays over the same record, for all engines alike.
 
 The tensors are a CPU's, since backward on those of a GPU wants a driver; `compute_as_on_gpu` has the model do what it
 would do otherwise there.

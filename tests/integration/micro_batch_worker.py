@@ -8,7 +8,7 @@ import sys
 
 import train
 from gcvit.errors import run_main
-from gcvit.planning import micro_batch
+from gcvit.planning import micro_batch_finder
 from tests.integration.limited_device import Limited
 
 
@@ -16,14 +16,14 @@ def main() -> None:
     place = sys.argv.index("--")
     limit = sys.argv[1:place][int(os.environ.get("RANK", 0))]
     if limit != "none":
-        step = micro_batch.Trial._step
+        step = micro_batch_finder.Trial._step
 
-        def limited_step(trial: micro_batch.Trial, num_images: int) -> None:
+        def limited_step(trial: micro_batch_finder.Trial, num_images: int) -> None:
             trial._forecast.predict(trial._config, trial._world.size, num_images)  # which takes no memory itself
             with Limited(float(limit)):
                 step(trial, num_images)
 
-        micro_batch.Trial._step = limited_step  # type: ignore[method-assign]
+        micro_batch_finder.Trial._step = limited_step  # type: ignore[method-assign]
     sys.argv = ["train.py", *sys.argv[place + 1 :]]
     train.main()
 

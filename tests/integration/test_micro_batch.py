@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gcvit.config.load import load_config
-from gcvit.planning.micro_batch import Trial
+from gcvit.planning.micro_batch_finder import Trial
 from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT, succeed, torchrun
 from tests.integration.limited_device import Limited

@@ -6,8 +6,8 @@ import torch
 from gcvit.config.load import load_config
 from gcvit.model import create_model
 from gcvit.parallel.activation_checkpointing import recompute_parts
-from gcvit.planning import forecast, step_trace
-from gcvit.planning.forecast import Forecast, with_engine
+from gcvit.planning import memory_predictor, step_trace
+from gcvit.planning.memory_predictor import Forecast, with_engine
 from gcvit.planning.step_trace import Event, Recorder, compute_as_on_gpu, record_step
 from tests.integration.launching import ROOT
 
@@ -83,7 +83,7 @@ def test_a_forecast_is_what_a_record_of_that_micro_batch_gives(monkeypatch, engi
     config = load_config(ROOT / "tests/integration/golden.yaml", ["global_batch_size=160"])[0]
     config = with_engine(config, engine).model_copy(update={"activation_checkpointing": mode})
     found = Forecast(config, on_gpu=False).predict(config, 4, num_images)
-    monkeypatch.setattr(forecast, "_RECORDED", (num_images, num_images + 1))
+    monkeypatch.setattr(memory_predictor, "_RECORDED", (num_images, num_images + 1))
     wanted = Forecast(config, on_gpu=False).predict(config, 4, num_images)
     assert found.peak == pytest.approx(wanted.peak, rel=1e-3)
     assert found.moment == wanted.moment

@@ -12,12 +12,12 @@ import pytest
 from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.model.attention import WindowAttention
-from gcvit.planning import forecast
-from gcvit.planning import text as plan_text
-from gcvit.planning.forecast import MODES, Forecast
-from gcvit.planning.memory import KINDS
+from gcvit.planning import format_plan as plan_text
+from gcvit.planning import memory_predictor
+from gcvit.planning.format_plan import describe
+from gcvit.planning.memory_predictor import MODES, Forecast
+from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ROOM, Cell, Data, Plan, compare, make_plan
-from gcvit.planning.text import describe
 from gcvit.runtime.gpu_specs import DEVICES
 from tests.integration.launching import ROOT
 from tests.unit.imagined import imagine
@@ -31,14 +31,14 @@ IMAGE_BYTES = {"none": 60e6, "selective": 30e6, "blocks": 20e6, "full": 10e6}  #
 @pytest.fixture(autouse=True)
 def imagined_steps(monkeypatch):
     """Steps whose activations are IMAGE_BYTES, and no table of engines: it takes longest."""
-    monkeypatch.setattr(Forecast, "recomputing", lambda forecast, config, _: (forecast.model, config))
+    monkeypatch.setattr(Forecast, "recomputing", lambda forecast, config, _: (memory_predictor.model, config))
 
     def record(model_and_config, *, num_images, dtype, autocast):
         model, config = model_and_config
         kept = IMAGE_BYTES[config.activation_checkpointing] / len(model.cut_points())
         return imagine(model, num_images, round(kept))
 
-    monkeypatch.setattr(forecast, "record_step", record)
+    monkeypatch.setattr(memory_predictor, "record_step", record)
     monkeypatch.setattr("gcvit.planning.plan.compare", lambda *_: ())
     monkeypatch.setattr("gcvit.planning.plan.count_forward_flops", lambda *_: FORWARD_FLOPS)
     monkeypatch.setattr(
@@ -206,8 +206,8 @@ def test_gpus_without_images_add_no_speed():
 
 def test_a_gpu_too_old_for_our_kernels_is_planned_without_them():
     for gpu, path in (("v100-32", "sdpa"), ("a100-40", "triton")):
-        forecast = Forecast(load_config(GOLDEN)[0], on_gpu=True, runs_triton=DEVICES[gpu].runs_triton)
-        paths = {module.path for module in forecast.model.modules() if isinstance(module, WindowAttention)}
+        memory_predictor = Forecast(load_config(GOLDEN)[0], on_gpu=True, runs_triton=DEVICES[gpu].runs_triton)
+        paths = {module.path for module in memory_predictor.model.modules() if isinstance(module, WindowAttention)}
         assert paths == {path}, gpu
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gcvit.config.load import load_config
 from gcvit.data.epoch_order import num_micro_steps
-from gcvit.planning.forecast import Forecast, condense, engine_name, share_of, split_evenly, with_engine
+from gcvit.planning.memory_predictor import Forecast, condense, engine_name, share_of, split_evenly, with_engine
 from gcvit.planning.step_trace import Event
 from tests.integration.launching import ROOT
 

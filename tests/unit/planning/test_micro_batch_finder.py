@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gcvit.config.load import load_config
 from gcvit.errors import UserError
-from gcvit.planning.forecast import share_of
-from gcvit.planning.micro_batch import find_largest, settle_micro_batch
+from gcvit.planning.memory_predictor import share_of
+from gcvit.planning.micro_batch_finder import find_largest, settle_micro_batch
 from gcvit.runtime.distributed import World
 from tests.integration.launching import ROOT
 
@@ -51,7 +51,7 @@ def test_the_largest_that_fits_is_found_with_few_trials(pairs, world_size, limit
 
 def test_all_ranks_take_the_smallest_answer(monkeypatch):
     monkeypatch.setattr(
-        "gcvit.planning.micro_batch.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
+        "gcvit.planning.micro_batch_finder.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
     )
     for others, wanted in (((8, 8), 8), ((4, 8), 4), ((), 8)):
         notices: list[str] = []
@@ -65,7 +65,7 @@ def test_all_ranks_take_the_smallest_answer(monkeypatch):
 
 def test_a_number_is_left_alone_and_a_resumed_run_keeps_what_it_had(monkeypatch):
     monkeypatch.setattr(
-        "gcvit.planning.micro_batch.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
+        "gcvit.planning.micro_batch_finder.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
     )
     given = load_config(ROOT / "tests/integration/golden.yaml", ["trainer.micro_batch_size=4"])[0]
     assert settle_micro_batch(given, world_of(), None, []) is given

@@ -2,7 +2,7 @@
 
 Each rank tries by itself, without a word to the others, whom a rank that runs out of memory in the middle of an
 exchange would leave waiting; then all take the smallest answer. What the engine will hold beside the model's own
-computing is what `gcvit.planning.forecast` says, and is taken up during the trial.
+computing is what `gcvit.planning.memory_predictor` says, and is taken up during the trial.
 """
 
 import gc
@@ -18,7 +18,7 @@ from gcvit.model.kernels import serve_device
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.activation_budget import Compute
 from gcvit.parallel.build import DTYPES
-from gcvit.planning.forecast import Forecast, share_of, with_micro_batch
+from gcvit.planning.memory_predictor import Forecast, share_of, with_micro_batch
 from gcvit.runtime.distributed import World
 
 _DECISIVE = ("global_batch_size", "engine", "fsdp", "zero", "precision", "activation_checkpointing")

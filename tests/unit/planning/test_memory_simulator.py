@@ -7,8 +7,8 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import FsdpConfig, ZeroConfig
 from gcvit.data.epoch_order import num_micro_steps
 from gcvit.parallel.build import build_model
-from gcvit.planning.forecast import player_of, with_engine
-from gcvit.planning.memory import KINDS, Layout, Memory
+from gcvit.planning.memory_predictor import player_of, with_engine
+from gcvit.planning.memory_simulator import KINDS, Layout, Memory
 from tests.integration.launching import ROOT
 from tests.unit.imagined import imagine
 

@@ -12,8 +12,8 @@ from gcvit.data.epoch_order import holds_whole_lanes
 from gcvit.errors import UserError
 from gcvit.model.flops import TRAINING_PASSES
 from gcvit.optim.lr_schedule import to_samples
-from gcvit.planning.forecast import GPUS_PER_NODE, engine_name
-from gcvit.planning.memory import KINDS
+from gcvit.planning.memory_predictor import GPUS_PER_NODE, engine_name
+from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ASSUMED_GPU, ROOM, Plan, make_plan
 from gcvit.start import open_sources
 

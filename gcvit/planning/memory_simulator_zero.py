@@ -1,4 +1,4 @@
-"""The memory of engine zero, played as `memory.py` says: what DeepSpeed 0.19.8 holds, gathers and copies."""
+"""The memory of engine zero, played as `memory_simulator.py` says: what DeepSpeed 0.19.8 holds, gathers and copies."""
 
 import math
 from collections import Counter, defaultdict, deque
@@ -8,7 +8,7 @@ import torch
 from gcvit.config.schema import Config, ZeroConfig
 from gcvit.optim.adamw import Group, find_group
 from gcvit.parallel.deepspeed_config import build_settings
-from gcvit.planning.memory import FP32, Layout, Played
+from gcvit.planning.memory_simulator import FP32, Layout, Played
 from gcvit.planning.step_trace import ROOT
 
 

@@ -23,8 +23,8 @@ from gcvit.model import GCViT
 from gcvit.parallel.activation_budget import Compute, choose_parts
 from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
 from gcvit.parallel.build import DTYPES, build_model
-from gcvit.planning.memory import Layout, Memory, Played, PlayedDdp, PlayedFsdp
-from gcvit.planning.memory_zero import PlayedZero3, PlayedZero12
+from gcvit.planning.memory_simulator import Layout, Memory, Played, PlayedDdp, PlayedFsdp
+from gcvit.planning.memory_simulator_zero import PlayedZero3, PlayedZero12
 from gcvit.planning.step_trace import Event, compute_as_on_gpu, record_step
 
 MODES = ("none", "selective", "blocks", "full")
