@@ -48,8 +48,8 @@ def main() -> None:
         if error.name not in ("plotly", "jinja2", "markupsafe"):
             raise
         raise UserError(f"a report needs {error.name}", cure="pip install plotly jinja2") from None
-    from gcvit.report.record import read_records
-    from gcvit.report.style import MAX_RUNS
+    from gcvit.report.charts import MAX_RUNS
+    from gcvit.report.run_data import read_records
 
     if len(arguments.runs) > MAX_RUNS:
         raise UserError("more runs than colours to tell them apart", got=len(arguments.runs), allowed=MAX_RUNS)

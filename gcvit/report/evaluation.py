@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from plotly.subplots import make_subplots
 
-from gcvit.report.pictures import data_of, index_of, read_images
-from gcvit.report.record import Record, Row, column, number, rows_of, section
-from gcvit.report.style import Chart, KeyItem, as_list, axis, new_figure, tone
+from gcvit.report.charts import Chart, KeyItem, as_list, axis, new_figure, tone
+from gcvit.report.formatting import count, duration, listing, percent, plain
+from gcvit.report.images import data_of, index_of, read_images
+from gcvit.report.run_data import Record, Row, column, number, rows_of, section
 from gcvit.report.tables import Cell, Table
 from gcvit.report.training import run_color
-from gcvit.report.wording import count, duration, listing, percent, plain
 
 _NUM_WORST = 12
 _NUM_CONFUSED = 12

@@ -17,16 +17,16 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from gcvit import __version__
-from gcvit.report import evaluation, published, samples, settings, stalls, summary, timeline, training
-from gcvit.report.record import Record
-from gcvit.report.style import PALETTE, Chart, night_of_day
+from gcvit.report import config_diff, evaluation, published, samples, step_time, summary, timeline, training
+from gcvit.report.charts import PALETTE, Chart, night_of_day
+from gcvit.report.run_data import Record
 
 
 def render(records: Sequence[Record]) -> str:
     """The whole page."""
     several = len(records) > 1
     scale = training.choose_scale(records)
-    stages = [stalls.draw_stages(record, scale, several) for record in records]
+    stages = [step_time.draw_stages(record, scale, several) for record in records]
     details = [
         evaluation.describe(record, index, found, several)
         for index, record in enumerate(records)
@@ -69,10 +69,10 @@ def render(records: Sequence[Record]) -> str:
         comparison_notes=published.describe_comparison(records),
         published=published.tabulate_published(),
         sources=published.list_sources(),
-        differences=settings.tabulate_differences(records) if several else None,
-        hardware=settings.describe_hardware(records),
+        differences=config_diff.tabulate_differences(records) if several else None,
+        hardware=config_diff.describe_hardware(records),
         unstarted=[record.name for record in records if not record.of_kind("start")],
-        changes=[(record.name, settings.list_changes(record)) for record in records],
+        changes=[(record.name, config_diff.list_changes(record)) for record in records],
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=__version__,
         plotly_version=plotly.__version__,

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gcvit.model.variants import VARIANTS
-from gcvit.report.record import Record, Row, number, section
-from gcvit.report.style import Chart, KeyItem, log_axis, new_figure, safe, tone
+from gcvit.report.charts import Chart, KeyItem, log_axis, new_figure, safe, tone
+from gcvit.report.formatting import count, listing, percent, plain
+from gcvit.report.run_data import Record, Row, number, section
 from gcvit.report.tables import Cell, Table
 from gcvit.report.training import run_color
-from gcvit.report.wording import count, listing, percent, plain
 
 IMAGENET_CLASSES, IMAGENET_VAL_IMAGES = 1000, 50_000
 _FLOPS_PER_GMAC = 3 * 2e9  # training is three forward passes, of two operations a multiply-add

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from gcvit.report.pictures import as_uri
-from gcvit.report.record import Record, SampleGrid, number
-from gcvit.report.wording import count, percent
+from gcvit.report.formatting import count, percent
+from gcvit.report.images import as_uri
+from gcvit.report.run_data import Record, SampleGrid, number
 
 _NUM_GRIDS = 2
 _MAX_TILES = 32

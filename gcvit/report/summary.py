@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gcvit.report.record import Record, best_top1, column, number, section
-from gcvit.report.wording import count, duration, gigabytes, moment, percent, plain, plural, short
+from gcvit.report.formatting import count, duration, gigabytes, moment, percent, plain, plural, short
+from gcvit.report.run_data import Record, best_top1, column, number, section
 
 
 @dataclass(frozen=True)

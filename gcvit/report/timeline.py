@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from gcvit.report.record import Numbers, Record, Row, column, number
-from gcvit.report.style import Chart, KeyItem, as_list, new_figure, safe, tone
-from gcvit.report.thinning import MAX_POINTS
+from gcvit.report.charts import Chart, KeyItem, as_list, new_figure, safe, tone
+from gcvit.report.downsample import MAX_POINTS
+from gcvit.report.formatting import count, duration, gigabytes, listing, moment, plural
+from gcvit.report.run_data import Numbers, Record, Row, column, number
 from gcvit.report.training import run_color
-from gcvit.report.wording import count, duration, gigabytes, listing, moment, plural
 
 _MAX_MARKS = 400  # of a kind and a run; a chart with more is a bar of colour
 _UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))

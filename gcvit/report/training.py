@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from gcvit.report.record import VAL_PREFIX, Numbers, Record, Row, column
-from gcvit.report.style import Chart, KeyItem, as_list, log_axis, new_figure, safe, soft, tone
-from gcvit.report.thinning import thin
-from gcvit.report.wording import count
+from gcvit.report.charts import Chart, KeyItem, as_list, log_axis, new_figure, safe, soft, tone
+from gcvit.report.downsample import thin
+from gcvit.report.formatting import count
+from gcvit.report.run_data import VAL_PREFIX, Numbers, Record, Row, column
 
 _LOG_SPAN = 30.0  # a column that spans more is drawn on a logarithmic axis
 _MAX_RESTARTS = 20

@@ -17,7 +17,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from gcvit.report.page import render
-from gcvit.report.record import read_records
+from gcvit.report.run_data import read_records
 from tests.integration.launching import python, succeed
 from tests.unit.report.run_folders import write_evaluation, write_images, write_run, write_samples
 

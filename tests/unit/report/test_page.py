@@ -13,13 +13,13 @@ import pytest
 
 from gcvit.monitoring import step_timer as measured
 from gcvit.report.__main__ import main
+from gcvit.report.charts import PALETTE
+from gcvit.report.formatting import duration, gigabytes, listing, short
 from gcvit.report.page import render, to_json
 from gcvit.report.published import find_place
-from gcvit.report.record import read_record, read_records
-from gcvit.report.stalls import STAGES, describe_bounds
-from gcvit.report.style import PALETTE
+from gcvit.report.run_data import read_record, read_records
+from gcvit.report.step_time import STAGES, describe_bounds
 from gcvit.report.summary import summarize
-from gcvit.report.wording import duration, gigabytes, listing, short
 from tests.unit.report.run_folders import CLASSES, write_evaluation, write_images, write_rows, write_run, write_samples
 
 EVIL = "</script><img src=x onerror=alert(1)>\"'{{ 7 * 7 }}&lt;b&gt;"

@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from gcvit.report.record import Numbers
+from gcvit.report.run_data import Numbers
 
 # Name: (by day, by night). Each colour by day occurs once, since it is what a colour by night is looked up by.
 # fmt: off

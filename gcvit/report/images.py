@@ -11,7 +11,7 @@ from gcvit.data.decode import DecodeError, decode
 from gcvit.data.download import is_remote
 from gcvit.data.source import open_source
 from gcvit.errors import UserError
-from gcvit.report.record import Row, number, section
+from gcvit.report.run_data import Row, number, section
 
 SIDE = 128
 """Of a picture at most, in pixels: twice what the page shows, for fine screens."""

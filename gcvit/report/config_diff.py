@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gcvit.report.record import Record, Row, number, section
+from gcvit.report.formatting import count, moment, short
+from gcvit.report.run_data import Record, Row, number, section
 from gcvit.report.tables import Cell, Table
-from gcvit.report.wording import count, moment, short
 
 _NAMES_OF_RUNS = ("tag", "output_dir")  # differ without a meaning
 

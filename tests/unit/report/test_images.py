@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gcvit.report.evaluation import describe
-from gcvit.report.pictures import read_images
-from gcvit.report.record import read_record
+from gcvit.report.images import read_images
+from gcvit.report.run_data import read_record
 from gcvit.report.samples import find_columns, show_samples
 from tests.unit.report.run_folders import write_evaluation, write_images, write_run, write_samples
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gcvit.report.record import Numbers
+from gcvit.report.run_data import Numbers
 
 MAX_POINTS = 500
 """Of a curve: about one for each pixel of a phone, one for each two of a screen."""

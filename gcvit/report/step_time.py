@@ -4,11 +4,11 @@ from collections import Counter
 
 import numpy as np
 
-from gcvit.report.record import Record, column, number, section
-from gcvit.report.style import Chart, KeyItem, as_list, new_figure, safe, tone
-from gcvit.report.thinning import thin
+from gcvit.report.charts import Chart, KeyItem, as_list, new_figure, safe, tone
+from gcvit.report.downsample import thin
+from gcvit.report.formatting import count, percent
+from gcvit.report.run_data import Record, column, number, section
 from gcvit.report.training import Scale
-from gcvit.report.wording import count, percent
 
 STAGES = ("compute", "communication", "copy", "collation", "augmentation", "decoding", "storage", "checkpoint")
 """From the bottom of the chart: the work itself, then its way back to the disk."""
