@@ -28,7 +28,7 @@ TOOLS: dict[str, dict[str, str]] = {
     "use": {
         "Tell what is on an image": "python -m gcvit.predict cat.jpg --checkpoint runs/gc_vit_tiny",
         "Hand weights and a model card to others": "python -m gcvit.export runs/gc_vit_tiny",
-        "The same in ONNX": "python -m gcvit.export_onnx runs/gc_vit_tiny gc_vit_tiny.onnx",
+        "The same in ONNX": "python -m gcvit.export.onnx_export runs/gc_vit_tiny gc_vit_tiny.onnx",
         "Change the layout of weights": "python -m gcvit.model.weights convert a.pth.tar b.safetensors --to timm",
         "Show what a model consists of": "python -m gcvit.model.summary gc_vit_tiny",
     },

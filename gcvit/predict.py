@@ -27,7 +27,7 @@ from gcvit.data.decode import DecodeError
 from gcvit.data.folder_source import SUFFIXES
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError, run_main
-from gcvit.export import WEIGHTS_FILE, choose_kind, load_export, read_label_names
+from gcvit.export.timm_hub import WEIGHTS_FILE, choose_kind, load_export, read_label_names
 from gcvit.model import VARIANTS, GCViT, weights
 from gcvit.model.variants import fetch_weights
 from gcvit.parallel.build import build_model

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from gcvit.card import describe_origin
 from gcvit.checkpoint import resolve
 from gcvit.checkpoint.manager import Saver
 from gcvit.checkpoint.store import Checkpoint, RunState
@@ -17,6 +16,7 @@ from gcvit.data.source import Source, num_local_ranks, open_source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.ema import Ema
 from gcvit.errors import UserError
+from gcvit.export.model_card import describe_origin
 from gcvit.monitoring.environment import describe_surroundings
 from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.norms import Norms

@@ -13,7 +13,7 @@ from gcvit.checkpoint import resolve, store
 from gcvit.config.load import parse_config
 from gcvit.config.schema import DataConfig, ModelConfig
 from gcvit.errors import UserError
-from gcvit.export import WEIGHTS_FILE, choose_kind, load_export, read_label_names
+from gcvit.export.timm_hub import WEIGHTS_FILE, choose_kind, load_export, read_label_names
 from gcvit.model import GCViT, weights
 from gcvit.model.fitting import StateDict, fit
 from gcvit.model.variants import find_variant

@@ -2,8 +2,8 @@
 
 A step is recorded once (`step_trace.py`), and played again as each engine would have it: beside what the model
 computes, weights are gathered and freed, gradients copied, summed and kept. What is held and in which pieces is read
-off the engines (`gcvit/parallel`), of FSDP2 off PyTorch 2.15; `memory_simulator_zero.py` has DeepSpeed's. `docs/planning.md` says
-what is left out: the memory of kernels' own, of NCCL and of the CUDA context.
+off the engines (`gcvit/parallel`), of FSDP2 off PyTorch 2.15; `memory_simulator_zero.py` has DeepSpeed's.
+`docs/planning.md` says what is left out: the memory of kernels' own, of NCCL and of the CUDA context.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """`train.py --plan`: what a training will take, before any GPU does it, and whether it can work at all.
 
-Counted: parameters, operations, images, checkpoints. Predicted: memory (`memory_predictor.py`). Assumed, and said so: the
-share of the GPUs' peak that is reached, and without data ImageNet-1K. `format_plan.py` puts it into words.
+Counted: parameters, operations, images, checkpoints. Predicted: memory (`memory_predictor.py`). Assumed, and said so:
+the share of the GPUs' peak that is reached, and without data ImageNet-1K. `format_plan.py` puts it into words.
 """
 
 import math

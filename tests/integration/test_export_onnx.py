@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from gcvit import export_onnx
 from gcvit.errors import UserError
-from gcvit.export_onnx import compare
+from gcvit.export import onnx_export
+from gcvit.export.onnx_export import compare
 from gcvit.model import create_model, weights
 from gcvit.predict import Classifier, open_classifier
 from tests.integration.launching import python, succeed
 
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in export_onnx.PACKAGES), reason="pip install 'gcvit[onnx]'"
+    any(importlib.util.find_spec(name) is None for name in onnx_export.PACKAGES), reason="pip install 'gcvit[onnx]'"
 )
 NAME = "gc_vit_xxtiny"
 
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(source: Path) -> tuple[Path, str]:
     target = source.with_name("deep") / "model.onnx"
-    return target, succeed(python("-m", "gcvit.export_onnx", source, target)).stdout
+    return target, succeed(python("-m", "gcvit.export.onnx_export", source, target)).stdout
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +108,14 @@ def test_what_cannot_be_exported_leaves_nothing(
 ) -> None:
     (tmp_path / "there.onnx").write_bytes(b"mine")
     with pytest.raises(UserError, match="something is there already"):
-        export_onnx.export_onnx(classifier, tmp_path / "there.onnx")
+        onnx_export.export_onnx(classifier, tmp_path / "there.onnx")
     assert (tmp_path / "there.onnx").read_bytes() == b"mine"
     with pytest.raises(UserError, match="cannot write the model"):
-        export_onnx.export_onnx(classifier, Path("/proc/nowhere/m.onnx"))
-    monkeypatch.setattr(export_onnx, "_write", lambda classifier, path: path.write_bytes(b"half") and 1 / 0)
+        onnx_export.export_onnx(classifier, Path("/proc/nowhere/m.onnx"))
+    monkeypatch.setattr(onnx_export, "_write", lambda classifier, path: path.write_bytes(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_onnx.export_onnx(classifier, tmp_path / "new.onnx")
-    monkeypatch.setattr(export_onnx, "PACKAGES", ("onnx", "no_such_package"))
+        onnx_export.export_onnx(classifier, tmp_path / "new.onnx")
+    monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(UserError, match=r"got no no_such_package; cure: pip install 'gcvit\[onnx\]'"):
-        export_onnx.export_onnx(classifier, tmp_path / "new.onnx")
+        onnx_export.export_onnx(classifier, tmp_path / "new.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]

@@ -11,14 +11,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from gcvit import export, predict
+from gcvit import predict
 from gcvit.config.schema import DataConfig
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError
+from gcvit.export import timm_hub
 from gcvit.model import VARIANTS, create_model, weights
 from gcvit.predict import Classifier, open_classifier
 from gcvit.runtime.distributed import World, join_world
-from tests.unit.test_export import CLASSES, save_run
+from tests.unit.export.test_timm_hub import CLASSES, save_run
 
 CPU = torch.device("cpu")
 DATA = DataConfig(crop_pct=0.8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -130,7 +131,7 @@ def test_a_file_is_prepared_as_its_variant(
 def test_a_run_its_checkpoint_and_its_export_are_the_same(world: World, tmp_path: Path) -> None:
     settings = ["data.crop_pct=0.7", "data.mean=[0.1,0.2,0.3]", "model.attention=sdpa"]
     run, models = save_run(tmp_path / "run", world, *settings)
-    export.export(run)
+    timm_hub.export(run)
     (checkpoint,) = (run / "checkpoints").iterdir()
     for place in (run, checkpoint, run / "export"):
         found = open_classifier(str(place))

@@ -31,7 +31,7 @@ IMAGE_BYTES = {"none": 60e6, "selective": 30e6, "blocks": 20e6, "full": 10e6}  #
 @pytest.fixture(autouse=True)
 def imagined_steps(monkeypatch):
     """Steps whose activations are IMAGE_BYTES, and no table of engines: it takes longest."""
-    monkeypatch.setattr(Forecast, "recomputing", lambda forecast, config, _: (memory_predictor.model, config))
+    monkeypatch.setattr(Forecast, "recomputing", lambda forecast, config, _: (forecast.model, config))
 
     def record(model_and_config, *, num_images, dtype, autocast):
         model, config = model_and_config
@@ -206,8 +206,8 @@ def test_gpus_without_images_add_no_speed():
 
 def test_a_gpu_too_old_for_our_kernels_is_planned_without_them():
     for gpu, path in (("v100-32", "sdpa"), ("a100-40", "triton")):
-        memory_predictor = Forecast(load_config(GOLDEN)[0], on_gpu=True, runs_triton=DEVICES[gpu].runs_triton)
-        paths = {module.path for module in memory_predictor.model.modules() if isinstance(module, WindowAttention)}
+        forecast = Forecast(load_config(GOLDEN)[0], on_gpu=True, runs_triton=DEVICES[gpu].runs_triton)
+        paths = {module.path for module in forecast.model.modules() if isinstance(module, WindowAttention)}
         assert paths == {path}, gpu
 
 

@@ -8,15 +8,15 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from gcvit.card import describe_origin, read_records, write_card
 from gcvit.checkpoint import store
 from gcvit.checkpoint.store import RunState
 from gcvit.config.load import load_config
-from gcvit.export import export
+from gcvit.export.model_card import describe_origin, read_records, write_card
+from gcvit.export.timm_hub import export
 from gcvit.model import VARIANTS
 from gcvit.model.summary import Row
 from tests.integration.launching import ROOT
-from tests.unit.test_export import STATE, save_run, world  # noqa: F401  (a fixture)
+from tests.unit.export.test_timm_hub import STATE, save_run, world  # noqa: F401  (a fixture)
 
 TUNED = "the published weights of gc_vit_xxtiny"
 RESULT = {"top1": 81.25, "top5": 95.5, "ece": 0.03, "num_samples": 360}
@@ -67,7 +67,7 @@ def test_an_export_has_a_card_that_the_hub_reads(run, tmp_path):
 @pytest.fixture
 def uncounted(monkeypatch):
     """The model's own numbers are looked at above; counting them takes most of a card's time."""
-    monkeypatch.setattr("gcvit.card.summarize", lambda model: [Row("all", 1, 1.0, 1)])
+    monkeypatch.setattr("gcvit.export.model_card.summarize", lambda model: [Row("all", 1, 1.0, 1)])
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -118,7 +118,7 @@ def test_published_weights_are_known_by_name_and_by_file(name, tmp_path):
 
 @pytest.mark.usefixtures("uncounted")
 def test_an_origin_survives_runs_and_exports(world, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("tests.unit.test_export.STATE", RunState(step=7, samples=224, initial_weights=TUNED))
+    monkeypatch.setattr("tests.unit.export.test_timm_hub.STATE", RunState(step=7, samples=224, initial_weights=TUNED))
     run, _ = save_run(tmp_path / "run", world)
     export(run)
     for source, own in (

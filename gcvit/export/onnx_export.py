@@ -1,7 +1,7 @@
 """Export a classifier to ONNX, and check what onnxruntime computes with it.
 
-    python -m gcvit.export_onnx runs/gc_vit_tiny gc_vit_tiny.onnx
-    python -m gcvit.export_onnx gcvit_1k_tiny.pth.tar gc_vit_tiny.onnx
+    python -m gcvit.export.onnx_export runs/gc_vit_tiny gc_vit_tiny.onnx
+    python -m gcvit.export.onnx_export gcvit_1k_tiny.pth.tar gc_vit_tiny.onnx
 
 SRC is what gcvit.predict takes as --checkpoint. The model maps "images" (batch, 3, H, W), fp32 and normalised, to
 "logits" (batch, classes), for any batch. How to prepare images stands in the file's metadata, as JSON under "gcvit":
@@ -109,7 +109,7 @@ def compare(classifier: Classifier, path: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m gcvit.export_onnx",
+        prog="python -m gcvit.export.onnx_export",
         usage="%(prog)s SRC DST [flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

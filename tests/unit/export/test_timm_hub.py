@@ -16,7 +16,7 @@ from gcvit.checkpoint.store import RunState
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError
-from gcvit.export import export, name_in_timm
+from gcvit.export.timm_hub import export, name_in_timm
 from gcvit.model import VARIANTS, GCViT, weights
 from gcvit.parallel.build import build_model
 from gcvit.parallel.engine import Fragment

@@ -21,12 +21,12 @@ import timm
 import torch
 from torch import Tensor
 
-from gcvit.card import read_records, write_card
 from gcvit.checkpoint import resolve, store
 from gcvit.checkpoint.store import Checkpoint
 from gcvit.config.load import parse_config
 from gcvit.config.schema import Config, ModelConfig
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.export.model_card import read_records, write_card
 from gcvit.model import VARIANTS, GCViT, layouts
 from gcvit.model.fitting import HEAD
 from gcvit.parallel.build import build_model
@@ -216,7 +216,3 @@ def main() -> None:
     add("--layout", choices=["timm", "own"], help="names of tensors (timm's where timm has the model)")
     arguments = parser.parse_args()
     print(export(arguments.run, arguments.out, arguments.weights, arguments.layout), flush=True)
-
-
-if __name__ == "__main__":
-    run_main(main)
