@@ -38,16 +38,16 @@ def main() -> None:
     if config.data.num_workers:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
     from gcvit.monitoring.writers import check_wandb
-    from gcvit.replay import replay
     from gcvit.runtime.distributed import join_world  # loads torch: a misspelt key is told before that
-    from gcvit.start import open_sources, start
-    from gcvit.trainer import train
+    from gcvit.training.replay import replay
+    from gcvit.training.setup import open_sources, start
+    from gcvit.training.trainer import train
 
     check_wandb(config)
     sources, start_from = open_sources(config), (arguments.resume, arguments.init_from, arguments.reset_head)
     with join_world(config.trainer.deterministic, config.trainer.hang_timeout) as world:
         if arguments.overfit_one_batch:
-            from gcvit.overfit import overfit_one_batch
+            from gcvit.training.overfit import overfit_one_batch
 
             return overfit_one_batch(config, world, sources)
         if arguments.replay is not None:

@@ -23,12 +23,12 @@ from gcvit.config.schema import (
     ScheduleConfig,
     ZeroConfig,
 )
-from gcvit.ema import Ema
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL
 from gcvit.runtime.distributed import World, join_world
-from gcvit.trainer import seed_drop_path
+from gcvit.training.ema import Ema
+from gcvit.training.trainer import seed_drop_path
 
 IMAGES_PER_RANK = 8
 SHARDS_OF_HSDP = 2

@@ -35,9 +35,9 @@ TINY = "{width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8], windows: [4, 
 @contextmanager
 def unwatched() -> Iterator[None]:
     """Take away what the steps themselves tell, in the loader too."""
-    from gcvit import trainer
     from gcvit.data.stage_timer import Stopwatch
     from gcvit.monitoring.step_timer import StepClock
+    from gcvit.training import trainer
 
     nothing = torch.zeros((), dtype=torch.int64)
     with ExitStack() as stack:
@@ -55,10 +55,10 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config.load import load_config
     from gcvit.monitoring.step_timer import watch_waits
-    from gcvit.run import log_step
     from gcvit.runtime.distributed import join_world
-    from gcvit.start import open_sources, start
-    from gcvit.trainer import take_step
+    from gcvit.training.run import log_step
+    from gcvit.training.setup import open_sources, start
+    from gcvit.training.trainer import take_step
 
     torch.set_num_threads(1)
     words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", f"engine={name}", "precision=fp32"]

@@ -168,11 +168,11 @@ def peak_on_cpu(case: Case, world: Any) -> int:
 
 def train(case: Case, world: Any) -> None:
     """What a run does with its memory: build, and per update the micro-steps, the update and the EMA's."""
-    from gcvit.ema import Ema
     from gcvit.optim.loss import soft_target_loss
     from gcvit.parallel.build import build_engine
     from gcvit.parallel.engine import MODEL
-    from gcvit.trainer import seed_drop_path
+    from gcvit.training.ema import Ema
+    from gcvit.training.trainer import seed_drop_path
 
     config = make_config(case)
     engine = build_engine(config, world, num_micro_steps=case.micro_steps)

@@ -34,7 +34,7 @@ Record = Mapping[str, Any]
 def describe_origin(source: str) -> str:
     """Where the weights that `--init-from` names come from, in words without folders of this machine.
 
-    `source` is as in `gcvit.restore.load_weights`. Errors: as `find_checkpoint`.
+    `source` is as in `gcvit.training.resume.load_weights`. Errors: as `find_checkpoint`.
     """
     path = Path(source)
     if path.is_dir():

@@ -15,7 +15,7 @@ from gcvit.optim.lr_schedule import to_samples
 from gcvit.planning.memory_predictor import GPUS_PER_NODE, engine_name
 from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ASSUMED_GPU, ROOM, Plan, make_plan
-from gcvit.start import open_sources
+from gcvit.training.setup import open_sources
 
 IMAGES_PER_CORE = 410
 """Decoded, cropped and augmented in a second: `benchmarks/RESULTS.md`, "The loader"."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcvit.config.schema import Config
 from gcvit.runtime.distributed import World, join_world
-from gcvit.trainer import seed_drop_path
+from gcvit.training.trainer import seed_drop_path
 
 
 def draw_micro_batches(

@@ -1,7 +1,7 @@
 """Runs a list of trainings inside one process group, to spare the start of many: `golden_worker.py SPEC.json`.
 
 SPEC: {"config": FILE, "data": DIR, "out": DIR, "runs": [{"tag", "overrides", "resume"?, "sabotage"?}]}. Each run is the
-real `gcvit.trainer.train`; its metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
+real `training.trainer.train`; its metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
 that its engine held when it started and when it ended.
 """
 
@@ -16,10 +16,10 @@ import torch
 
 from gcvit.config.load import load_config
 from gcvit.optim import adamw
-from gcvit.run import Run, all_fragments
 from gcvit.runtime.distributed import World, join_world
-from gcvit.start import open_sources, start
-from gcvit.trainer import train
+from gcvit.training.run import Run, all_fragments
+from gcvit.training.setup import open_sources, start
+from gcvit.training.trainer import train
 
 
 def sabotage(kind: str | None) -> mock._patch:

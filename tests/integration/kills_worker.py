@@ -16,10 +16,10 @@ import time
 from types import ModuleType
 
 import train
-from gcvit import trainer
 from gcvit.checkpoint import store  # what train.py loads when it has read its arguments
 from gcvit.errors import run_main
 from gcvit.evaluation import evaluator
+from gcvit.training import trainer
 
 PLACES = {
     "step": (trainer, "take_step"),

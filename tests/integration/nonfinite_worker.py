@@ -1,6 +1,6 @@
 """Trainings into which what is not finite is put: `nonfinite_worker.py DATA OUT`, on 2 processes in one group.
 
-Each is the real `gcvit.trainer.train`, of images that no augmentation changes. OUT/report.json holds for "KIND ENGINE
+Each is the real `training.trainer.train`, of images that no augmentation changes. OUT/report.json holds for "KIND ENGINE
 PRECISION" what the ranks saw of every step: digests of all fragments and the count of updates before and after, values
 that went to the host; the pixels of the poisoned image, and the error that ended the run.
 """
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcvit import trainer
 from gcvit.config.load import load_config
 from gcvit.data import loader
 from gcvit.errors import UserError
 from gcvit.optim.loss import soft_target_loss
-from gcvit.run import Run
 from gcvit.runtime.distributed import World, join_world
-from gcvit.start import open_sources, start
+from gcvit.training import trainer
+from gcvit.training.run import Run
+from gcvit.training.setup import open_sources, start
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 ENGINES = {

@@ -28,10 +28,10 @@ from gcvit.data import folder_source as class_folders
 from gcvit.data.source import Source
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
-from gcvit.run import Run
 from gcvit.runtime.distributed import World, join_world
-from gcvit.start import open_sources, start
-from gcvit.trainer import train
+from gcvit.training.run import Run
+from gcvit.training.setup import open_sources, start
+from gcvit.training.trainer import train
 
 SECONDS = dict.fromkeys(STAGES, 0.6)
 LOADER_PLACES: dict[str, list[tuple[Any, str]]] = {

@@ -16,7 +16,7 @@ from tests.integration.launching import succeed, torchrun
 from tests.integration.nonfinite_worker import BAD_RANK, ENGINES, KINDS
 from tests.integration.trainings import write_noise
 
-pytestmark = pytest.mark.slow  # its one run takes over a minute; the rule itself: tests/unit/test_nonfinite.py
+pytestmark = pytest.mark.slow  # its one run takes over a minute; the rule itself: tests/unit/training/test_nonfinite.py
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
-from gcvit.ema import Ema
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
 from gcvit.runtime.distributed import World
+from gcvit.training.ema import Ema
 from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")

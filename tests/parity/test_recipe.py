@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig, OptimConfig, ScheduleConfig
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment, normalize
-from gcvit.ema import Ema
 from gcvit.model import create_model, weights
 from gcvit.model.gcvit import GCViT
 from gcvit.model.layers import DropPath
@@ -35,6 +34,7 @@ from gcvit.optim.adamw import build_adamw, clip_and_step, create_moments, decays
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import build_schedule
 from gcvit.parallel.engine import Fragment
+from gcvit.training.ema import Ema
 from tests.unit.data.streaming import whole_batch
 
 NUM_STEPS, BATCH_SIZE, IMG_SIZE, NUM_CLASSES = 100, 4, 64, 10

@@ -20,8 +20,8 @@ raises = os.environ.get("RAISE")
 
 
 def main():
-    from gcvit import trainer
     from gcvit.checkpoint import store
+    from gcvit.training import trainer
 
     take_step, read_back = trainer.take_step, store._read_back
 

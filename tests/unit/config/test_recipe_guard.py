@@ -5,8 +5,8 @@ import pytest
 
 from gcvit.config.load import load_config
 from gcvit.data.epoch_order import cut_micro_batches, deal_share, micro_batch_capacity, num_micro_steps
-from gcvit.ema import Ema
 from gcvit.optim.lr_schedule import build_schedule, to_samples
+from gcvit.training.ema import Ema
 from tests.integration.launching import ROOT
 
 CONFIG = load_config(ROOT / "configs/gc_vit_large_fsdp.yaml")[0]

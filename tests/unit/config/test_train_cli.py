@@ -67,9 +67,9 @@ def configure(monkeypatch) -> Callable[..., Config]:
 
     def make_config(*words: str) -> Config:
         monkeypatch.setattr(sys, "argv", [train.__file__, "--config", CONFIG, *words])
-        monkeypatch.setitem(sys.modules, "gcvit.start", SimpleNamespace(open_sources=open_sources, start=None))
-        monkeypatch.setitem(sys.modules, "gcvit.trainer", SimpleNamespace(train=None))
-        monkeypatch.setitem(sys.modules, "gcvit.replay", SimpleNamespace(replay=None))
+        monkeypatch.setitem(sys.modules, "gcvit.training.setup", SimpleNamespace(open_sources=open_sources, start=None))
+        monkeypatch.setitem(sys.modules, "gcvit.training.trainer", SimpleNamespace(train=None))
+        monkeypatch.setitem(sys.modules, "gcvit.training.replay", SimpleNamespace(replay=None))
         with pytest.raises(Stop) as stopped:
             train.main()
         return stopped.value.args[0]

@@ -8,7 +8,7 @@ from gcvit.model import GCViT
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL
-from gcvit.trainer import seed_drop_path
+from gcvit.training.trainer import seed_drop_path
 from tests.unit.parallel.test_engines import configure, draw_batch
 from tests.unit.parallel.test_engines import world as world  # the fixture
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
-from gcvit.ema import Ema
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine, build_model
 from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Engine, fill
 from gcvit.runtime.distributed import World, join_world
+from gcvit.training.ema import Ema
 from tests.integration.launching import ROOT
 
 ENGINES = {

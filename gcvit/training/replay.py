@@ -20,12 +20,12 @@ from gcvit.config.schema import Config
 from gcvit.data.batch import Batch
 from gcvit.data.source import Source
 from gcvit.errors import UserError
-from gcvit.nonfinite import name_samples
 from gcvit.parallel.engine import MODEL
-from gcvit.run import Run
 from gcvit.runtime.distributed import World
-from gcvit.start import start
-from gcvit.trainer import Step, take_step
+from gcvit.training.nonfinite import name_samples
+from gcvit.training.run import Run
+from gcvit.training.setup import start
+from gcvit.training.trainer import Step, take_step
 
 _NUM_LISTED = 5  # weights that are not finite
 

@@ -1,4 +1,4 @@
-"""The loop of training. What it works with is put together in `start.py`."""
+"""The loop of training. What it works with is put together in `setup.py`."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from gcvit.data.loader import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted
 from gcvit.monitoring.step_timer import StepClock, watch_waits
-from gcvit.nonfinite import BadSteps, poison_nonfinite
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import is_time
 from gcvit.parallel.engine import StepResult
-from gcvit.run import Run, evaluate_all, evaluate_late, log_step, save
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
 from gcvit.runtime.preemption import Preemption
+from gcvit.training.nonfinite import BadSteps, poison_nonfinite
+from gcvit.training.run import Run, evaluate_all, evaluate_late, log_step, save
 
 
 @dataclass(frozen=True)

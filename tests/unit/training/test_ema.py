@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcvit.config.schema import EmaConfig
-from gcvit.ema import Ema
 from gcvit.errors import Preempted
 from gcvit.optim.lr_schedule import to_samples
 from gcvit.parallel.engine import Fragment, Fragments
+from gcvit.training.ema import Ema
 
 SHAPES = {"a": torch.Size([13, 7]), "b": torch.Size([1]), "c": torch.Size([40])}
 

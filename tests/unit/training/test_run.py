@@ -6,8 +6,8 @@ import torch
 from gcvit.checkpoint.resolve import write_config
 from gcvit.config.load import load_config
 from gcvit.errors import UserError
-from gcvit.restore import check_alike
 from gcvit.runtime.distributed import World
+from gcvit.training.resume import check_alike
 from tests.integration.launching import ROOT
 
 GOLDEN = ROOT / "tests/integration/golden.yaml"

@@ -1,4 +1,4 @@
-"""A run, as `start.py` builds it for the loop of `trainer.py`: its parts, and how it is logged, evaluated, saved."""
+"""A run, as `setup.py` builds it for the loop of `trainer.py`: its parts, and how it is logged, evaluated, saved."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,6 @@ from gcvit.data.corruption_budget import DamageBudget
 from gcvit.data.loader import Batch
 from gcvit.data.source import Source
 from gcvit.data.transforms import DeviceAugment
-from gcvit.ema import Ema
 from gcvit.evaluation.evaluator import Result, evaluate
 from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.norms import Norms
@@ -23,6 +22,7 @@ from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.lr_schedule import Schedule
 from gcvit.parallel.engine import Engine, Fragments, StepResult
 from gcvit.runtime.distributed import World
+from gcvit.training.ema import Ema
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from gcvit.data.epoch_order import holds_whole_lanes
 from gcvit.data.loader import check_world, num_micro_steps, train_stream
 from gcvit.data.source import Source, num_local_ranks, open_source
 from gcvit.data.transforms import DeviceAugment
-from gcvit.ema import Ema
 from gcvit.errors import UserError
 from gcvit.export.model_card import describe_origin
 from gcvit.monitoring.environment import describe_surroundings
@@ -27,10 +26,11 @@ from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_sample
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import MODEL, Engine
 from gcvit.planning.micro_batch_finder import settle_micro_batch
-from gcvit.restore import load_weights, restore
-from gcvit.run import Intervals, Run, all_fragments
 from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
+from gcvit.training.ema import Ema
+from gcvit.training.resume import load_weights, restore
+from gcvit.training.run import Intervals, Run, all_fragments
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 

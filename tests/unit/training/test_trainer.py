@@ -12,7 +12,7 @@ from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import World, join_world
-from gcvit.trainer import on_device, seed_drop_path
+from gcvit.training.trainer import on_device, seed_drop_path
 from tests.integration.launching import ROOT
 from tests.unit.data.streaming import whole_batch
 

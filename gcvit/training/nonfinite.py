@@ -21,7 +21,7 @@ from gcvit.data.batch import Batch
 from gcvit.data.epoch_iterator import find_samples
 from gcvit.errors import UserError
 from gcvit.parallel.engine import StepResult
-from gcvit.run import Run, save
+from gcvit.training.run import Run, save
 
 _NUM_NAMED = 20  # samples of a step and rank that are named; where all are bad, the rest says no more
 _NUM_RANKS = 4  # of a step, that are told of

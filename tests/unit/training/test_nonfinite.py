@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gcvit import nonfinite, trainer
 from gcvit.checkpoint import store
 from gcvit.config.load import load_config
 from gcvit.data.batch import Damage
 from gcvit.errors import UserError
-from gcvit.nonfinite import poison_nonfinite
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.engine import StepResult
-from gcvit.run import Run
 from gcvit.runtime.distributed import World, join_world
-from gcvit.start import open_sources, start
+from gcvit.training import nonfinite, trainer
+from gcvit.training.nonfinite import poison_nonfinite
+from gcvit.training.run import Run
+from gcvit.training.setup import open_sources, start
 from tests.integration.launching import ROOT
 
 

@@ -7,14 +7,14 @@ from gcvit.checkpoint import resolve, store
 from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.config.schema import Config
 from gcvit.data.source import Source
-from gcvit.ema import Ema
 from gcvit.errors import UserError
 from gcvit.model import VARIANTS, weights
 from gcvit.model.fitting import fit
 from gcvit.model.variants import fetch_weights
 from gcvit.parallel.engine import MODEL, Engine, fill
-from gcvit.run import all_fragments
 from gcvit.runtime.distributed import World
+from gcvit.training.ema import Ema
+from gcvit.training.run import all_fragments
 
 
 def restore(
