@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.class_folders import ARCHIVES
-from data_prep.members import Member, list_members, open_tar
+from data_prep.shards.members import Member, list_members, open_tar
 from gcvit.errors import UserError
 
 META = "data/meta.mat"

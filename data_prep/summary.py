@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.sidecar import Mark, Sidecar
+from data_prep.shards.sidecar import Mark, Sidecar
 
 
 @dataclass(frozen=True)

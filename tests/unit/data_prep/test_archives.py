@@ -18,7 +18,7 @@ from scipy.io import savemat
 
 from data_prep import shard
 from data_prep.archives import read_kit
-from data_prep.members import list_members, open_tar
+from data_prep.shards.members import list_members, open_tar
 from data_prep.sources import KIT, TRAIN_TAR, VAL_TAR, Source, find_sources, read_place
 from gcvit.errors import UserError
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_prep import index, shard, verify
 from data_prep.repair import READY, UNREADY, is_interrupted
-from data_prep.tar_reader import TarReader
+from data_prep.shards.tar_reader import TarReader
 from gcvit.data.manifest import Manifest, read_manifest
 from gcvit.errors import UserError
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import direct_file, index, shard, writer
+from data_prep import index, shard
+from data_prep.shards import direct_io, tar_writer
 from data_prep.sources import encode_key
 from gcvit.data.manifest import read_manifest
 from gcvit.errors import UserError
@@ -162,7 +163,7 @@ def test_nothing_is_overwritten(tree, tmp_path, make_image, change):
 
 def interrupt_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next run die when it comes to the shard `name`."""
-    original = writer.write_shard
+    original = tar_writer.write_shard
 
     def write(task):
         if task.tar_path.name == name:
@@ -313,7 +314,7 @@ def test_a_write_that_fails_is_explained_and_complete_shards_stay(tree, tmp_path
 
     run(tree, tmp_path / "whole", "--shard-size", 5)
     with monkeypatch.context() as patch:
-        patch.setattr(direct_file.os, "fsync", full)
+        patch.setattr(direct_io.os, "fsync", full)
         with pytest.raises(UserError, match=r"cannot write a shard.*train-000001\.tar \(No space left.*cure"):
             run(tree, tmp_path / "out", "--shard-size", 5)
     assert sorted(snapshot(tmp_path / "out")) == [".sharding.json", "train-000000.tar", "train-000000.tar.json"]

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import index, shard, verify
-from data_prep.foreign import Task as IndexTask
-from data_prep.foreign import index_tar
+from data_prep.shards.samples import Task as IndexTask
+from data_prep.shards.samples import index_tar
 from gcvit.data.manifest import COLUMNS, Manifest, read_manifest, write_manifest
 from gcvit.errors import UserError
 

@@ -7,7 +7,7 @@ import tarfile
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_prep.writer import TarWriter, tar_header
+from data_prep.shards.tar_writer import TarWriter, tar_header
 
 names = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=300).filter(
     lambda name: not name.endswith("/")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tar_reader import MAX_TEXT_BYTES, BrokenTar, Piece, TarReader
+from data_prep.shards.tar_reader import MAX_TEXT_BYTES, BrokenTar, Piece, TarReader
 from gcvit.data.manifest import Shard
 
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))

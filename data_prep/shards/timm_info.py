@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.sidecar import write_text
+from data_prep.shards.sidecar import write_text
 from gcvit.data.manifest import FILE_NAME, read_manifest
 from gcvit.errors import UserError
 

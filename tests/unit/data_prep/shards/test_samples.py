@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.foreign import Result, Task, index_tar, read_label, split_name
+from data_prep.shards.samples import Result, Task, index_tar, read_label, split_name
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import sidecar
-from data_prep.sidecar import (
+from data_prep.shards import sidecar
+from data_prep.shards.sidecar import (
     MARK,
     Mark,
     Sidecar,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep import shard
-from data_prep.timm_info import NAME, write_timm_info
+from data_prep.shards.timm_info import NAME, write_timm_info
 from gcvit.errors import UserError
 
 
