@@ -27,7 +27,7 @@ from data_prep.restore import Damage, Restored, find_restored
 from data_prep.shards.samples import IMAGES, Contents, split_name
 from data_prep.shards.tar_reader import BLOCK, Piece, TarReader
 from data_prep.shards.tar_writer import tar_header
-from data_prep.sources import Source, encode_key, read_place
+from data_prep.sources.discover import Source, encode_key, read_place
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
 from gcvit.errors import UserError
 

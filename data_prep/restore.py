@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import Place, Source, encode_key, find_sources, read_place, spooled
+from data_prep.sources.discover import Place, Source, encode_key, find_sources, read_place, spooled
 from gcvit.data.manifest import FILE_NAME, Manifest
 from gcvit.errors import UserError
 

@@ -17,7 +17,7 @@ from isal.isal_zlib import crc32
 from data_prep.images import Reduction, image_extension, reduce_image
 from data_prep.shards.direct_io import DirectFile
 from data_prep.shards.sidecar import Sidecar, temporary_path, write_sidecar
-from data_prep.sources import Place, encode_key, read_place
+from data_prep.sources.discover import Place, encode_key, read_place
 from gcvit.data.manifest import Shard
 from gcvit.errors import UserError
 

@@ -1,7 +1,7 @@
 """Runs a list of trainings inside one process group, to spare the start of many: `golden_worker.py SPEC.json`.
 
 SPEC: {"config": FILE, "data": DIR, "out": DIR, "runs": [{"tag", "overrides", "resume"?, "sabotage"?}]}. Each run is the
-real `training.trainer.train`; its metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
+real `training.trainer.train`; metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
 that its engine held when it started and when it ended.
 """
 

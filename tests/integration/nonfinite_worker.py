@@ -1,6 +1,6 @@
 """Trainings into which what is not finite is put: `nonfinite_worker.py DATA OUT`, on 2 processes in one group.
 
-Each is the real `training.trainer.train`, of images that no augmentation changes. OUT/report.json holds for "KIND ENGINE
+Each is a real `training.trainer.train`, of images that no augmentation changes. OUT/report.json holds for "KIND ENGINE
 PRECISION" what the ranks saw of every step: digests of all fragments and the count of updates before and after, values
 that went to the host; the pixels of the poisoned image, and the error that ended the run.
 """

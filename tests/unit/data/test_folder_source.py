@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.sources import find_sources
+from data_prep.sources.discover import find_sources
 from gcvit.data.folder_source import open_folder
 from gcvit.errors import UserError
 

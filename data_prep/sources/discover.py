@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.archives import Spans, first_member, scan_class_tars, scan_nested, scan_validation
-from data_prep.class_folders import ARCHIVES, LAYOUT, group_classes, list_folder, list_tree, refuse_loose
-from data_prep.class_map import read_class_map
-from data_prep.parquet_source import Rows, find_parquet, scan_parquet, spool_rows
-from data_prep.val_split import choose_val
+from data_prep.sources.archives import Spans, first_member, scan_class_tars, scan_nested, scan_validation
+from data_prep.sources.class_folders import ARCHIVES, LAYOUT, group_classes, list_folder, list_tree, refuse_loose
+from data_prep.sources.class_map import read_class_map
+from data_prep.sources.parquet import Rows, find_parquet, scan_parquet, spool_rows
+from data_prep.sources.val_split import choose_val
 from gcvit.errors import UserError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.class_folders import ARCHIVES
 from data_prep.shards.members import Member, list_members, open_tar
+from data_prep.sources.class_folders import ARCHIVES
 from gcvit.errors import UserError
 
 META = "data/meta.mat"

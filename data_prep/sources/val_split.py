@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from data_prep.class_folders import group_classes
+from data_prep.sources.class_folders import group_classes
 from gcvit.errors import UserError
 
 

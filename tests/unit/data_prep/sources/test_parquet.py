@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_prep import parquet_source, shard
-from data_prep.sources import Source, find_sources, read_place, spooled
+from data_prep import shard
+from data_prep.sources import parquet as parquet_source
+from data_prep.sources.discover import Source, find_sources, read_place, spooled
 from gcvit.errors import UserError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 Row = tuple[bytes | None, str | None, int | None]
 
 
@@ -225,7 +226,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from data_prep.sources import find_sources, spooled
+from data_prep.sources.discover import find_sources, spooled
 with spooled(find_sources(Path(sys.argv[1]), None)[0], np.arange(1), Path(sys.argv[2])):
     time.sleep(60)
 """

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from data_prep.archives import Spans
+from data_prep.sources.archives import Spans
 from gcvit.errors import UserError
 
 _PREFIX = re.compile(r"(train|val|valid|validation|test)[-._].*")  # train-00000-of-00294.parquet

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from data_prep.sources import Place, Source, encode_key, find_sources, read_place, spooled
-from data_prep.val_split import choose_val
+from data_prep.sources.discover import Place, Source, encode_key, find_sources, read_place, spooled
+from data_prep.sources.val_split import choose_val
 from gcvit.errors import UserError
 
 # File names: no slash, no zero byte; hidden ones are left out by the scan.
