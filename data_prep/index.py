@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.pool import default_workers, run_tasks
 from data_prep.shards.samples import Result, Task, index_tar
 from data_prep.shards.sidecar import has_sidecars, merge
 from data_prep.shards.timm_info import write_timm_info
 from data_prep.sources.class_map import read_class_map
+from data_prep.workers import default_workers, run_tasks
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, read_manifest, write_manifest
 from gcvit.errors import UserError, run_main
 

@@ -22,12 +22,12 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep.images import image_extension
-from data_prep.pool import run_tasks
-from data_prep.restore import Damage, Restored, find_restored
+from data_prep.recover import Damage, Restored, find_restored
 from data_prep.shards.samples import IMAGES, Contents, split_name
 from data_prep.shards.tar_reader import BLOCK, Piece, TarReader
 from data_prep.shards.tar_writer import tar_header
 from data_prep.sources.discover import Source, encode_key, read_place
+from data_prep.workers import run_tasks
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
 from gcvit.errors import UserError
 

@@ -28,12 +28,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.images import Reduction
-from data_prep.pool import Progress, default_workers, run_tasks
 from data_prep.shards.sidecar import MARK, Mark, Sidecar, has_sidecars, merge, read_mark, read_sidecar, write_mark
 from data_prep.shards.tar_writer import Task, write_shard
 from data_prep.shards.timm_info import write_timm_info
 from data_prep.sources.discover import KINDS, Source, find_sources, spooled
 from data_prep.summary import Row, print_summary
+from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import FILE_NAME, holds_shards, read_manifest
 from gcvit.errors import UserError, run_main
 

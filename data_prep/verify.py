@@ -22,12 +22,12 @@ from isal.isal_zlib import crc32
 from PIL import Image
 
 from data_prep.images import MAX_PIXELS, OPENERS
-from data_prep.pool import Progress, default_workers, run_tasks
+from data_prep.recover import Damage, choose_source
 from data_prep.repair import finish_repair, is_interrupted, repair
-from data_prep.restore import Damage, choose_source
 from data_prep.shards.samples import MAX_LABELS, Contents, read_label
 from data_prep.shards.tar_reader import TarReader
 from data_prep.shards.timm_info import NAME, write_timm_info
+from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
 from gcvit.errors import UserError, run_main
 

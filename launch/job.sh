@@ -79,7 +79,7 @@ ask_nodes() {
 # What follows from how the processes ended; $1 is srun's code.
 conclude() {
     local code=0 verdict
-    verdict=$("$PYTHON" launch/verdict.py "$GCVIT_REPORT_DIR" "$processes" "$1" "${nodes[@]}") || code=$?
+    verdict=$("$PYTHON" launch/job_outcome.py "$GCVIT_REPORT_DIR" "$processes" "$1" "${nodes[@]}") || code=$?
     # One that has not come as far as to ignore the signal dies of it.
     ((!is_told)) || [[ $verdict != "no process left a report"* ]] || verdict="preempted: before the training began"
     say "$verdict"

@@ -17,6 +17,6 @@ if [[ $LAUNCHER == deepspeed ]]; then
     exec "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID" \
         --force_multi --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 fi
-exec "$PYTHON" launch/agent.py --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" \
+exec "$PYTHON" launch/torchrun_agent.py --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" \
     --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     ${NUMA_BINDING:+--numa-binding "$NUMA_BINDING"} "$@"

@@ -29,7 +29,7 @@ fi
 left=$((PREFLIGHT_SECONDS - SECONDS))
 timeout --kill-after=5 "$left" srun --nodes="$num_nodes" --ntasks=$((num_nodes * processes)) \
     --ntasks-per-node="$processes" --cpu-bind=none --kill-on-bad-exit=1 \
-    "$PYTHON" launch/preflight_together.py "$answers" "$@" || code=$?
+    "$PYTHON" launch/preflight_allreduce.py "$answers" "$@" || code=$?
 ((code != 2)) || exit 2
 if ((code)); then
     bad=$("$PYTHON" launch/preflight.py silent "$answers" "${nodes[@]}") || true

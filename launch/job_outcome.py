@@ -1,11 +1,11 @@
 """How a job's processes ended, in one line; the exit code says what follows.
 
-    python launch/verdict.py REPORT_DIR PROCESSES_PER_NODE CODE_OF_SRUN NODE...
+    python launch/job_outcome.py REPORT_DIR PROCESSES_PER_NODE CODE_OF_SRUN NODE...
 
 0: all finished; 75: preempted, go on later; 2: a restart cannot cure it; 1: crashed, hung, killed, or preempted before
 the first step, to be tried again. Every process leaves a report where it can; the cause is what was first. One that was
 killed, by the system for its memory say, leaves none, and the others' reports say only that they lost the connection to
-it; torchrun's own word (agent.py) says which one it was.
+it; torchrun's own word (torchrun_agent.py) says which one it was.
 """
 
 import json

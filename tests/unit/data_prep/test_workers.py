@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_prep.pool import run_tasks
+from data_prep.workers import run_tasks
 from gcvit.errors import UserError
 
 

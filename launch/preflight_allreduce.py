@@ -1,6 +1,6 @@
 """All processes of a job together, before it starts: do they reach one another, how fast, and is there room?
 
-    python launch/preflight_together.py ANSWERS ENTRY ARGUMENT...    in each process; see preflight.sh
+    python launch/preflight_allreduce.py ANSWERS ENTRY ARGUMENT...    in each process; see preflight.sh
 
 Each leaves ANSWERS/HOST.LOCAL_RANK.came before an all-reduce, which waits for all. Exit code 2: no room for the
 checkpoints, or a wrong command.

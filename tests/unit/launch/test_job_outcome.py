@@ -1,4 +1,4 @@
-"""launch/verdict.py: how a job's processes ended, and what follows."""
+"""launch/job_outcome.py: how a job's processes ended, and what follows."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "launch/verdict.py"
+SCRIPT = Path(__file__).parents[3] / "launch/job_outcome.py"
 LOST = "RuntimeError: [gloo] Connection closed by peer [10.0.0.2]:1234"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gcvit.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "launch/preflight.py"
+SCRIPT = Path(__file__).parents[3] / "launch/preflight.py"
 HOSTS = [f"node{number}" for number in range(64)]
 SOUND: dict[str, Any] = {
     "problems": [],
