@@ -49,6 +49,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources .ci/run $(wildcard launch/*.sh launch/*.sbatch) \
 	    tests/integration/slurm/cluster.sh
 

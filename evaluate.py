@@ -13,7 +13,7 @@ correct_top1, correct_top5, num_skipped (damaged). The rest is in RUN/evaluation
 from argparse import Namespace
 
 from gcvit.config import evaluate_cli
-from gcvit.errors import run_main
+from gcvit.runtime.entrypoint import run_main
 
 
 def parse_arguments() -> Namespace:

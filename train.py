@@ -14,8 +14,8 @@ from gcvit.config import train_cli
 from gcvit.config.load import load_config
 from gcvit.config.schema import EmaConfig
 from gcvit.data.worker_process import loader_context
-from gcvit.errors import run_main
 from gcvit.runtime import signals
+from gcvit.runtime.entrypoint import run_main
 
 
 def parse_arguments() -> Namespace:
@@ -37,10 +37,11 @@ def main() -> None:
         signals.heed()
     if config.data.num_workers:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
+    from gcvit.data.source import open_sources
     from gcvit.monitoring.writers import check_wandb
     from gcvit.runtime.distributed import join_world  # loads torch: a misspelt key is told before that
     from gcvit.training.replay import replay
-    from gcvit.training.setup import open_sources, start
+    from gcvit.training.setup import start
     from gcvit.training.trainer import train
 
     check_wandb(config)

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.engines_crew import SHARDS_OF_HSDP, Crew, Training, make_config
-from gcvit.parallel.build import build_model
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL
+from gcvit.model.from_config import build_model
+from gcvit.optim.adamw import EXP_AVG, EXP_AVG_SQ, MODEL
 
 MICRO_STEPS = (1, 2)
 MARGIN = 0.10  # of the theory, either way

@@ -23,9 +23,9 @@ from gcvit.config.schema import (
     ScheduleConfig,
     ZeroConfig,
 )
+from gcvit.optim.adamw import MODEL
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import MODEL
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training.ema import Ema
 from gcvit.training.trainer import seed_drop_path

@@ -185,7 +185,8 @@ def held_in_theory(engine: str, weights_bytes: int) -> float:
 def start_here(engine: str, model: str) -> None:
     """In a process of `start`: build, and print from rank 0 what it took."""
     from gcvit.config.schema import Config, ModelConfig, OptimConfig, OverridesConfig, ScheduleConfig, ZeroConfig
-    from gcvit.parallel.build import build_engine, build_model
+    from gcvit.model.from_config import build_model
+    from gcvit.parallel.build import build_engine
     from gcvit.runtime.distributed import join_world
 
     torch.set_num_threads(1)

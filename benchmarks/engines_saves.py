@@ -49,10 +49,11 @@ def make_images(root: Path) -> None:
 def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] | None:
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config.load import load_config
+    from gcvit.data.source import open_sources
     from gcvit.optim.loss import soft_target_loss
     from gcvit.runtime.distributed import join_world
     from gcvit.training.run import save
-    from gcvit.training.setup import open_sources, start
+    from gcvit.training.setup import start
 
     torch.set_num_threads(1)
     words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", "ema={half_life: 9 steps}"]

@@ -54,10 +54,11 @@ def unwatched() -> Iterator[None]:
 def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | None:
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config.load import load_config
+    from gcvit.data.source import open_sources
     from gcvit.monitoring.step_timer import watch_waits
     from gcvit.runtime.distributed import join_world
     from gcvit.training.run import log_step
-    from gcvit.training.setup import open_sources, start
+    from gcvit.training.setup import start
     from gcvit.training.trainer import take_step
 
     torch.set_num_threads(1)

@@ -168,9 +168,9 @@ def peak_on_cpu(case: Case, world: Any) -> int:
 
 def train(case: Case, world: Any) -> None:
     """What a run does with its memory: build, and per update the micro-steps, the update and the EMA's."""
+    from gcvit.optim.adamw import MODEL
     from gcvit.optim.loss import soft_target_loss
     from gcvit.parallel.build import build_engine
-    from gcvit.parallel.engine import MODEL
     from gcvit.training.ema import Ema
     from gcvit.training.trainer import seed_drop_path
 

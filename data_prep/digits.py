@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 SPLIT_FILE = Path(__file__).with_name("digits_split.json")
 NUM_VAL = 360

@@ -29,7 +29,8 @@ from data_prep.shards.timm_info import write_timm_info
 from data_prep.sources.class_map import read_class_map
 from data_prep.workers import default_workers, run_tasks
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, read_manifest, write_manifest
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 SPLITS = ("train", "val")
 # Words in the names of tars and folders -> the split that they tell. Of "test" nobody knows whether it has labels.

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources.discover import Place, Source, encode_key, find_sources, read_place, spooled
+from data_prep.shards.byte_range import Place, read_place
+from data_prep.shards.tar_writer import encode_key
+from data_prep.sources.discover import Source, find_sources, spooled
 from gcvit.data.manifest import FILE_NAME, Manifest
 from gcvit.errors import UserError
 

@@ -23,10 +23,11 @@ import numpy as np
 
 from data_prep.images import image_extension
 from data_prep.recover import Damage, Restored, find_restored
+from data_prep.shards.byte_range import read_place
 from data_prep.shards.samples import IMAGES, Contents, split_name
 from data_prep.shards.tar_reader import BLOCK, Piece, TarReader
-from data_prep.shards.tar_writer import tar_header
-from data_prep.sources.discover import Source, encode_key, read_place
+from data_prep.shards.tar_writer import encode_key, tar_header
+from data_prep.sources.discover import Source
 from data_prep.workers import run_tasks
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
 from gcvit.errors import UserError

@@ -35,7 +35,8 @@ from data_prep.sources.discover import KINDS, Source, find_sources, spooled
 from data_prep.summary import Row, print_summary
 from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import FILE_NAME, holds_shards, read_manifest
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 DEFAULT_QUALITY = 90
 FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF"

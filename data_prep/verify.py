@@ -29,7 +29,8 @@ from data_prep.shards.tar_reader import TarReader
 from data_prep.shards.timm_info import NAME, write_timm_info
 from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 MAX_SHOWN = 20  # problems of one shard
 OURS = {"key", "path", "class", "label"}  # what stands in a .json that data_prep.shard wrote

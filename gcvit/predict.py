@@ -13,83 +13,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
-from gcvit.checkpoint import resolve, store
-from gcvit.config.load import parse_config
-from gcvit.config.schema import DataConfig
+from gcvit.checkpoint.weights_source import Classifier, open_classifier
 from gcvit.data.decode import DecodeError
 from gcvit.data.folder_source import SUFFIXES
 from gcvit.data.transforms import EvalTransform, normalize
-from gcvit.errors import UserError, run_main
-from gcvit.export.timm_hub import WEIGHTS_FILE, choose_kind, load_export, read_label_names
-from gcvit.model import VARIANTS, GCViT, weights
-from gcvit.model.variants import fetch_weights
-from gcvit.parallel.build import build_model
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model in evaluation mode, how its images are prepared, and the names of its classes in label order."""
-
-    model: GCViT
-    data: DataConfig
-    classes: tuple[str, ...]
-    origin: str  # where it is from, in words
-
-
-def open_classifier(source: str, variant: str | None = None, attention: str = "auto") -> Classifier:
-    """The classifier that `--checkpoint` names, on the CPU in fp32.
-
-    `variant` is of a weights file, None reads it from the shapes; `attention` is a path of `WindowAttention`.
-    Errors: UserError for what is none of these, damaged, or has no head.
-    """
-    if Path(source).is_dir():
-        if variant is not None:
-            raise UserError("a run says itself which model it is", got=f"--model {variant}", cure="leave it out")
-        return _open_folder(Path(source), attention)
-    if not Path(source).exists():
-        if source not in VARIANTS:
-            allowed = f"a run, an export, a weights file, or one of {', '.join(VARIANTS)}"
-            raise UserError("no such checkpoint", got=source, allowed=allowed)
-        variant, source = source, fetch_weights(source)
-    model, variant, found = weights.read_model(source, variant, attention=attention)
-    if not model.num_classes:
-        raise UserError("these weights have no head to classify with", got=source)
-    row = VARIANTS[variant]
-    data = DataConfig(crop_pct=row.crop_pct, eval_resize="squash" if row.crop_mode == "squash" else "crop")
-    return Classifier(model.float().eval(), data, name_classes(None, model.num_classes), found)
-
-
-def _open_folder(path: Path, attention: str) -> Classifier:
-    if (path / WEIGHTS_FILE).exists():
-        model, config = load_export(path, attention)
-        classes, origin = read_label_names(path), f"{path}: export of {config.model.name}"
-    else:
-        found = store.open_checkpoint(resolve.find_checkpoint(path))
-        config = parse_config(found.info["config"], source=str(found.path))
-        kind = choose_kind(found, None)
-        with torch.device("meta"):
-            model = build_model(config.model.model_copy(update={"attention": attention}))
-        model.load_state_dict(store.read_tensors(found, kind), assign=True)
-        classes, origin = found.info.get("classes"), f"{found.path}: {kind} of {config.model.name}"
-    return Classifier(model.eval(), config.data, name_classes(classes, model.num_classes), origin)
-
-
-def name_classes(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names for people: WordNet's words in the place of its numbers (n02123045), ImageNet-1K's where none are given."""
-    imagenet = ImageNetInfo()
-    if classes is None:
-        if num_classes != imagenet.num_classes():
-            return tuple(f"class {label}" for label in range(num_classes))
-        classes = imagenet.label_names()
-    words = imagenet.label_descriptions(as_dict=True)
-    return tuple(words.get(name, name) for name in classes)
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 
 def list_images(places: Sequence[Path]) -> list[Path]:

@@ -20,7 +20,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gcvit.errors import UserError, run_main
+from gcvit.config import evaluate_cli, train_cli
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 MAX_CLOCK_SECONDS = 10.0  # the run folder's lock tells the dead from the living by the time
 READ_BYTES = 256 << 20
@@ -36,13 +38,10 @@ def read_command(entry: str, arguments: list[str]) -> tuple[str | None, Any]:
     """Where the data is, and the config, None for an evaluation. Errors: UserError."""
     sys.argv = [entry, *arguments]
     if Path(entry).stem != "train":
-        from evaluate import parse_arguments as parse_evaluation
-
-        return parse_evaluation().data_dir, None
+        return evaluate_cli.parse_arguments(None).data_dir, None
     from gcvit.config.load import load_config
-    from train import parse_arguments
 
-    given = parse_arguments()
+    given = train_cli.parse_arguments(None)
     config, _ = load_config(given.config, given.overrides, {"data.dir": given.data_dir, "tag": given.tag})
     return config.data.dir, config
 

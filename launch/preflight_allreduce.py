@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from preflight import host, read_command
 
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 
 def reduce(answers: Path, entry: str, arguments: list[str]) -> None:

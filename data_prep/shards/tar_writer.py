@@ -7,6 +7,7 @@ re-encoded), KEY.cls (the label as text) and KEY.json (key, original path, class
 import hashlib
 import json
 import os
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from data_prep.images import Reduction, image_extension, reduce_image
+from data_prep.shards.byte_range import Place, read_place
 from data_prep.shards.direct_io import DirectFile
 from data_prep.shards.sidecar import Sidecar, temporary_path, write_sidecar
-from data_prep.sources.discover import Place, encode_key, read_place
 from gcvit.data.manifest import Shard
 from gcvit.errors import UserError
 
@@ -30,6 +31,11 @@ _NAME_BYTES = 100  # the longest name in a header without a prefix
 _EMPTY_NAME = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 _BEFORE_SIZE, _AFTER_SIZE, _AFTER_CHECKSUM = _EMPTY_NAME[_NAME_BYTES:124], _EMPTY_NAME[135:148], _EMPTY_NAME[155:]
 _SUM = sum(_BEFORE_SIZE + _AFTER_SIZE + _AFTER_CHECKSUM) + 7 * ord(" ")
+
+# Percent-encoded in a key: every byte that is no printable ASCII; the dot, at which readers of tars split key
+# and extension; the percent sign, so that the code can be undone; and the first of two leading underscores,
+# since webdataset skips members below a folder named __like_this__.
+_CODED = re.compile(rb"[^ -~]|[.%]|^_(?=_)")
 
 
 @dataclass(frozen=True)
@@ -171,3 +177,12 @@ def _fill(tar: TarWriter, task: Task) -> Result:
         "crc32": np.array(crcs, np.uint32),
     }
     return Result(Sidecar(shard, columns, num_source_bytes), [])
+
+
+def encode_key(path: str) -> str:
+    """The key of a file in a shard: its path without extension, percent-encoded to ASCII without dots.
+
+    Folders stay. Two paths have one key only if they differ in nothing but their extensions.
+    """
+    stem = os.path.splitext(path)[0]
+    return _CODED.sub(lambda match: b"%%%02X" % match[0][0], os.fsencode(stem)).decode("ascii")

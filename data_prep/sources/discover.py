@@ -2,7 +2,6 @@
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.shards.byte_range import Place
+from data_prep.shards.tar_writer import encode_key
 from data_prep.sources.archives import Spans, first_member, scan_class_tars, scan_nested, scan_validation
 from data_prep.sources.class_folders import ARCHIVES, LAYOUT, group_classes, list_folder, list_tree, refuse_loose
 from data_prep.sources.class_map import read_class_map
@@ -24,19 +25,6 @@ KIT = "ILSVRC2012_devkit_t12.tar.gz"
 KINDS = (
     f"a folder of class folders, of {TRAIN_TAR} and {VAL_TAR}, of CLASS.tar or of *.parquet; or one of ILSVRC's tars"
 )
-
-# Percent-encoded in a key: every byte that is no printable ASCII; the dot, at which readers of tars split key
-# and extension; the percent sign, so that the code can be undone; and the first of two leading underscores,
-# since webdataset skips members below a folder named __like_this__.
-_CODED = re.compile(rb"[^ -~]|[.%]|^_(?=_)")
-
-
-class Place(NamedTuple):
-    """Where an image's bytes lie: `file` is relative to a source's root; `length` None is the whole file."""
-
-    file: str
-    offset: int = 0
-    length: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,33 +50,6 @@ class Source:
         assert isinstance(self.where, Spans), "rows of parquet files have no place until they are spooled"
         files, file, offset, length = self.where
         return Place(files[file[index]], int(offset[index]), int(length[index]))
-
-
-def read_place(root: Path, place: Place) -> bytes:
-    """The bytes at a place. Errors: OSError; ValueError where the file ends before, or is no regular file."""
-    # Plain system calls: file objects and paths would cost as much as reading a hundred kilobytes does.
-    # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
-    descriptor = os.open(os.path.join(root, place.file) if place.file else root, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("no regular file")
-        length = status.st_size - place.offset if place.length is None else place.length
-        data = os.pread(descriptor, length, place.offset)
-    finally:
-        os.close(descriptor)
-    if len(data) < length:
-        raise ValueError(f"ends {length - len(data)} bytes before the sample at {place.offset} does")
-    return data
-
-
-def encode_key(path: str) -> str:
-    """The key of a file in a shard: its path without extension, percent-encoded to ASCII without dots.
-
-    Folders stay. Two paths have one key only if they differ in nothing but their extensions.
-    """
-    stem = os.path.splitext(path)[0]
-    return _CODED.sub(lambda match: b"%%%02X" % match[0][0], os.fsencode(stem)).decode("ascii")
 
 
 class _Part(NamedTuple):

@@ -29,7 +29,8 @@ import torch
 
 from gcvit.checkpoint.shard_files import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
 from gcvit.errors import UserError
-from gcvit.parallel.engine import Counters, Fragment, Fragments
+from gcvit.optim.adamw import Counters
+from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
 

@@ -1,23 +1,26 @@
 """What is evaluated: the weights of a run, a checkpoint, an export or a file, or the average of several."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from gcvit.checkpoint import resolve, store
+from gcvit.checkpoint.store import Checkpoint
 from gcvit.config.load import parse_config
-from gcvit.config.schema import DataConfig, ModelConfig
+from gcvit.config.schema import Config, DataConfig, ModelConfig
 from gcvit.errors import UserError
-from gcvit.export.timm_hub import WEIGHTS_FILE, choose_kind, load_export, read_label_names
-from gcvit.model import GCViT, weights
+from gcvit.model import VARIANTS, GCViT, layouts, weights
 from gcvit.model.fitting import StateDict, fit
-from gcvit.model.variants import find_variant
-from gcvit.parallel.build import build_model
+from gcvit.model.from_config import build_model
+from gcvit.model.variants import fetch_weights, find_variant
 from gcvit.runtime.distributed import World
 
 
@@ -157,3 +160,139 @@ def _only_run(candidates: Sequence[Candidate]) -> Path | None:
 
 def _tuple(names: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
+
+
+# The names that timm and the hub look for.
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+
+
+def choose_kind(found: Checkpoint, kind: str | None) -> str:
+    """Which weights of a checkpoint are meant: None is the EMA where there is one. Errors: UserError for no EMA."""
+    has_ema = store.has_kind(found, "ema")
+    if kind == "ema" and not has_ema:
+        raise UserError("this run has no EMA", got=found.path, cure="take --weights model")
+    return kind or ("ema" if has_ema else "model")
+
+
+def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Config]:
+    """The model of a folder that `export` wrote, and the config that it was trained with.
+
+    `attention` is a path of `WindowAttention`, None takes the config's. Errors: UserError for a file that is not of
+    ours, or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError("cannot read the weights", got=f"{path} ({error})") from None
+    if "config" not in metadata:
+        raise UserError(
+            "the file does not say how its model was built",
+            got=path,
+            allowed="what python -m gcvit.export wrote",
+            cure="give its variant: --model NAME --checkpoint FILE",
+        )
+    try:
+        plain = json.loads(metadata["config"])
+    except ValueError as error:
+        raise UserError("the file's config is damaged", got=f"{path} ({error})") from None
+    config = parse_config(plain, source=str(path))
+    model = build_model(config.model.model_copy(update={"attention": attention} if attention else {}))
+    layouts.load(model, path)
+    return model, config
+
+
+def read_label_names(folder: Path) -> list[str] | None:
+    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is damaged."""
+    path = folder / CONFIG_FILE
+    try:
+        names: list[str] | None = json.loads(path.read_text()).get("label_names")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError("cannot read the names of the classes", got=f"{path} ({error})") from None
+    return names
+
+
+PUBLISHED = "the published weights of"
+
+
+def describe_origin(source: str) -> str:
+    """Where the weights that `--init-from` names come from, in words without folders of this machine.
+
+    `source` is as in `gcvit.training.resume.load_weights`. Errors: as `find_checkpoint`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = store.open_checkpoint(resolve.find_checkpoint(path))
+        return _tell(f"those of {found.info['config']['tag']} at step {found.state.step}", found.state.initial_weights)
+    published = [name for name, row in VARIANTS.items() if source == name or path.name == row.weights_file]
+    if published:
+        return f"{PUBLISHED} {published[0]}"
+    earlier = None
+    if path.suffix == ".safetensors" and path.is_file():
+        with safetensors.safe_open(path, "pt") as file:
+            earlier = (file.metadata() or {}).get("initial_weights")
+    return _tell(f"those of {path.name}", earlier)
+
+
+def _tell(now: str, earlier: str | None) -> str:
+    return now if earlier is None else f"{now}, which began with {earlier}"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode, how its images are prepared, and the names of its classes in label order."""
+
+    model: GCViT
+    data: DataConfig
+    classes: tuple[str, ...]
+    origin: str  # where it is from, in words
+
+
+def open_classifier(source: str, variant: str | None = None, attention: str = "auto") -> Classifier:
+    """The classifier that `--checkpoint` names, on the CPU in fp32.
+
+    `variant` is of a weights file, None reads it from the shapes; `attention` is a path of `WindowAttention`.
+    Errors: UserError for what is none of these, damaged, or has no head.
+    """
+    if Path(source).is_dir():
+        if variant is not None:
+            raise UserError("a run says itself which model it is", got=f"--model {variant}", cure="leave it out")
+        return _open_folder(Path(source), attention)
+    if not Path(source).exists():
+        if source not in VARIANTS:
+            allowed = f"a run, an export, a weights file, or one of {', '.join(VARIANTS)}"
+            raise UserError("no such checkpoint", got=source, allowed=allowed)
+        variant, source = source, fetch_weights(source)
+    model, variant, found = weights.read_model(source, variant, attention=attention)
+    if not model.num_classes:
+        raise UserError("these weights have no head to classify with", got=source)
+    row = VARIANTS[variant]
+    data = DataConfig(crop_pct=row.crop_pct, eval_resize="squash" if row.crop_mode == "squash" else "crop")
+    return Classifier(model.float().eval(), data, name_classes(None, model.num_classes), found)
+
+
+def _open_folder(path: Path, attention: str) -> Classifier:
+    if (path / WEIGHTS_FILE).exists():
+        model, config = load_export(path, attention)
+        classes, origin = read_label_names(path), f"{path}: export of {config.model.name}"
+    else:
+        found = store.open_checkpoint(resolve.find_checkpoint(path))
+        config = parse_config(found.info["config"], source=str(found.path))
+        kind = choose_kind(found, None)
+        with torch.device("meta"):
+            model = build_model(config.model.model_copy(update={"attention": attention}))
+        model.load_state_dict(store.read_tensors(found, kind), assign=True)
+        classes, origin = found.info.get("classes"), f"{found.path}: {kind} of {config.model.name}"
+    return Classifier(model.eval(), config.data, name_classes(classes, model.num_classes), origin)
+
+
+def name_classes(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Names for people: WordNet's words in the place of its numbers (n02123045), ImageNet-1K's where none are given."""
+    imagenet = ImageNetInfo()
+    if classes is None:
+        if num_classes != imagenet.num_classes():
+            return tuple(f"class {label}" for label in range(num_classes))
+        classes = imagenet.label_names()
+    words = imagenet.label_descriptions(as_dict=True)
+    return tuple(words.get(name, name) for name in classes)

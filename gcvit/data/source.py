@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32
 
+from gcvit.config.schema import Config
 from gcvit.data.download import is_remote
 from gcvit.data.folder_source import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, column_path, find_split, read_manifest
@@ -234,3 +235,23 @@ def open_source(
     # Where train is sharded and this split is not, the folders' own names are all there is to number.
     classes = tuple(class_folders(train)) if split != "train" and train.is_dir() else None
     return open_folder(data_dir / split, classes or None)
+
+
+def open_sources(config: Config) -> tuple[Source, Source]:
+    """The train and val split of `data.dir`. Errors: UserError for missing or damaged data, or other classes."""
+    if config.data.dir is None:
+        raise UserError("no data", cure="give --data_dir DIR, a folder with train/ and val/")
+    data = config.data
+    train, val = (open_source(config.data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
+    for source, split in ((train, "train"), (val, "val")):
+        if len(source.classes) != config.model.num_classes:
+            raise UserError(
+                f"the data has another number of classes than the model ({split})",
+                got=f"{len(source.classes)} classes in {config.data.dir}",
+                allowed=f"model.num_classes={config.model.num_classes}",
+                cure=f"set model.num_classes={len(source.classes)}, or give other data",
+            )
+    if train.classes != val.classes:
+        differing = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise UserError("train and val have different classes", got=", ".join(differing))
+    return train, val

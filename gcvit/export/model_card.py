@@ -10,48 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 import gcvit
-from gcvit.checkpoint import resolve, store
 from gcvit.checkpoint.store import RunState
+from gcvit.checkpoint.weights_source import PUBLISHED
 from gcvit.config.schema import AugmentConfig, Config
-from gcvit.model import VARIANTS
+from gcvit.model.from_config import build_model
 from gcvit.model.summary import summarize
-from gcvit.parallel.build import build_model
 
 PAPER = "https://arxiv.org/abs/2206.09959"
 LICENCE = "cc-by-nc-sa-4.0"
 """Of the published weights, and so of what is made from them."""
-_PUBLISHED = "the published weights of"
 
 Record = Mapping[str, Any]
 """What `evaluate.py` kept of an evaluation, see docs/evaluation.md."""
-
-
-def describe_origin(source: str) -> str:
-    """Where the weights that `--init-from` names come from, in words without folders of this machine.
-
-    `source` is as in `gcvit.training.resume.load_weights`. Errors: as `find_checkpoint`.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = store.open_checkpoint(resolve.find_checkpoint(path))
-        return _tell(f"those of {found.info['config']['tag']} at step {found.state.step}", found.state.initial_weights)
-    published = [name for name, row in VARIANTS.items() if source == name or path.name == row.weights_file]
-    if published:
-        return f"{_PUBLISHED} {published[0]}"
-    earlier = None
-    if path.suffix == ".safetensors" and path.is_file():
-        with safetensors.safe_open(path, "pt") as file:
-            earlier = (file.metadata() or {}).get("initial_weights")
-    return _tell(f"those of {path.name}", earlier)
-
-
-def _tell(now: str, earlier: str | None) -> str:
-    return now if earlier is None else f"{now}, which began with {earlier}"
 
 
 def read_records(run: Path, kind: str, state: RunState) -> list[Record]:
@@ -112,7 +86,7 @@ def _write_head(config: Config, state: RunState, records: Sequence[Record]) -> s
 
 def is_published(state: RunState) -> bool:
     """Whether a run began with published weights, or with what was made from them."""
-    return state.initial_weights is not None and _PUBLISHED in state.initial_weights
+    return state.initial_weights is not None and PUBLISHED in state.initial_weights
 
 
 def _describe_model(config: Config) -> str:

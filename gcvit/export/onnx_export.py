@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 
-from gcvit.errors import UserError, run_main
-from gcvit.predict import Classifier, open_classifier
+from gcvit.checkpoint.weights_source import Classifier, open_classifier
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED_BATCHES = (1, 3)

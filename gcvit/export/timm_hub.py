@@ -22,17 +22,14 @@ import torch
 from torch import Tensor
 
 from gcvit.checkpoint import resolve, store
-from gcvit.checkpoint.store import Checkpoint
+from gcvit.checkpoint.weights_source import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, choose_kind
 from gcvit.config.load import parse_config
 from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError
 from gcvit.export.model_card import read_records, write_card
-from gcvit.model import VARIANTS, GCViT, layouts
+from gcvit.model import VARIANTS, layouts
 from gcvit.model.fitting import HEAD
-from gcvit.parallel.build import build_model
-
-# The names that timm and the hub look for.
-WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+from gcvit.model.from_config import build_model
 
 
 def export(run: Path, out: Path | None = None, kind: str | None = None, layout: str | None = None) -> str:
@@ -79,14 +76,6 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
     )
 
 
-def choose_kind(found: Checkpoint, kind: str | None) -> str:
-    """Which weights of a checkpoint are meant: None is the EMA where there is one. Errors: UserError for no EMA."""
-    has_ema = store.has_kind(found, "ema")
-    if kind == "ema" and not has_ema:
-        raise UserError("this run has no EMA", got=found.path, cure="take --weights model")
-    return kind or ("ema" if has_ema else "model")
-
-
 def name_in_timm(model: ModelConfig) -> str | None:
     """timm's own name of the architecture, None where timm has no such.
 
@@ -126,45 +115,6 @@ def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, 
             "classifier": HEAD.rstrip("."),
         },
     }
-
-
-def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Config]:
-    """The model of a folder that `export` wrote, and the config that it was trained with.
-
-    `attention` is a path of `WindowAttention`, None takes the config's. Errors: UserError for a file that is not of
-    ours, or damaged.
-    """
-    path = folder / WEIGHTS_FILE
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError("cannot read the weights", got=f"{path} ({error})") from None
-    if "config" not in metadata:
-        raise UserError(
-            "the file does not say how its model was built",
-            got=path,
-            allowed="what python -m gcvit.export wrote",
-            cure="give its variant: --model NAME --checkpoint FILE",
-        )
-    try:
-        plain = json.loads(metadata["config"])
-    except ValueError as error:
-        raise UserError("the file's config is damaged", got=f"{path} ({error})") from None
-    config = parse_config(plain, source=str(path))
-    model = build_model(config.model.model_copy(update={"attention": attention} if attention else {}))
-    layouts.load(model, path)
-    return model, config
-
-
-def read_label_names(folder: Path) -> list[str] | None:
-    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is damaged."""
-    path = folder / CONFIG_FILE
-    try:
-        names: list[str] | None = json.loads(path.read_text()).get("label_names")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError("cannot read the names of the classes", got=f"{path} ({error})") from None
-    return names
 
 
 def _without_places(config: Config) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
 from gcvit.model.attention import WindowAttention
 from gcvit.model.gcvit import GCViT
 from gcvit.model.variants import VARIANTS, create_model
+from gcvit.runtime.entrypoint import run_main
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
 from gcvit.model.fitting import BIAS_TABLE, HEAD, StateDict, fit, window_of
 from gcvit.model.gcvit import NUM_STAGES, GCViT
 from gcvit.model.layouts import (
@@ -36,6 +36,7 @@ from gcvit.model.layouts import (
     to_timm_state,
 )
 from gcvit.model.variants import VARIANTS, create_model, find_variant
+from gcvit.runtime.entrypoint import run_main
 
 __all__ = [
     "HEAD",

@@ -13,7 +13,7 @@ import torch
 import gcvit
 from gcvit.config.schema import Config
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
-from gcvit.parallel.build import build_model
+from gcvit.model.from_config import build_model
 from gcvit.runtime.distributed import World
 from gcvit.runtime.gpu_specs import find_device
 

@@ -26,7 +26,7 @@ from gcvit.config.schema import Config
 from gcvit.data.batch import Damage
 from gcvit.monitoring.step_timer import Seconds, attribute
 from gcvit.monitoring.writers import Events
-from gcvit.parallel.engine import StepResult
+from gcvit.optim.adamw import StepResult
 from gcvit.runtime.distributed import World
 
 _WAITS_MUCH = 0.02  # share of the time that the line tells to be spent on waiting for data

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
 from gcvit.monitoring.metric_logger import Metrics
-from gcvit.parallel.engine import EXP_AVG, MODEL, Engine, Fragments, StepResult
+from gcvit.optim.adamw import EXP_AVG, MODEL, StepResult
+from gcvit.parallel.engine import Engine, Fragments
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """AdamW in groups, by weight decay and by layer; clipping and stepping without a word to the host."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,26 @@ from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
 from gcvit.optim.loss_scaler import LossScale
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, StepResult
 
+MODEL, EXP_AVG, EXP_AVG_SQ = "model", "exp_avg", "exp_avg_sq"
 BIAS_TABLE = "bias_table"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update did, on the device."""
+
+    grad_norm: Tensor  # [], before clipping
+    applied: Tensor  # [], 1.0, or 0.0 where the gradient was not finite and nothing was changed
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an engine counts beside its tensors; it survives in a checkpoint."""
+
+    updates: int = 0  # applied by AdamW: steps less the refused ones
+    loss_scale: float = 2.0**16  # of fp16, doubled after 2000 updates that it survived, halved after one it did not
+    loss_scale_updates: int = 0  # updates since it last changed
 
 
 class Updater:

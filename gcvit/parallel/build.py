@@ -4,31 +4,20 @@ from typing import Any
 
 import torch
 
-from gcvit.config.schema import Config, FsdpConfig, ModelConfig, ZeroConfig
+from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
 from gcvit.data.epoch_order import micro_batch_capacity
-from gcvit.model import GCViT, create_model
+from gcvit.model import GCViT
+from gcvit.model.from_config import build_model
+from gcvit.optim.adamw import MODEL
 from gcvit.parallel.activation_budget import Compute, recompute_within
 from gcvit.parallel.activation_checkpointing import recompute_parts
 from gcvit.parallel.compile import compile_parts
 from gcvit.parallel.ddp import DdpEngine
-from gcvit.parallel.engine import MODEL, Engine, fill
+from gcvit.parallel.engine import Engine, fill
 from gcvit.parallel.fsdp import FsdpEngine
 from gcvit.runtime.distributed import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def build_model(model: ModelConfig) -> GCViT:
-    """The bare model that a config names. Errors: UserError for an unknown name or override."""
-    return create_model(
-        model.name,
-        num_classes=model.num_classes,
-        img_size=model.img_size,
-        drop_path_rate=model.drop_path,
-        drop_path_skips=model.drop_path_skips,
-        attention=model.attention,
-        **(model.overrides.model_dump(exclude_none=True) if model.overrides else {}),
-    )
 
 
 def build_engine(config: Config, world: World, *, num_micro_steps: int, notices: list[str] | None = None) -> Engine:

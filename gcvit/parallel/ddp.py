@@ -8,8 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcvit.config.schema import OptimConfig
 from gcvit.model import GCViT
-from gcvit.optim.adamw import Updater
-from gcvit.parallel.engine import Counters, Fragment, Fragments, StepResult
+from gcvit.optim.adamw import Counters, StepResult, Updater
+from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World
 
 

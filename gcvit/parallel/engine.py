@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from gcvit.model import GCViT
+from gcvit.optim.adamw import Counters, StepResult
 from gcvit.runtime.distributed import World
-
-MODEL, EXP_AVG, EXP_AVG_SQ = "model", "exp_avg", "exp_avg_sq"
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,6 @@ class Fragment:
 
 
 Fragments = dict[str, Fragment]  # by parameter name
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an update did, on the device."""
-
-    grad_norm: Tensor  # [], before clipping
-    applied: Tensor  # [], 1.0, or 0.0 where the gradient was not finite and nothing was changed
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What an engine counts beside its tensors; it survives in a checkpoint."""
-
-    updates: int = 0  # applied by AdamW: steps less the refused ones
-    loss_scale: float = 2.0**16  # of fp16, doubled after 2000 updates that it survived, halved after one it did not
-    loss_scale_updates: int = 0  # updates since it last changed
 
 
 class Engine(Protocol):

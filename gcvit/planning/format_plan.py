@@ -9,13 +9,13 @@ import torch
 from gcvit.config.schema import Config
 from gcvit.data.download import is_remote
 from gcvit.data.epoch_order import holds_whole_lanes
+from gcvit.data.source import open_sources
 from gcvit.errors import UserError
 from gcvit.model.flops import TRAINING_PASSES
 from gcvit.optim.lr_schedule import to_samples
 from gcvit.planning.memory_predictor import GPUS_PER_NODE, engine_name
 from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ASSUMED_GPU, ROOM, Plan, make_plan
-from gcvit.training.setup import open_sources
 
 IMAGES_PER_CORE = 410
 """Decoded, cropped and augmented in a second: `benchmarks/RESULTS.md`, "The loader"."""

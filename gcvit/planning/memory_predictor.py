@@ -20,9 +20,10 @@ from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
 from gcvit.data.epoch_order import num_micro_steps
 from gcvit.errors import UserError
 from gcvit.model import GCViT
+from gcvit.model.from_config import build_model
 from gcvit.parallel.activation_budget import Compute, choose_parts
 from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
-from gcvit.parallel.build import DTYPES, build_model
+from gcvit.parallel.build import DTYPES
 from gcvit.planning.memory_simulator import Layout, Memory, Played, PlayedDdp, PlayedFsdp
 from gcvit.planning.memory_simulator_zero import PlayedZero3, PlayedZero12
 from gcvit.planning.step_trace import Event, compute_as_on_gpu, record_step

@@ -10,7 +10,8 @@ trains may be read, too.
 import argparse
 from pathlib import Path
 
-from gcvit.errors import UserError, run_main
+from gcvit.errors import UserError
+from gcvit.runtime.entrypoint import run_main
 
 REPORT_FILE = "report.html"
 

@@ -20,7 +20,7 @@ from gcvit.checkpoint.store import latest
 from gcvit.data.batch import Batch
 from gcvit.data.epoch_iterator import find_samples
 from gcvit.errors import UserError
-from gcvit.parallel.engine import StepResult
+from gcvit.optim.adamw import StepResult
 from gcvit.training.run import Run, save
 
 _NUM_NAMED = 20  # samples of a step and rank that are named; where all are bad, the rest says no more

@@ -20,7 +20,7 @@ from gcvit.config.schema import Config
 from gcvit.data.batch import Batch
 from gcvit.data.source import Source
 from gcvit.errors import UserError
-from gcvit.parallel.engine import MODEL
+from gcvit.optim.adamw import MODEL
 from gcvit.runtime.distributed import World
 from gcvit.training.nonfinite import name_samples
 from gcvit.training.run import Run

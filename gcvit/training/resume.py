@@ -11,7 +11,8 @@ from gcvit.errors import UserError
 from gcvit.model import VARIANTS, weights
 from gcvit.model.fitting import fit
 from gcvit.model.variants import fetch_weights
-from gcvit.parallel.engine import MODEL, Engine, fill
+from gcvit.optim.adamw import MODEL
+from gcvit.parallel.engine import Engine, fill
 from gcvit.runtime.distributed import World
 from gcvit.training.ema import Ema
 from gcvit.training.run import all_fragments

@@ -19,8 +19,9 @@ from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiler import Profiler
 from gcvit.monitoring.sample_grid import Samples
 from gcvit.monitoring.step_timer import StepClock
+from gcvit.optim.adamw import StepResult
 from gcvit.optim.lr_schedule import Schedule
-from gcvit.parallel.engine import Engine, Fragments, StepResult
+from gcvit.parallel.engine import Engine, Fragments
 from gcvit.runtime.distributed import World
 from gcvit.training.ema import Ema
 

@@ -8,23 +8,24 @@ import numpy as np
 from gcvit.checkpoint import resolve
 from gcvit.checkpoint.manager import Saver
 from gcvit.checkpoint.store import Checkpoint, RunState
+from gcvit.checkpoint.weights_source import describe_origin
 from gcvit.config.schema import Config
 from gcvit.data.corruption_budget import DamageBudget
 from gcvit.data.epoch_order import holds_whole_lanes
 from gcvit.data.loader import check_world, num_micro_steps, train_stream
-from gcvit.data.source import Source, num_local_ranks, open_source
+from gcvit.data.source import Source, num_local_ranks
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
-from gcvit.export.model_card import describe_origin
 from gcvit.monitoring.environment import describe_surroundings
 from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiler import Profiler
 from gcvit.monitoring.sample_grid import Samples
 from gcvit.monitoring.step_timer import StepClock
+from gcvit.optim.adamw import MODEL
 from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import MODEL, Engine
+from gcvit.parallel.engine import Engine
 from gcvit.planning.micro_batch_finder import settle_micro_batch
 from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
@@ -33,26 +34,6 @@ from gcvit.training.resume import load_weights, restore
 from gcvit.training.run import Intervals, Run, all_fragments
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
-
-
-def open_sources(config: Config) -> tuple[Source, Source]:
-    """The train and val split of `data.dir`. Errors: UserError for missing or damaged data, or other classes."""
-    if config.data.dir is None:
-        raise UserError("no data", cure="give --data_dir DIR, a folder with train/ and val/")
-    data = config.data
-    train, val = (open_source(config.data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
-    for source, split in ((train, "train"), (val, "val")):
-        if len(source.classes) != config.model.num_classes:
-            raise UserError(
-                f"the data has another number of classes than the model ({split})",
-                got=f"{len(source.classes)} classes in {config.data.dir}",
-                allowed=f"model.num_classes={config.model.num_classes}",
-                cure=f"set model.num_classes={len(source.classes)}, or give other data",
-            )
-    if train.classes != val.classes:
-        differing = sorted(set(train.classes) ^ set(val.classes))[:3]
-        raise UserError("train and val have different classes", got=", ".join(differing))
-    return train, val
 
 
 @contextmanager

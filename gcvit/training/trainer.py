@@ -13,9 +13,9 @@ from gcvit.data.loader import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted
 from gcvit.monitoring.step_timer import StepClock, watch_waits
+from gcvit.optim.adamw import StepResult
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import is_time
-from gcvit.parallel.engine import StepResult
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
 from gcvit.runtime.preemption import Preemption

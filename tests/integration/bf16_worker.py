@@ -16,9 +16,9 @@ from gcvit.config.schema import Config
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import World
-from tests.integration.engine_steps import digest, draw_micro_batches, report_to_file
+from tests.helpers.engine_steps import digest, draw_micro_batches, report_to_file
 
-CONFIG = Path(__file__).with_name("golden.yaml")
+CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 NUM_STEPS = 3
 ENGINES = {
     "ddp": ["engine=ddp"],

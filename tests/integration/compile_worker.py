@@ -20,9 +20,9 @@ from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel import build
 from gcvit.parallel.compile import compile_parts
 from gcvit.runtime.distributed import World
-from tests.integration.engine_steps import draw_micro_batches, report_to_file
+from tests.helpers.engine_steps import draw_micro_batches, report_to_file
 
-CONFIG = Path(__file__).with_name("golden.yaml")
+CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 COMPILE = torch.compile
 NUM_ROUNDS, NUM_MICRO_STEPS = 3, 2
 COMMON = ["global_batch_size=16", "model.drop_path=0.3"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import train
-from gcvit.errors import run_main
 from gcvit.model import GCViT
 from gcvit.parallel import build
+from gcvit.runtime.entrypoint import run_main
 
 
 class _SpoilGradient(torch.autograd.Function):

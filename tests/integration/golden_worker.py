@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from gcvit.config.load import load_config
+from gcvit.data.source import open_sources
 from gcvit.optim import adamw
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training.run import Run, all_fragments
-from gcvit.training.setup import open_sources, start
+from gcvit.training.setup import start
 from gcvit.training.trainer import train
 
 

@@ -17,8 +17,8 @@ from types import ModuleType
 
 import train
 from gcvit.checkpoint import store  # what train.py loads when it has read its arguments
-from gcvit.errors import run_main
 from gcvit.evaluation import evaluator
+from gcvit.runtime.entrypoint import run_main
 from gcvit.training import trainer
 
 PLACES = {

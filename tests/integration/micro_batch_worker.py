@@ -7,9 +7,9 @@ import os
 import sys
 
 import train
-from gcvit.errors import run_main
 from gcvit.planning import micro_batch_finder
-from tests.integration.limited_device import Limited
+from gcvit.runtime.entrypoint import run_main
+from tests.helpers.limited_device import Limited
 
 
 def main() -> None:

@@ -21,14 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcvit.config.load import load_config
 from gcvit.data import loader
+from gcvit.data.source import open_sources
 from gcvit.errors import UserError
 from gcvit.optim.loss import soft_target_loss
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training import trainer
 from gcvit.training.run import Run
-from gcvit.training.setup import open_sources, start
+from gcvit.training.setup import start
 
-CONFIG = Path(__file__).with_name("golden.yaml")
+CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 ENGINES = {
     "ddp": ["engine=ddp", "trainer.micro_batch_size=8"],
     "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000", "trainer.micro_batch_size=8"],

@@ -25,12 +25,12 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.data import batch, decode, loader, source, transforms
 from gcvit.data import folder_source as class_folders
-from gcvit.data.source import Source
+from gcvit.data.source import Source, open_sources
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training.run import Run
-from gcvit.training.setup import open_sources, start
+from gcvit.training.setup import start
 from gcvit.training.trainer import train
 
 SECONDS = dict.fromkeys(STAGES, 0.6)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.launching import succeed, torchrun
+from tests.helpers.launching import succeed, torchrun
 
 pytestmark = pytest.mark.slow
 

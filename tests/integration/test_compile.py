@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.launching import succeed, torchrun
 from tests.integration.compile_worker import NUM_ROUNDS, RUNS
-from tests.integration.launching import succeed, torchrun
 
 
 @pytest.mark.slow

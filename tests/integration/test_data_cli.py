@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from gcvit.data.source import open_source
-from tests.integration.launching import python, succeed, torchrun
+from tests.helpers.launching import python, succeed, torchrun
 
-CONFIG = Path(__file__).with_name("golden.yaml")
+CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 NUM_TRAIN, NUM_VAL = 96, 31
 
 

@@ -17,8 +17,8 @@ import torch
 
 from gcvit.config.load import load_config
 from gcvit.model import create_model
-from tests.integration.command_lines import Command, find_commands, read_command
-from tests.integration.launching import ROOT, environment
+from tests.helpers.command_lines import Command, find_commands, read_command
+from tests.helpers.launching import ROOT, environment
 from tests.integration.test_readme import picture
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks.engines_bytes import find_missed_bytes, find_missed_traffic
-from tests.integration.launching import python, succeed
+from tests.helpers.launching import python, succeed
 
 
 @pytest.mark.slow

@@ -22,11 +22,11 @@ from gcvit.data.source import open_source
 from gcvit.evaluation import latency
 from gcvit.evaluation.label_sets import read_list
 from gcvit.model import GCViT
-from gcvit.parallel.build import build_model
+from gcvit.model.from_config import build_model
 from gcvit.parallel.engine import Fragment
 from gcvit.runtime.distributed import join_world
+from tests.helpers.launching import ROOT, python, succeed, torchrun
 from tests.integration.bad_input.refusals import refusal
-from tests.integration.launching import ROOT, python, succeed, torchrun
 
 IMAGENET, A = read_list("imagenet"), read_list("imagenet_a")
 STEPS = (4, 8)
@@ -68,7 +68,7 @@ def draw(config, seed: int) -> GCViT:
 def run(tmp_path_factory, sets) -> tuple[Path, dict[tuple[int, str], GCViT]]:
     """A run folder with two checkpoints, as a training on ImageNet leaves it, and their models by step and kind."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", ["model.num_classes=1000", "data.num_workers=0"])
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", ["model.num_classes=1000", "data.num_workers=0"])
     models = {(step, kind): draw(config, seed + step) for step in STEPS for seed, kind in enumerate(("model", "ema"))}
     info = {"config": config.model_dump(mode="json"), "data": "", "world_size": 1, "classes": list(IMAGENET)}
     with join_world() as world:
@@ -226,7 +226,7 @@ def test_an_average_of_checkpoints_seen_from_both_sides(run, sets, tmp_path, cal
     steps = [folder / f"checkpoints/step_{step:08d}" for step in STEPS]
     words = ["--data_dir", f"imagenet={sets}/imagenet", "--tta", "flip", "--out", tmp_path]
     (line,) = call(*steps, "--average", *words)
-    mean = build_model(load_config(ROOT / "tests/integration/golden.yaml", ["model.num_classes=1000"])[0].model).eval()
+    mean = build_model(load_config(ROOT / "tests/helpers/golden.yaml", ["model.num_classes=1000"])[0].model).eval()
     states = [models[step, "ema"].state_dict() for step in STEPS]
     mean.load_state_dict({name: (states[0][name] + states[1][name]) / 2 for name in states[0]})
     losses = []

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from gcvit.checkpoint.weights_source import Classifier, open_classifier
 from gcvit.errors import UserError
 from gcvit.export import onnx_export
 from gcvit.export.onnx_export import compare
 from gcvit.model import create_model, weights
-from gcvit.predict import Classifier, open_classifier
-from tests.integration.launching import python, succeed
+from tests.helpers.launching import python, succeed
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in onnx_export.PACKAGES), reason="pip install 'gcvit[onnx]'"

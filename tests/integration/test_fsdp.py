@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.launching import succeed, torchrun
+from tests.helpers.launching import succeed, torchrun
 
 RUNS = ["ddp", "fsdp", "hsdp", "hsdp keeping", "fsdp offloaded", "hsdp offloaded", "fsdp summing in bf16"]
 HALF = ["ddp fp16", "hsdp fp16"]

@@ -19,11 +19,12 @@ from gcvit.config.schema import Config
 from gcvit.data.loader import train_stream
 from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
+from gcvit.model.from_config import build_model
 from gcvit.optim.lr_schedule import build_schedule
-from gcvit.parallel.build import build_model
-from tests.integration.launching import succeed, torchrun
+from tests.helpers.launching import succeed, torchrun
 
 HERE = Path(__file__).parent
+CONFIG = HERE.parent / "helpers/golden.yaml"
 STEPS = 20
 CASES = {
     "a": [],
@@ -145,9 +146,7 @@ def check_equal(got: Run, wanted: Run) -> str:
 
 def train_all(runs: list[dict], world_size: int, images: Path, out: Path) -> None:
     spec = out / f"spec-{world_size}.json"
-    spec.write_text(
-        json.dumps({"config": str(HERE / "golden.yaml"), "data": str(images), "out": str(out), "runs": runs})
-    )
+    spec.write_text(json.dumps({"config": str(CONFIG), "data": str(images), "out": str(out), "runs": runs}))
     succeed(torchrun(world_size, HERE / "golden_worker.py", spec, timeout=600))
 
 
@@ -155,7 +154,7 @@ def train_all(runs: list[dict], world_size: int, images: Path, out: Path) -> Non
 def plain(images) -> dict[str, Run]:
     runs = {}
     for case in CASES:
-        config, _ = load_config(HERE / "golden.yaml", [*CASES[case], f"data.dir={images}"])
+        config, _ = load_config(CONFIG, [*CASES[case], f"data.dir={images}"])
         runs[case] = plain_run(config)
     return runs
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gcvit.checkpoint.store import complete_ones, has_kind, latest, open_checkpoint, read_tensors, step_of
-from tests.integration.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_noise
+from tests.helpers.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_noise
 
 STEPS = 6
 OVERRIDES = [

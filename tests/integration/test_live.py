@@ -17,9 +17,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gcvit.monitoring.schema import STAGES, find_faults
-from tests.integration.launching import ROOT, environment, succeed, torchrun
-from tests.integration.norms_worker import STAGES as PARTS
-from tests.integration.trainings import read_rows, write_noise
+from tests.helpers.launching import ROOT, environment, succeed, torchrun
+from tests.helpers.norms_worker import STAGES as PARTS
+from tests.helpers.trainings import read_rows, write_noise
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def words(place: Path, *others: str) -> list[str]:
-    flags = ["--config", "tests/integration/golden.yaml", "--data_dir", str(place / "data"), "--tag", "live"]
+    flags = ["--config", "tests/helpers/golden.yaml", "--data_dir", str(place / "data"), "--tag", "live"]
     return ["train.py", *flags, f"output_dir={place}", "schedule.cosine=8 steps", "wandb=true", *others]
 
 

@@ -6,16 +6,16 @@ import torch
 from gcvit.config.load import load_config
 from gcvit.planning.micro_batch_finder import Trial
 from gcvit.runtime.distributed import World
-from tests.integration.launching import ROOT, succeed, torchrun
-from tests.integration.limited_device import Limited
-from tests.integration.trainings import read_rows, write_noise
+from tests.helpers.launching import ROOT, succeed, torchrun
+from tests.helpers.limited_device import Limited
+from tests.helpers.trainings import read_rows, write_noise
 
 WORDS = ["trainer.micro_batch_size=auto", "global_batch_size=24"]
 
 
 @pytest.fixture(scope="module")
 def trial() -> Trial:
-    config = load_config(ROOT / "tests/integration/golden.yaml", WORDS)[0]
+    config = load_config(ROOT / "tests/helpers/golden.yaml", WORDS)[0]
     return Trial(config, World(0, 1, torch.device("cpu"), None))  # type: ignore[arg-type]
 
 
@@ -49,7 +49,7 @@ def test_all_ranks_take_what_fits_the_smallest_and_keep_the_global_batch(trial, 
             *limits,
             "--",
             "--config",
-            "tests/integration/golden.yaml",
+            "tests/helpers/golden.yaml",
         ]
         words = [f"output_dir={tmp_path}", "schedule.cosine=6 steps", "trainer.save_every=3 steps", *words]
         done = torchrun(2, *command, "--data_dir", tmp_path / "data", "--tag", tag, "global_batch_size=24", *words)

@@ -9,7 +9,7 @@ from benchmarks import model as benchmark
 from benchmarks.model_check import check_paths
 from benchmarks.model_contest import Entry, count_flops, hold_contest
 from gcvit.model import VARIANTS, attention
-from tests.integration.launching import python, succeed
+from tests.helpers.launching import python, succeed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

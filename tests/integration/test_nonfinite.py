@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from gcvit.checkpoint.store import open_checkpoint
-from tests.integration.launching import succeed, torchrun
+from tests.helpers.launching import succeed, torchrun
+from tests.helpers.trainings import write_noise
 from tests.integration.nonfinite_worker import BAD_RANK, ENGINES, KINDS
-from tests.integration.trainings import write_noise
 
 pytestmark = pytest.mark.slow  # its one run takes over a minute; the rule itself: tests/unit/training/test_nonfinite.py
 each_engine = pytest.mark.parametrize("engine", ENGINES)

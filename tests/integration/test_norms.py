@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.launching import succeed, torchrun
-from tests.integration.norms_worker import ENGINES, NUM_STEPS
+from tests.helpers.launching import succeed, torchrun
+from tests.helpers.norms_worker import ENGINES, NUM_STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def report(tmp_path_factory) -> dict[str, dict]:
     """What `norms_worker.py` says of each engine."""
     out = tmp_path_factory.mktemp("norms") / "report.json"
-    succeed(torchrun(2, Path(__file__).with_name("norms_worker.py"), out, timeout=300))
+    succeed(torchrun(2, Path(__file__).parents[1] / "helpers/norms_worker.py", out, timeout=300))
     return json.loads(out.read_text())
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import plan
-from tests.integration.launching import python, succeed
+from tests.helpers.launching import python, succeed
 
 
 @pytest.mark.slow

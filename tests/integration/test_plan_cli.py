@@ -5,10 +5,10 @@ import re
 import pytest
 from PIL import Image
 
-from tests.integration.launching import python, succeed, torchrun
-from tests.integration.trainings import write_noise
+from tests.helpers.launching import python, succeed, torchrun
+from tests.helpers.trainings import write_noise
 
-GOLDEN = "tests/integration/golden.yaml"
+GOLDEN = "tests/helpers/golden.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from PIL import Image
 from gcvit.config.schema import DataConfig
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.model import GCViT, create_model, layouts
-from tests.integration.hub_server import serve_hub
-from tests.integration.launching import python, succeed
+from tests.helpers.hub_server import serve_hub
+from tests.helpers.launching import python, succeed
 
 FILE = "nvidia/GCViT/gcvit_1k_xxtiny.pth.tar"
 

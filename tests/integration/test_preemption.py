@@ -21,8 +21,8 @@ import torch
 
 from gcvit.checkpoint.store import open_checkpoint
 from gcvit.monitoring.schema import TIMED_KEYS
-from tests.integration.launching import ROOT, environment, python, succeed
-from tests.integration.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_noise
+from tests.helpers.launching import ROOT, environment, python, succeed
+from tests.helpers.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_noise
 
 STEPS = 8
 OVERRIDES = [
@@ -260,7 +260,7 @@ def test_a_run_that_is_taken_over_stops_and_the_restart_goes_on(trainings, tmp_p
     here = {"GCVIT_REPORT_DIR": str(reports), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
     trainings.start(tmp_path / "run", 1, *words, environment=here, slow={"step": 0.5})
     assert wait_for(lambda: newest_step(tmp_path / "run") > 0), trainings.end_of_log()
-    command = ["train.py", "--config", "tests/integration/golden.yaml", "--data_dir", trainings.data, "--tag", "run"]
+    command = ["train.py", "--config", "tests/helpers/golden.yaml", "--data_dir", trainings.data, "--tag", "run"]
     succeed(python(*command, f"output_dir={tmp_path}", *words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"))
     assert trainings.exit_codes() == [2], trainings.end_of_log()
     (report,) = read_reports(reports)
@@ -276,7 +276,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
 
 def begin(trainings: Trainings, tmp_path: Path, launcher: list[str], reports: Path) -> subprocess.Popen[bytes]:
     """train.py with loaders, in processes that take no USR1 but where Python asks for it (torchrun would die of it)."""
-    words = ["train.py", "--config", "tests/integration/golden.yaml", "--data_dir", trainings.data, "--tag", "run"]
+    words = ["train.py", "--config", "tests/helpers/golden.yaml", "--data_dir", trainings.data, "--tag", "run"]
     words += [f"output_dir={tmp_path}", *OVERRIDES, *ENGINES["ddp"], "data.num_workers=2"]
     command = ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", sys.executable, *launcher, *words]
     with open(tmp_path / "log", "ab") as log:

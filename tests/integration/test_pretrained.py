@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from gcvit.model import GCViT, create_model, layouts
-from tests.integration.hub_server import HubServer, serve_hub
-from tests.integration.launching import ROOT, environment, python, succeed
+from tests.helpers.hub_server import HubServer, serve_hub
+from tests.helpers.launching import ROOT, environment, python, succeed
 
 NAME, FILE = "gc_vit_xxtiny", "nvidia/GCViT/gcvit_1k_xxtiny.pth.tar"
 # Prints, of each model that it is told to build, a sum over the stem, over a bias table and over the head.
 BUILD = """
 import json, sys, timm
-from gcvit.errors import run_main
+from gcvit.runtime.entrypoint import run_main
 from gcvit.model import create_model
 def main():
     for arguments in json.loads(sys.argv[1]):

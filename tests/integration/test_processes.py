@@ -10,14 +10,14 @@ import termios
 from pathlib import Path
 
 from gcvit.runtime.run_lock import RunLock
-from tests.integration.launching import ROOT, environment, python, succeed
+from tests.helpers.launching import ROOT, environment, python, succeed
+from tests.helpers.streaming import NUM_TRAIN
 from tests.unit.data.conftest import write_images
-from tests.unit.data.streaming import NUM_TRAIN
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gcvit.errors import run_main
+from gcvit.runtime.entrypoint import run_main
 from gcvit.runtime.run_lock import RunLock
 
 def main():
@@ -36,7 +36,7 @@ from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import join_world
 from gcvit.monitoring.step_timer import Seconds
 
-config, _ = load_config("tests/integration/golden.yaml", ["output_dir=" + sys.argv[1]])
+config, _ = load_config("tests/helpers/golden.yaml", ["output_dir=" + sys.argv[1]])
 config.run_dir.mkdir()
 result = StepResult(torch.tensor(0.5), torch.tensor(1.0))
 with join_world() as world:
@@ -117,7 +117,7 @@ import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
 from pathlib import Path
 from gcvit.data.source import open_source
-from tests.unit.data.streaming import make_config, take_steps
+from tests.helpers.streaming import make_config, take_steps
 
 if __name__ == "__main__":
     source = open_source(Path({root!r}), "train")
@@ -135,7 +135,7 @@ import multiprocessing, subprocess
 from pathlib import Path
 from gcvit.data.source import open_source
 from gcvit.data.loader import train_stream
-from tests.unit.data.streaming import make_config
+from tests.helpers.streaming import make_config
 
 if __name__ == "__main__":
     source, config = open_source(Path({root!r}), "train"), make_config(8, num_workers=1)

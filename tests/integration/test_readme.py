@@ -26,8 +26,8 @@ import train
 from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.model import create_model, weights
-from tests.integration.command_lines import find_blocks, find_commands
-from tests.integration.launching import ROOT, environment
+from tests.helpers.command_lines import find_blocks, find_commands
+from tests.helpers.launching import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 # What this file cannot run inside itself, and where it is run.

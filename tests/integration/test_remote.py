@@ -20,7 +20,7 @@ from gcvit.data.download import Absent, hold
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
 from gcvit.data.shard_cache import CACHE_FOLDER, ShardCache, fetch_manifest
 from gcvit.errors import UserError
-from tests.integration.flaky_server import FlakyServer, serve
+from tests.helpers.flaky_server import FlakyServer, serve
 
 SIZE = 300_000
 NUM_SHARDS = 6

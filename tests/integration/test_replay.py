@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.launching import python, succeed, torchrun
 from tests.integration.defect_worker import MODULE
-from tests.integration.launching import python, succeed, torchrun
 
 HERE = Path(__file__).parent
 PLAIN = [
@@ -40,7 +40,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def arguments(images: Path, out: Path, *more: str) -> list[str]:
-    config = ["--config", str(HERE / "golden.yaml"), "--data_dir", str(images), "--tag", "a"]
+    config = ["--config", str(HERE.parent / "helpers/golden.yaml"), "--data_dir", str(images), "--tag", "a"]
     return [*config, f"output_dir={out}", *PLAIN, *more]
 
 

@@ -18,8 +18,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from gcvit.report.page import render
 from gcvit.report.run_data import read_records
-from tests.integration.launching import python, succeed
-from tests.unit.report.run_folders import write_evaluation, write_images, write_run, write_samples
+from tests.helpers.launching import python, succeed
+from tests.helpers.run_folders import write_evaluation, write_images, write_run, write_samples
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gcvit.monitoring.schema import STAGES, find_faults
-from tests.integration.launching import ROOT, succeed, torchrun
-from tests.integration.trainings import read_rows, write_noise
+from tests.helpers.launching import ROOT, succeed, torchrun
+from tests.helpers.trainings import read_rows, write_noise
 
 COMMON = ["global_batch_size=12", "data.lanes=2", "trainer.eval_every=90 steps", "trainer.keep_checkpoints=1"]
 COMMON += ["ema=null", "model.overrides.width=8"]
@@ -63,7 +63,7 @@ def describe_overlap() -> dict:
 
 
 def train_all(runs: list[dict], world_size: int, images: Path, out: Path) -> None:
-    spec = {"config": str(ROOT / "tests/integration/golden.yaml"), "data": str(images), "out": str(out), "runs": runs}
+    spec = {"config": str(ROOT / "tests/helpers/golden.yaml"), "data": str(images), "out": str(out), "runs": runs}
     (out / "spec.json").write_text(json.dumps(spec))
     succeed(torchrun(world_size, "-m", "tests.integration.stalls_worker", out / "spec.json", timeout=900))
 

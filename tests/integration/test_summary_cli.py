@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from gcvit.model import create_model
-from tests.integration.launching import python, succeed
+from tests.helpers.launching import python, succeed
 
 
 def test_the_table():

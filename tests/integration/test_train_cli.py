@@ -21,9 +21,9 @@ from gcvit.evaluation.evaluator import evaluate
 from gcvit.model import create_model, weights
 from gcvit.monitoring.schema import TIMED_KEYS
 from gcvit.runtime.distributed import join_world
-from tests.integration.launching import python, run, succeed, torchrun
+from tests.helpers.launching import python, run, succeed, torchrun
 
-CONFIG = Path(__file__).with_name("golden.yaml")
+CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 SHORT = ["schedule.cosine=10 steps", "trainer.eval_every=5 steps", "trainer.save_every=5 steps"]
 SHARES = {"loss", "ece"}
 COUNTS = {"top1", "top5", "num_samples", "correct_top1", "correct_top5", "num_skipped"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launching import succeed, torchrun
+from tests.helpers.launching import succeed, torchrun
 from tests.integration.zero_worker import BAD_STEP, NUM_STEPS, RUNS
 
 each_run = pytest.mark.parametrize("name", RUNS)

@@ -35,7 +35,7 @@ from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import build_schedule
 from gcvit.parallel.engine import Fragment
 from gcvit.training.ema import Ema
-from tests.unit.data.streaming import whole_batch
+from tests.helpers.streaming import whole_batch
 
 NUM_STEPS, BATCH_SIZE, IMG_SIZE, NUM_CLASSES = 100, 4, 64, 10
 DROP_PATH = 0.2

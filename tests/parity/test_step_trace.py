@@ -9,7 +9,7 @@ from gcvit.parallel.activation_checkpointing import recompute_parts
 from gcvit.planning import memory_predictor, step_trace
 from gcvit.planning.memory_predictor import Forecast, with_engine
 from gcvit.planning.step_trace import Event, Recorder, compute_as_on_gpu, record_step
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 TINY = {"width": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "windows": (4, 2, 2, 1)}
 
@@ -80,7 +80,7 @@ def test_autocast_keeps_casts_of_weights_and_on_a_gpu_norms_in_fp32():
 @pytest.mark.parametrize(("engine", "mode", "num_images"), [("ddp", "none", 13), ("zero3", "full", 40)])
 def test_a_forecast_is_what_a_record_of_that_micro_batch_gives(monkeypatch, engine, mode, num_images):
     """Between and beyond the two that are recorded."""
-    config = load_config(ROOT / "tests/integration/golden.yaml", ["global_batch_size=160"])[0]
+    config = load_config(ROOT / "tests/helpers/golden.yaml", ["global_batch_size=160"])[0]
     config = with_engine(config, engine).model_copy(update={"activation_checkpointing": mode})
     found = Forecast(config, on_gpu=False).predict(config, 4, num_images)
     monkeypatch.setattr(memory_predictor, "_RECORDED", (num_images, num_images + 1))

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from gcvit.errors import UserError
-from tests.integration.launching import python
+from tests.helpers.launching import python
 
 
 def test_the_message_has_what_got_allowed_cure():
@@ -17,7 +17,12 @@ def test_the_message_has_what_got_allowed_cure():
 
 
 def run_main(body: str, **environment: str):
-    lines = ["import sys", "from gcvit.errors import UserError, run_main", "def main():"]
+    lines = [
+        "import sys",
+        "from gcvit.errors import UserError",
+        "from gcvit.runtime.entrypoint import run_main",
+        "def main():",
+    ]
     code = "\n".join([*lines, *(f"    {line}" for line in body.splitlines()), "run_main(main)"])
     return python("-c", code, timeout=60, **environment)
 

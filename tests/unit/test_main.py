@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gcvit.__main__ import TOOLS, list_tools
-from tests.integration.command_lines import read_command
-from tests.integration.launching import ROOT
+from tests.helpers.command_lines import read_command
+from tests.helpers.launching import ROOT
 
 EXAMPLES = [example for tools in TOOLS.values() for example in tools.values()]
 MAX_LINES, MAX_WIDTH, MAX_HELP = 60, 120, 90
@@ -26,7 +26,8 @@ def find_entry_points() -> list[str]:
 def find_parser(name: str) -> Path:
     """The file that makes a tool's parser."""
     module = ROOT / name.replace(".", "/")
-    places = (ROOT / f"gcvit/{name}_flags.py", module / "__main__.py", module.with_suffix(".py"))
+    cli = ROOT / f"gcvit/config/{name}_cli.py"
+    places = (cli, module / "timm_hub.py", module / "__main__.py", module.with_suffix(".py"))
     return next(path for path in places if path.is_file())
 
 

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from gcvit import predict
+from gcvit.checkpoint import weights_source
+from gcvit.checkpoint.weights_source import Classifier, open_classifier
 from gcvit.config.schema import DataConfig
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError
 from gcvit.export import timm_hub
 from gcvit.model import VARIANTS, create_model, weights
-from gcvit.predict import Classifier, open_classifier
 from gcvit.runtime.distributed import World, join_world
 from tests.unit.export.test_timm_hub import CLASSES, save_run
 
@@ -88,14 +89,14 @@ def test_what_is_said_of_an_image() -> None:
 
 
 def test_names_are_for_people() -> None:
-    imagenet = predict.name_classes(None, 1000)
+    imagenet = weights_source.name_classes(None, 1000)
     assert (imagenet[0], imagenet[285], imagenet[999]) == (
         "tench, Tinca tinca",
         "Egyptian cat",
         "toilet tissue, toilet paper, bathroom tissue",
     )
-    assert predict.name_classes(["n01440764", "mine"], 2) == ("tench, Tinca tinca", "mine")
-    assert predict.name_classes(None, 2) == ("class 0", "class 1")
+    assert weights_source.name_classes(["n01440764", "mine"], 2) == ("tench, Tinca tinca", "mine")
+    assert weights_source.name_classes(None, 2) == ("class 0", "class 1")
 
 
 def test_an_image_that_is_none_is_named(classifier: Classifier, images: Path, tmp_path: Path) -> None:

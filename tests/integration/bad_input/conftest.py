@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.launching import python
 from tests.integration.bad_input.refusals import CLASSES, CONFIG, SHORT
-from tests.integration.launching import python
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import evaluate
 import train
 from gcvit.errors import UserError
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-CONFIG = ROOT / "tests/integration/golden.yaml"
+CONFIG = ROOT / "tests/helpers/golden.yaml"
 SHORT = ["schedule.cosine=2 steps", "schedule.warmup=0 steps", "global_batch_size=8"]
 CLASSES = ("ape", "bee", "cat", "dog")
 

@@ -13,8 +13,8 @@ import evaluate
 import train
 from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from gcvit.model import create_model, weights
+from tests.helpers.launching import ROOT, environment, python, run, torchrun
 from tests.integration.bad_input.refusals import CONFIG, SHORT, both, expect_line, hashes, refusal
-from tests.integration.launching import ROOT, environment, python, run, torchrun
 
 # ---- the model -----------------------------------------------------------------------------------
 

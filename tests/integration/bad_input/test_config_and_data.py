@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.helpers.launching import python, torchrun
 from tests.integration.bad_input.refusals import CONFIG, SHORT, both, expect_line, hashes, refusal
-from tests.integration.launching import python, torchrun
 
 # ---- the config ----------------------------------------------------------------------------------
 

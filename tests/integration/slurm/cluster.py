@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.launching import ROOT, environment
+from tests.helpers.launching import ROOT, environment
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 # What jobs find in the folder from which they are submitted.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import python, succeed
+from tests.helpers.launching import python, succeed
 from tests.integration.slurm.cluster import Cluster, why_not
 
 

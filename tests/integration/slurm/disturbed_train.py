@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from gcvit.errors import run_main
+from gcvit.runtime.entrypoint import run_main
 
 spec = importlib.util.spec_from_file_location("true_train", Path(__file__).resolve().parents[3] / "train.py")
 true_train = importlib.util.module_from_spec(spec)

@@ -28,7 +28,7 @@ class Runs:
 
     def submit(self, tag: str, engine: str, *options: str, knobs: tuple[str, ...] = (), **variables: str) -> Job:
         words = ["--data_dir", self.data, "--tag", tag, f"output_dir={self.folder}", *KNOBS, *ENGINES[engine], *knobs]
-        command = [*(options or ("--nodes=2",)), "launch/train.sbatch", "tests/integration/golden.yaml", *words]
+        command = [*(options or ("--nodes=2",)), "launch/train.sbatch", "tests/helpers/golden.yaml", *words]
         return self.cluster.submit(*command, **{"STEP_SECONDS": "0.3", **variables})
 
     def is_saving(self, tag: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gcvit.checkpoint.store import open_checkpoint, read_tensors
-from tests.integration.launching import ROOT, python, succeed
+from tests.helpers.launching import ROOT, python, succeed
 from tests.integration.slurm.cluster import Cluster, Job, losses, wait_for
 
 STEPS = 20

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from gcvit.checkpoint import shard_files
 from gcvit.checkpoint.store import RunState, latest, load, open_checkpoint, prune, read_tensors, save
 from gcvit.errors import UserError
-from gcvit.parallel.engine import Counters, Fragment, Fragments
+from gcvit.optim.adamw import Counters
+from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World, join_world
 
 SHAPES = {"head.weight": torch.Size([5, 7]), "head.bias": torch.Size([5]), "deep": torch.Size([2, 3, 2, 2])}

@@ -10,7 +10,7 @@ from gcvit.checkpoint.weights_source import Candidate, average, digest, find_can
 from gcvit.config.schema import DataConfig, ModelConfig, OverridesConfig
 from gcvit.errors import UserError
 from gcvit.model import create_model, weights
-from gcvit.parallel.build import build_model
+from gcvit.model.from_config import build_model
 
 SMALL = OverridesConfig(width=8, depths=[2, 2, 2, 2], num_heads=[1, 1, 1, 1])
 MODEL = ModelConfig(name="gc_vit_xxtiny", num_classes=3, img_size=32, overrides=SMALL)

@@ -7,7 +7,7 @@ import pytest
 
 from gcvit.config import evaluate_cli
 from gcvit.errors import UserError
-from tests.integration.launching import ROOT, environment
+from tests.helpers.launching import ROOT, environment
 
 DATA = ["--data_dir", "d"]
 FILE = ["--model", "m", "--checkpoint", "f"]

@@ -7,7 +7,7 @@ from gcvit.config.load import load_config
 from gcvit.data.epoch_order import cut_micro_batches, deal_share, micro_batch_capacity, num_micro_steps
 from gcvit.optim.lr_schedule import build_schedule, to_samples
 from gcvit.training.ema import Ema
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 CONFIG = load_config(ROOT / "configs/gc_vit_large_fsdp.yaml")[0]
 BATCH, IMAGES = 1024, 1_281_167

@@ -13,9 +13,9 @@ from gcvit.config import train_cli
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config, EmaConfig
 from gcvit.errors import UserError
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-CONFIG = str(ROOT / "tests/integration/golden.yaml")
+CONFIG = str(ROOT / "tests/helpers/golden.yaml")
 TRAIN_FLAGS = [
     (("--data_dir", "--data-dir"), "/data/imagenet", "data_dir", "/data/imagenet"),
     (("--batch-size", "--batch_size"), "16", "batch_size", 16),

@@ -13,7 +13,7 @@ from gcvit.data.epoch_order import (
     num_micro_steps,
 )
 from gcvit.errors import UserError
-from tests.unit.data.streaming import order_epoch
+from tests.helpers.streaming import order_epoch
 
 SIZES = {"lanes": 8, "run_bytes": 1000, "open_runs": 3}
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=9)

@@ -7,7 +7,7 @@ import torch
 from gcvit.data.epoch_iterator import find_samples
 from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
-from tests.unit.data.streaming import make_config, take_steps
+from tests.helpers.streaming import make_config, take_steps
 
 NUM_STEPS = 5  # of 12 among 47 samples: the fourth straddles two epochs
 MIXES = [{"mixup": 0.8, "cutmix": 1.0, "group_size": 4}, {"mixup": 0.8, "cutmix": 0.0, "group_size": 2}]

@@ -20,7 +20,7 @@ from gcvit.data.loader import eval_stream, num_micro_steps, train_stream
 from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
-from tests.unit.data.streaming import (
+from tests.helpers.streaming import (
     NUM_TRAIN,
     NUM_VAL,
     PLAIN,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gcvit.data.loader import eval_stream
 from gcvit.data.source import open_source
 from gcvit.errors import UserError
-from tests.unit.data.streaming import NUM_TRAIN, PLAIN, assert_equal_rows, by_position, make_config, take_steps
+from tests.helpers.streaming import NUM_TRAIN, PLAIN, assert_equal_rows, by_position, make_config, take_steps
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

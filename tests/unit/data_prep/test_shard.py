@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep import index, shard
 from data_prep.shards import direct_io, tar_writer
-from data_prep.sources.discover import encode_key
+from data_prep.shards.tar_writer import encode_key
 from gcvit.data.manifest import read_manifest
 from gcvit.errors import UserError
 

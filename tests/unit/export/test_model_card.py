@@ -10,12 +10,13 @@ from huggingface_hub import ModelCard
 
 from gcvit.checkpoint import store
 from gcvit.checkpoint.store import RunState
+from gcvit.checkpoint.weights_source import describe_origin
 from gcvit.config.load import load_config
-from gcvit.export.model_card import describe_origin, read_records, write_card
+from gcvit.export.model_card import read_records, write_card
 from gcvit.export.timm_hub import export
 from gcvit.model import VARIANTS
 from gcvit.model.summary import Row
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 from tests.unit.export.test_timm_hub import STATE, save_run, world  # noqa: F401  (a fixture)
 
 TUNED = "the published weights of gc_vit_xxtiny"
@@ -39,7 +40,7 @@ def write_records(run, **records) -> None:
 
 
 def make_card(*overrides, kind="ema", state=STATE, records=()):
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", overrides)
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", overrides)
     return write_card(config, "gcvit_xxtiny", kind, state, records, ["a", "b"])
 
 

@@ -18,10 +18,10 @@ from gcvit.config.schema import Config, ModelConfig
 from gcvit.errors import UserError
 from gcvit.export.timm_hub import export, name_in_timm
 from gcvit.model import VARIANTS, GCViT, weights
-from gcvit.parallel.build import build_model
+from gcvit.model.from_config import build_model
 from gcvit.parallel.engine import Fragment
 from gcvit.runtime.distributed import World, join_world
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 CLASSES = [f"class_{label}" for label in range(10)]
 STATE = RunState(step=7, samples=224)
@@ -46,7 +46,7 @@ def draw_model(config: Config, seed: int) -> GCViT:
 
 def save_run(folder: Path, world: World, *overrides: str, kinds=("model", "ema")) -> tuple[Path, dict[str, GCViT]]:
     """A run folder with one checkpoint, and its models."""
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", [*overrides, "data.dir=/somewhere/of/mine"])
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [*overrides, "data.dir=/somewhere/of/mine"])
     models = {kind: draw_model(config, seed) for seed, kind in enumerate(kinds)}
     tensors = {
         kind: {n: Fragment(p.detach().view(-1), 0, p.shape) for n, p in model.named_parameters()}

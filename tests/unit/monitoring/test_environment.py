@@ -10,15 +10,15 @@ import torch
 import gcvit
 from gcvit.config.load import load_config
 from gcvit.model.flops import count_forward_flops
+from gcvit.model.from_config import build_model
 from gcvit.monitoring import environment
 from gcvit.monitoring.environment import describe_surroundings
 from gcvit.monitoring.schema import find_faults
-from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import join_world
 from gcvit.runtime.gpu_specs import DEVICES
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-GOLDEN = ROOT / "tests/integration/golden.yaml"
+GOLDEN = ROOT / "tests/helpers/golden.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from gcvit.monitoring import metric_logger as metrics_module
 from gcvit.monitoring.metric_logger import Metrics
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.step_timer import Seconds
-from gcvit.parallel.engine import StepResult
+from gcvit.optim.adamw import StepResult
 from gcvit.runtime.distributed import World, join_world
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 BATCH_SIZE = 32  # of golden.yaml
 TOTAL_STEPS = 20
@@ -30,7 +30,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", [f"output_dir={tmp_path}"])
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [f"output_dir={tmp_path}"])
     config.run_dir.mkdir()
     return config
 

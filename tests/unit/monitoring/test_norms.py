@@ -11,8 +11,8 @@ from gcvit.monitoring.norms import Norms
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import join_world
-from tests.integration.launching import ROOT
-from tests.integration.norms_worker import STAGES, Shown, true_norms
+from tests.helpers.launching import ROOT
+from tests.helpers.norms_worker import STAGES, Shown, true_norms
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def world():
 def test_they_are_those_of_the_step_before_clipping(clip_norm, world):
     """Also where the row comes after other steps, whose gradients are clipped otherwise."""
     clip = "null" if clip_norm is None else clip_norm
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", [f"optim.clip_norm={clip}"])
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [f"optim.clip_norm={clip}"])
     engine = build_engine(config, world, num_micro_steps=1)
     engine.module.train()
     norms, shown = Norms(engine, config.optim, lambda step: step == 2), Shown()
@@ -50,7 +50,7 @@ def test_they_are_those_of_the_step_before_clipping(clip_norm, world):
 
 
 def test_a_refused_update_has_no_gradient(world):
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml")
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml")
     engine = build_engine(config, world, num_micro_steps=1)
     norms, shown = Norms(engine, config.optim, lambda step: True), Shown()
     engine.backward(engine(torch.randn(32, 3, 32, 32)).sum() * torch.nan)

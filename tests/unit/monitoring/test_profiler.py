@@ -11,7 +11,7 @@ from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.monitoring.profiler import Profiler, read_memory_use
 from gcvit.runtime.distributed import join_world
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def world():
 
 
 def configure(tmp_path, profile: str) -> Config:
-    path = ROOT / "tests/integration/golden.yaml"
+    path = ROOT / "tests/helpers/golden.yaml"
     return load_config(path, [f"output_dir={tmp_path}", f"trainer.profile={profile}"])[0]
 
 

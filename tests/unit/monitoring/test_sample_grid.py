@@ -11,7 +11,7 @@ from gcvit.config.load import load_config
 from gcvit.data.batch import Batch, Piece, join_pieces
 from gcvit.data.transforms import DeviceAugment
 from gcvit.monitoring.sample_grid import NUM_IMAGES, Samples, lay_out, name_targets
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 CLASSES = ("cat", "dog", "owl", "fox")
 SIZE = 8
@@ -49,7 +49,7 @@ def make_batch(num_images: int) -> Batch:
 @pytest.mark.parametrize("mix", ["{mixup: 0.8, cutmix: 1.0, group_size: 2}", "null"])
 @pytest.mark.parametrize("num_images", [6, NUM_IMAGES + 2])
 def test_pictures_show_what_the_model_got(num_images, mix, tmp_path):
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", [f"output_dir={tmp_path}", f"augment.mix={mix}"])
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [f"output_dir={tmp_path}", f"augment.mix={mix}"])
     config.run_dir.mkdir()
     batch, shown = make_batch(num_images), Shown()
     augment = DeviceAugment(config.augment, config.data, num_classes=len(CLASSES), seed=0)
@@ -90,7 +90,7 @@ def test_pictures_show_what_the_model_got(num_images, mix, tmp_path):
 
 
 def test_a_rank_without_samples_shows_none(tmp_path):
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml", [f"output_dir={tmp_path}"])
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [f"output_dir={tmp_path}"])
     samples = Samples(config, Source(), lambda step: True)
     samples.see(0, make_batch(0), torch.zeros(1, 3, SIZE, SIZE), torch.zeros(1, 4))  # black, without a target
     samples.write(Shown())

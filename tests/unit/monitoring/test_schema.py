@@ -5,7 +5,7 @@ import re
 import pytest
 
 from gcvit.monitoring.schema import KINDS, OPTIONAL, STAGES, TIMED_KEYS, find_faults
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 VALUES = {int: 3, float: 0.5, str: "text", list: ["text"], dict: {}, type(None): None}
 EACH_KEY = [(kind, key) for kind, keys in KINDS.items() for key in ("step", "time", *keys)]

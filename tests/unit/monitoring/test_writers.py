@@ -12,9 +12,9 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.monitoring.writers import Events, check_wandb, describe_targets, flatten, hide_secrets
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-GOLDEN = ROOT / "tests/integration/golden.yaml"
+GOLDEN = ROOT / "tests/helpers/golden.yaml"
 URL = "https://user:SECRET@host/images?signature=SECRET"
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gcvit.optim.adamw import Counters
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.loss_scaler import LossScale
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import Counters, fill
+from gcvit.parallel.engine import fill
 from tests.unit.parallel.test_engines import configure, copy_all, draw_batch, train_step
 from tests.unit.parallel.test_engines import world as world  # the fixture
 

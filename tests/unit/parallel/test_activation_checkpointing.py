@@ -16,13 +16,14 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.model import GCViT
+from gcvit.model.from_config import build_model
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel import activation_budget
 from gcvit.parallel.activation_budget import Compute, StorageTracker, activation_bytes, choose_parts, measure_parts
 from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
-from gcvit.parallel.build import build_engine, build_model
+from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import join_world
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 MODES = ("none", "selective", "blocks", "full")
 NUM_IMAGES = 2
@@ -40,7 +41,7 @@ def configure(*overrides: str) -> Config:
     """Every kind of part at 64x64, query generators with and without pooling among them; four images."""
     shape = ["model.img_size=64", "model.overrides.depths=[2, 2, 2, 2]", "model.overrides.windows=[4, 4, 4, 2]"]
     wanted = [*shape, "model.drop_path=0.3", "global_batch_size=4", *overrides]
-    return load_config(ROOT / "tests/integration/golden.yaml", wanted)[0]
+    return load_config(ROOT / "tests/helpers/golden.yaml", wanted)[0]
 
 
 def build(compute: Compute = FP32, drop_path: float = 0.3, *, on_meta: bool = False) -> GCViT:

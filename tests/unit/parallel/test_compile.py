@@ -5,9 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from gcvit.model import GCViT
+from gcvit.optim.adamw import MODEL
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import MODEL
 from gcvit.training.trainer import seed_drop_path
 from tests.unit.parallel.test_engines import configure, draw_batch
 from tests.unit.parallel.test_engines import world as world  # the fixture

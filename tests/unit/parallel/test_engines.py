@@ -11,12 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
+from gcvit.model.from_config import build_model
+from gcvit.optim.adamw import EXP_AVG, EXP_AVG_SQ, MODEL, Counters
 from gcvit.optim.loss import soft_target_loss
-from gcvit.parallel.build import build_engine, build_model
-from gcvit.parallel.engine import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, Engine, fill
+from gcvit.parallel.build import build_engine
+from gcvit.parallel.engine import Engine, fill
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training.ema import Ema
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
 ENGINES = {
     "ddp": ["engine=ddp"],
@@ -42,7 +44,7 @@ def world() -> Iterator[World]:
 
 
 def configure(name: str, *overrides: str) -> Config:
-    return load_config(ROOT / "tests/integration/golden.yaml", [*ENGINES[name], *SHAPE, *overrides])[0]
+    return load_config(ROOT / "tests/helpers/golden.yaml", [*ENGINES[name], *SHAPE, *overrides])[0]
 
 
 def build(name: str, world: World, *overrides: str, num_micro_steps: int = 1) -> Engine:

@@ -11,9 +11,9 @@ from gcvit.config.load import load_config
 from gcvit.data.epoch_order import num_micro_steps
 from gcvit.planning.memory_predictor import Forecast, condense, engine_name, share_of, split_evenly, with_engine
 from gcvit.planning.step_trace import Event
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-CONFIG = load_config(ROOT / "tests/integration/golden.yaml")[0]
+CONFIG = load_config(ROOT / "tests/helpers/golden.yaml")[0]
 FORECAST = Forecast(CONFIG, on_gpu=False)
 
 
@@ -80,7 +80,7 @@ def test_an_engine_is_called_by_its_name(name):
 def test_shards_within_nodes_and_offloading_have_names_too():
     hsdp = with_engine(CONFIG, "hsdp")
     assert (engine_name(hsdp, 16), engine_name(hsdp, 8)) == ("hsdp", "fsdp")
-    path = ROOT / "tests/integration/golden.yaml"
+    path = ROOT / "tests/helpers/golden.yaml"
     for words, name in (
         (["engine=fsdp", "fsdp.cpu_offload=true"], "fsdp+offload"),
         (["engine=zero", "zero.stage=3", "zero.offload_parameters=cpu"], "zero3+offload"),

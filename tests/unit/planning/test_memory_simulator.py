@@ -6,13 +6,13 @@ import torch
 from gcvit.config.load import load_config
 from gcvit.config.schema import FsdpConfig, ZeroConfig
 from gcvit.data.epoch_order import num_micro_steps
-from gcvit.parallel.build import build_model
+from gcvit.model.from_config import build_model
 from gcvit.planning.memory_predictor import player_of, with_engine
 from gcvit.planning.memory_simulator import KINDS, Layout, Memory
-from tests.integration.launching import ROOT
-from tests.unit.imagined import imagine
+from tests.helpers.imagined import imagine
+from tests.helpers.launching import ROOT
 
-CONFIG = load_config(ROOT / "tests/integration/golden.yaml", ["global_batch_size=64"])[0]
+CONFIG = load_config(ROOT / "tests/helpers/golden.yaml", ["global_batch_size=64"])[0]
 WORLD = 4
 with torch.device("meta"):
     MODEL = build_model(CONFIG.model)

@@ -12,9 +12,9 @@ from gcvit.errors import UserError
 from gcvit.planning.memory_predictor import share_of
 from gcvit.planning.micro_batch_finder import find_largest, settle_micro_batch
 from gcvit.runtime.distributed import World
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-AUTO = load_config(ROOT / "tests/integration/golden.yaml", ["trainer.micro_batch_size=auto", "global_batch_size=24"])[0]
+AUTO = load_config(ROOT / "tests/helpers/golden.yaml", ["trainer.micro_batch_size=auto", "global_batch_size=24"])[0]
 
 
 class Answers(World):
@@ -67,7 +67,7 @@ def test_a_number_is_left_alone_and_a_resumed_run_keeps_what_it_had(monkeypatch)
     monkeypatch.setattr(
         "gcvit.planning.micro_batch_finder.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
     )
-    given = load_config(ROOT / "tests/integration/golden.yaml", ["trainer.micro_batch_size=4"])[0]
+    given = load_config(ROOT / "tests/helpers/golden.yaml", ["trainer.micro_batch_size=4"])[0]
     assert settle_micro_batch(given, world_of(), None, []) is given
     tree = AUTO.model_dump(mode="json")
     tree["trainer"]["micro_batch_size"] = 6
@@ -82,6 +82,6 @@ def test_a_number_is_left_alone_and_a_resumed_run_keeps_what_it_had(monkeypatch)
 def test_auto_and_a_budget_of_activations_are_refused():
     with pytest.raises(UserError, match="each follow the other"):
         load_config(
-            ROOT / "tests/integration/golden.yaml",
+            ROOT / "tests/helpers/golden.yaml",
             ["trainer.micro_batch_size=auto", "activation_checkpointing=budget", "activation_budget_bytes=1000"],
         )

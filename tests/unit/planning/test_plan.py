@@ -19,10 +19,10 @@ from gcvit.planning.memory_predictor import MODES, Forecast
 from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ROOM, Cell, Data, Plan, compare, make_plan
 from gcvit.runtime.gpu_specs import DEVICES
-from tests.integration.launching import ROOT
-from tests.unit.imagined import imagine
+from tests.helpers.imagined import imagine
+from tests.helpers.launching import ROOT
 
-GOLDEN = ROOT / "tests/integration/golden.yaml"
+GOLDEN = ROOT / "tests/helpers/golden.yaml"
 FORWARD_FLOPS = 65_110_000_000
 RECOMPUTING = {"none": 1.0, "selective": 1.1, "blocks": 1.3, "full": 1.3}
 IMAGE_BYTES = {"none": 60e6, "selective": 30e6, "blocks": 20e6, "full": 10e6}  # that each of 16 parts keeps

@@ -11,7 +11,7 @@ from gcvit.report.evaluation import describe
 from gcvit.report.images import read_images
 from gcvit.report.run_data import read_record
 from gcvit.report.samples import find_columns, show_samples
-from tests.unit.report.run_folders import write_evaluation, write_images, write_run, write_samples
+from tests.helpers.run_folders import write_evaluation, write_images, write_run, write_samples
 
 
 def pixel(uri):

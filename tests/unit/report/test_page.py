@@ -20,7 +20,7 @@ from gcvit.report.published import find_place
 from gcvit.report.run_data import read_record, read_records
 from gcvit.report.step_time import STAGES, describe_bounds
 from gcvit.report.summary import summarize
-from tests.unit.report.run_folders import CLASSES, write_evaluation, write_images, write_rows, write_run, write_samples
+from tests.helpers.run_folders import CLASSES, write_evaluation, write_images, write_rows, write_run, write_samples
 
 EVIL = "</script><img src=x onerror=alert(1)>\"'{{ 7 * 7 }}&lt;b&gt;"
 

@@ -6,7 +6,7 @@ from gcvit.errors import UserError
 from gcvit.report.config_diff import describe_hardware, list_changes, tabulate_differences
 from gcvit.report.run_data import best_top1, number, read_record, read_records
 from gcvit.report.training import choose_scale, find_missing
-from tests.unit.report.run_folders import write_evaluation, write_images, write_rows, write_run, write_samples
+from tests.helpers.run_folders import write_evaluation, write_images, write_rows, write_run, write_samples
 
 
 def test_a_run_is_read_whole(tmp_path):

@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from tests.integration.launching import python
+from tests.helpers.launching import python
 
 HEAD = """
 import sys
-from gcvit import progress
-from gcvit.errors import Preempted, UserError, run_main
+from gcvit.runtime import heartbeat
+from gcvit.errors import Preempted, UserError
+from gcvit.runtime.entrypoint import run_main
 
 def main():
-    progress.mark_step(5)
+    heartbeat.mark_step(5)
     {}
 
 run_main(main)

@@ -2,11 +2,11 @@
 
 import json
 
-from tests.integration.launching import python
+from tests.helpers.launching import python
 
 HEAD = """
 import threading, time
-from gcvit import progress
+from gcvit.runtime import heartbeat
 from gcvit.runtime.watchdog import watchdog
 
 def wait_for_nothing():
@@ -21,7 +21,7 @@ def run(body: str, **environment: str):
 
 
 def test_a_process_that_hangs_tells_where(tmp_path):
-    body = "progress.mark_step(7)\nthreading.Thread(target=wait_for_nothing, daemon=True).start()\ntime.sleep(1000)"
+    body = "heartbeat.mark_step(7)\nthreading.Thread(target=wait_for_nothing, daemon=True).start()\ntime.sleep(1000)"
     done = run(body, RANK="3", GCVIT_REPORT_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (76, "")
     report = json.loads((tmp_path / "rank_3.json").read_text())
@@ -40,11 +40,11 @@ def test_before_the_first_step_it_is_more_patient():
 
 def test_progress_of_any_thread_is_enough():
     body = """
-progress.mark_step(1)
+heartbeat.mark_step(1)
 def work():
     for _ in range(80):
         time.sleep(0.01)
-        progress.mark()
+        heartbeat.mark()
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
@@ -53,7 +53,7 @@ thread.join()
 
 
 def test_afterwards_nobody_watches():
-    done = run("progress.mark_step(1)\n")
+    done = run("heartbeat.mark_step(1)\n")
     assert done.stdout == "over\n"
-    code = f"{HEAD}\nwith watchdog(0.1):\n    progress.mark_step(1)\ntime.sleep(0.5)\nprint('over')"
+    code = f"{HEAD}\nwith watchdog(0.1):\n    heartbeat.mark_step(1)\ntime.sleep(0.5)\nprint('over')"
     assert python("-c", code, timeout=60).stdout == "over\n"

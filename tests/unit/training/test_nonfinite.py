@@ -15,15 +15,16 @@ from torch import Tensor
 from gcvit.checkpoint import store
 from gcvit.config.load import load_config
 from gcvit.data.batch import Damage
+from gcvit.data.source import open_sources
 from gcvit.errors import UserError
+from gcvit.optim.adamw import StepResult
 from gcvit.optim.loss import soft_target_loss
-from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training import nonfinite, trainer
 from gcvit.training.nonfinite import poison_nonfinite
 from gcvit.training.run import Run
-from gcvit.training.setup import open_sources, start
-from tests.integration.launching import ROOT
+from gcvit.training.setup import start
+from tests.helpers.launching import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,7 @@ def images(tmp_path_factory) -> Path:
 def begin(images: Path, out: Path, world: World, *overrides: str):
     small = ["model.overrides.width=8", "trainer.eval_batch_size=4", f"data.dir={images}", f"output_dir={out}"]
     common = ["global_batch_size=4", "schedule.cosine=8 steps", "trainer.eval_every=90 steps", "ema=null", *small]
-    config, _ = load_config(
-        ROOT / "tests/integration/golden.yaml", [*common, "trainer.save_every=90 steps", *overrides]
-    )
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [*common, "trainer.save_every=90 steps", *overrides])
     return start(config, world, open_sources(config), "auto")
 
 

@@ -8,9 +8,9 @@ from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World
 from gcvit.training.resume import check_alike
-from tests.integration.launching import ROOT
+from tests.helpers.launching import ROOT
 
-GOLDEN = ROOT / "tests/integration/golden.yaml"
+GOLDEN = ROOT / "tests/helpers/golden.yaml"
 
 
 class Three(World):

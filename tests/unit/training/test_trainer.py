@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from gcvit.config.load import load_config
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment
+from gcvit.model.from_config import build_model
 from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.loss import soft_target_loss
-from gcvit.parallel.build import build_model
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training.trainer import on_device, seed_drop_path
-from tests.integration.launching import ROOT
-from tests.unit.data.streaming import whole_batch
+from tests.helpers.launching import ROOT
+from tests.helpers.streaming import whole_batch
 
 PLACES = st.tuples(*[st.integers(0, 2**40)] * 4)  # seed, step, micro-step, rank
 
@@ -71,7 +71,7 @@ def draw_batch(num_images: int) -> Batch:
 
 
 def test_a_rank_without_samples_takes_part_with_exact_zeros(world: World):
-    config, _ = load_config(ROOT / "tests/integration/golden.yaml")
+    config, _ = load_config(ROOT / "tests/helpers/golden.yaml")
     augment = DeviceAugment(config.augment, config.data, num_classes=4, seed=config.seed)
     model = build_model(config.model).train().to(world.device)
     model.init_weights(seed=0)

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from data_prep import shard
+from data_prep.shards.byte_range import read_place
 from data_prep.shards.members import list_members, open_tar
 from data_prep.sources.archives import read_kit
-from data_prep.sources.discover import KIT, TRAIN_TAR, VAL_TAR, Source, find_sources, read_place
+from data_prep.sources.discover import KIT, TRAIN_TAR, VAL_TAR, Source, find_sources
 from gcvit.errors import UserError
 
 # The kit's own numbers of the classes, in another order than their names; the last synset is no class but above them.

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from data_prep.sources.discover import Place, Source, encode_key, find_sources, read_place, spooled
+from data_prep.shards.byte_range import Place, read_place
+from data_prep.shards.tar_writer import encode_key
+from data_prep.sources.discover import Source, find_sources, spooled
 from data_prep.sources.val_split import choose_val
 from gcvit.errors import UserError
 

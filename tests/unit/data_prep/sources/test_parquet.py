@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_prep import shard
+from data_prep.shards.byte_range import read_place
 from data_prep.sources import parquet as parquet_source
-from data_prep.sources.discover import Source, find_sources, read_place, spooled
+from data_prep.sources.discover import Source, find_sources, spooled
 from gcvit.errors import UserError
 
 ROOT = Path(__file__).parents[4]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gcvit.checkpoint.store import latest as latest_checkpoint
 from gcvit.checkpoint.store import open_checkpoint, read_tensors, step_of
-from tests.integration.launching import ROOT, environment
+from tests.helpers.launching import ROOT, environment
 
 KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")
 
@@ -30,7 +30,7 @@ class Trainings:
 
     def start(self, run_dir: Path, ranks: int, *overrides: str, **request: Any) -> list[int]:
         """The ids of the processes of a training that has begun. `request`: see `kills_worker.py`."""
-        words = ["--config", "tests/integration/golden.yaml", "--data_dir", self.data, "--tag", run_dir.name]
+        words = ["--config", "tests/helpers/golden.yaml", "--data_dir", self.data, "--tag", run_dir.name]
         words += [f"output_dir={run_dir.parent}", *overrides]
         request |= {"ranks": ranks, "words": [str(word) for word in words], "log": str(self.log)}
         self.worker.stdin.write(json.dumps(request) + "\n")

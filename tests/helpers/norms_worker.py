@@ -18,7 +18,7 @@ from gcvit.monitoring.norms import Norms
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.runtime.distributed import World
-from tests.integration.engine_steps import report_to_file
+from tests.helpers.engine_steps import report_to_file
 
 CONFIG = Path(__file__).with_name("golden.yaml")
 STAGES = ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "norm", "head"]
