@@ -35,7 +35,7 @@ $(BIN)/pip:
 	        exec $$python -m venv .venv; \
 	    fi; \
 	done; \
-	echo "error: no Python >= 3.11 with venv: got none of $(PYTHONS); cure: install one (Debian, Ubuntu:" \
+	echo "error: no Python >= 3.11 with venv: got none of $(PYTHONS); hint: install one (Debian, Ubuntu:" \
 	    "apt-get install python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
 	exit 2
 
@@ -77,7 +77,7 @@ test-slurm: $(INSTALLED)
 ENGINE ?= fsdp
 DEMO_ENGINES := ddp fsdp zero
 ifneq (1 $(ENGINE),$(words $(ENGINE)) $(filter $(DEMO_ENGINES),$(ENGINE)))
-    $(error unknown engine: got ENGINE=$(ENGINE); allowed: $(DEMO_ENGINES))
+    $(error unknown engine: got ENGINE=$(ENGINE); expected: $(DEMO_ENGINES))
 endif
 DEMO_RUN := runs/demo-$(ENGINE)
 DIGITS := data/digits

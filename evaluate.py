@@ -7,7 +7,7 @@
     python evaluate.py runs/gc_vit_tiny --benchmark
 
 Standard output has one line of JSON for each set and kind of weights: top1, top5 (percent), loss, ece, num_samples,
-correct_top1, correct_top5, num_skipped (damaged). The rest is in RUN/evaluations: see docs/evaluation.md.
+correct_top1, correct_top5, num_skipped (corrupt). The rest is in RUN/evaluations: see docs/evaluation.md.
 """
 
 from argparse import Namespace

@@ -5,7 +5,7 @@
     deepspeed --num_gpus 8 train.py --config configs/gc_vit_large_zero.yaml --data_dir /data/imagenet-wds
     python train.py --config configs/gc_vit_large_fsdp.yaml --plan --gpus 32 --gpu h100-80
 
-Any knob of the config can be set behind the flags as dotted.key=value.
+Any option of the config can be set behind the flags as dotted.key=value.
 """
 
 from argparse import Namespace
@@ -25,10 +25,10 @@ def parse_arguments() -> Namespace:
 def main() -> None:
     arguments = parse_arguments()
     train_cli.check(arguments)
-    knobs = {"data.dir": arguments.data_dir, "trainer.micro_batch_size": arguments.batch_size, "tag": arguments.tag}
-    config, notices = load_config(arguments.config, arguments.overrides, knobs)
-    if arguments.model_ema and config.ema is None:
-        config = config.model_copy(update={"ema": EmaConfig()})
+    options = {"data.dir": arguments.data_dir, "trainer.micro_batch_size": arguments.batch_size, "tag": arguments.tag}
+    config, notices = load_config(arguments.config, arguments.overrides, options)
+    if arguments.model_ema:
+        config = config.model_copy(update={"ema": config.ema or EmaConfig()})
     if arguments.plan:
         from gcvit.planning.format_plan import print_plan
 
@@ -40,6 +40,7 @@ def main() -> None:
     from gcvit.data.source import open_sources
     from gcvit.monitoring.writers import check_wandb
     from gcvit.runtime.distributed import join_world  # loads torch: a misspelt key is told before that
+    from gcvit.training.overfit import overfit_one_batch
     from gcvit.training.replay import replay
     from gcvit.training.setup import start
     from gcvit.training.trainer import train
@@ -48,8 +49,6 @@ def main() -> None:
     sources, start_from = open_sources(config), (arguments.resume, arguments.init_from, arguments.reset_head)
     with join_world(config.trainer.deterministic, config.trainer.hang_timeout) as world:
         if arguments.overfit_one_batch:
-            from gcvit.training.overfit import overfit_one_batch
-
             return overfit_one_batch(config, world, sources)
         if arguments.replay is not None:
             return replay(config, world, sources, arguments.replay, *start_from)

@@ -163,7 +163,7 @@ def plan_large(path: Path) -> dict[str, float]:
     first = np.arange(0, len(length) + 1, 1000)
     before = resident_mb()
     start = time.process_time()  # one thread's, so that it is wall time on a core of its own
-    order = EpochOrder(first, length, seed=0, epoch=1, lanes=1024, run_bytes=2_000_000, open_runs=4)
+    order = EpochOrder(first, length, seed=0, epoch=1, lanes=1024, chunk_bytes=2_000_000, shuffle_chunks=4)
     order.plan(np.arange(order.lanes))
     seconds = time.process_time() - start
     positions = np.arange(0, IMAGENET_21K, 1000)

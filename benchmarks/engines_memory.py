@@ -221,7 +221,7 @@ def start_here(engine: str, model: str) -> None:
             "held_bytes": max(world.gather(after)),
             "peak_bytes": max(world.gather(peak)),
         }
-        if world.is_first:
+        if world.is_rank0:
             print(json.dumps(found), flush=True)
         world.barrier()
 

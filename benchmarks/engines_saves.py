@@ -96,7 +96,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
                 first[with_save].append(seconds[0])
                 whole[with_save].append(seconds[1])
         run.saver.wait()
-    if not world.is_first:
+    if not world.is_rank0:
         return None
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     saves = [row for row in rows if row["kind"] == "checkpoint"][1:]

@@ -92,7 +92,7 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
         for pair in range(num_pairs + WARM_UP):
             for is_watched in (True, False) if pair % 2 else (False, True):
                 steps[is_watched].append(time_step(is_watched))
-    if not world.is_first:
+    if not world.is_rank0:
         return None
     ratios = [w / bare - 1 for w, bare in zip(steps[True][WARM_UP:], steps[False][WARM_UP:], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)

@@ -104,9 +104,9 @@ def print_contest(result: dict[str, Any]) -> None:
             )
     for name, error in result["failed"].items():
         print(f"{name} failed: {error}")
-    if "dearest" in result:
-        print("the ten dearest operations of our training step: ms, calls")
-        for name, milliseconds, num_calls in result["dearest"]:
+    if "most expensive" in result:
+        print("the ten most expensive operations of our training step: ms, calls")
+        for name, milliseconds, num_calls in result["most expensive"]:
             print(f"    {milliseconds:9.2f} {num_calls:6d}  {name[:90]}")
 
 
@@ -142,7 +142,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="2 images, 2 rounds: a smoke test, no measurement")
     parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--profile", help="write traces of a training step to FILE.VARIANT.json, print its dearest ops")
+    parser.add_argument(
+        "--profile", help="write traces of a training step to FILE.VARIANT.json, print its most expensive ops"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="(default: on GPUs)")
     if on_gpu:
         parser.add_argument("--graphs", action="store_true", help="one more contender: a whole step as one CUDA graph")

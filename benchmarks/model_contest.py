@@ -221,7 +221,7 @@ def hold_contest(
     if trace:
         profile = profile_run(contenders[0], "training", images, labels)
         profile.export_chrome_trace(trace)
-        result["dearest"] = find_dearest(profile, device)
+        result["most expensive"] = find_dearest(profile, device)
 
     seconds: dict[str, dict[str, list[float]]] = {mode: {c.name: [] for c in contenders} for mode in MODES}
     rates: list[float] = []

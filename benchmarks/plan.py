@@ -142,7 +142,7 @@ def measure_here(cases: list[Case]) -> None:
             peak = peak_on_gpu(case, world) if world.device.type == "cuda" else peak_on_cpu(case, world)
             gc.collect()
             peaks = world.gather(peak)
-            if world.is_first:
+            if world.is_rank0:
                 print(json.dumps({str(case): max(peaks)}), flush=True)
 
 

@@ -51,7 +51,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "the digits come with scikit-learn, which is missing", cure="pip install scikit-learn"
+            "the digits come with scikit-learn, which is missing", hint="pip install scikit-learn"
         ) from None
     digits = load_digits()
     return digits.images, digits.target
@@ -82,15 +82,15 @@ def write_tree(out: Path, files: dict[str, bytes]) -> int:
     Errors: UserError if `out` holds anything but these files with these bytes, before a byte is written.
     """
     if out.exists() and not out.is_dir():
-        raise UserError("cannot write the digits there", got=f"{out}, a file", allowed="a folder, new or empty")
+        raise UserError("cannot write the digits there", got=f"{out}, a file", expected="a folder, new or empty")
     present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     for name in sorted(present):
         if name not in files or (out / name).read_bytes() != files[name]:
             raise UserError(
                 "the folder holds something else than these digits, which is not overwritten",
                 got=out / name,
-                allowed="a folder that is new, empty or this command's own",
-                cure="name another folder, or remove this one",
+                expected="a folder that is new, empty or this command's own",
+                hint="name another folder, or remove this one",
             )
     missing = sorted(files.keys() - present)
     try:

@@ -123,7 +123,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """`data` as Pillow opens it. Errors: ValueError with a reason, for whatever it meets inside too.
 
-    Pillow's plugins raise whatever their parsing meets in damaged bytes.
+    Pillow's plugins raise whatever their parsing meets in corrupt bytes.
     """
     try:
         with warnings.catch_warnings():
@@ -139,4 +139,4 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except MemoryError:  # the machine's fault, not the image's: its size was checked
         raise
     except Exception as error:
-        raise ValueError(f"damaged: {error}") from None
+        raise ValueError(f"corrupt: {error}") from None

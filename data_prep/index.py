@@ -54,7 +54,7 @@ class Split:
 def find_splits(root: Path, wanted: str | None) -> list[Split]:
     """The tars in `root`, or else in its folders for train and val. Errors: UserError for none, or unclear ones."""
     if not root.is_dir():
-        raise UserError("the folder of tars is no folder", got=root, cure="check the path")
+        raise UserError("the folder of tars is no folder", got=root, hint="check the path")
     groups: dict[str | None, list[Path]] = {}
     if tars := _list_tars(root):
         for path in tars:
@@ -69,8 +69,8 @@ def find_splits(root: Path, wanted: str | None) -> list[Split]:
         raise UserError(
             "the names of some tars tell no split, those of others do",
             got=groups[None][0],
-            allowed=f"names with one of {', '.join(WORDS)}; or all without",
-            cure="rename them, or move them to folders train and val",
+            expected=f"names with one of {', '.join(WORDS)}; or all without",
+            hint="rename them, or move them to folders train and val",
         )
     found = [_place(root, name, groups[name], len(groups) > 1) for name in SPLITS if groups.get(name)]
     found = [split for split in found if wanted in (None, split.name)]
@@ -78,8 +78,8 @@ def find_splits(root: Path, wanted: str | None) -> list[Split]:
         raise UserError(
             f"no tars of split {wanted or 'train or val'} here",
             got=root,
-            allowed="DIR/*.tar, or DIR/train/*.tar and DIR/val/*.tar",
-            cure="check the path; --split says of which split tars are whose names do not tell it",
+            expected="DIR/*.tar, or DIR/train/*.tar and DIR/val/*.tar",
+            hint="check the path; --split says of which split tars are whose names do not tell it",
         )
     return found
 
@@ -87,7 +87,7 @@ def find_splits(root: Path, wanted: str | None) -> list[Split]:
 def _place(root: Path, name: str, tars: list[Path], is_mixed: bool) -> Split:
     parents = sorted({path.parent for path in tars})
     if len(parents) > 1:
-        raise UserError(f"several folders are of split {name}", got=", ".join(map(str, parents)), cure="merge them")
+        raise UserError(f"several folders are of split {name}", got=", ".join(map(str, parents)), hint="merge them")
     stays = parents[0].name == name if parents[0] != root else not is_mixed
     return Split(name, parents[0] if stays else root / name, tars)
 
@@ -99,8 +99,8 @@ def _list_tars(folder: Path) -> list[Path]:
             raise UserError(
                 "a compressed tar cannot be read at an offset",
                 got=folder / name,
-                allowed=".tar",
-                cure=f"{UNPACK[os.path.splitext(name)[1]]} it (images do not compress further)",
+                expected=".tar",
+                hint=f"{UNPACK[os.path.splitext(name)[1]]} it (images do not compress further)",
             )
     return [folder / name for name in names if name.endswith(".tar") and not name.startswith(".")]
 
@@ -175,7 +175,7 @@ def settle(split: Split, results: list[Result], classes: tuple[str, ...], are_gi
             raise UserError(
                 f"the manifest is not of these tars: {split.folder / FILE_NAME}",
                 got=difference,
-                cure=f"if it is stale, {AGAIN}; if the tars are damaged, python -m data_prep.verify lists where",
+                hint=f"if it is stale, {AGAIN}; if the tars are corrupt, python -m data_prep.verify lists where",
             )
         if here.crc32 is None or there.crc32 is not None:
             return "are indexed already"
@@ -217,7 +217,7 @@ def _link(split: Split) -> None:
         if link.is_symlink() and os.readlink(link) == target:
             continue
         if os.path.lexists(link):
-            raise UserError("a tar is in the way of a link to one", got=link, allowed=f"a link to {target}")
+            raise UserError("a tar is in the way of a link to one", got=link, expected=f"a link to {target}")
         link.symlink_to(target)
 
 
@@ -232,14 +232,14 @@ def refuse(split: Split, results: list[Result], skip_unusable: bool) -> None:
             print(f"... and {len(lines) - MAX_SHOWN:,} more {kind}")
     if tars:
         more = f" and {len(tars) - 1:,} more" if len(tars) > 1 else ""
-        cure = "unpack it" if ": compressed" in tars[0] else "copy it again, or move it away"
-        raise UserError("a tar cannot be indexed", got=tars[0] + more, cure=cure)
+        hint = "unpack it" if ": compressed" in tars[0] else "copy it again, or move it away"
+        raise UserError("a tar cannot be indexed", got=tars[0] + more, hint=hint)
     if samples and not skip_unusable:
         raise UserError(
             f"{len(samples):,} keys are no samples",
             got=samples[0],
-            allowed="an image, and a label in KEY.cls or KEY.json; a key ends at the first dot of a file's name",
-            cure="mend the tars, or leave these out with --skip-unusable; nothing was written",
+            expected="an image, and a label in KEY.cls or KEY.json; a key ends at the first dot of a file's name",
+            hint="mend the tars, or leave these out with --skip-unusable; nothing was written",
         )
 
 
@@ -252,8 +252,8 @@ def number_classes(names: tuple[str, ...] | None, results: list[Result]) -> tupl
         raise UserError(
             "a label is beyond the names of the classes",
             got=f"label {num_classes - 1}",
-            allowed=f"0 to {len(names) - 1}",
-            cure="--classes FILE names them all, one a line",
+            expected=f"0 to {len(names) - 1}",
+            hint="--classes FILE names them all, one a line",
         )
     return names
 
@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--skip-unusable", action="store_true", help="leave out samples without one image and one label")
     args = parser.parse_args(arguments)
     if args.workers < 1:
-        raise UserError("--workers is too small", got=args.workers, allowed="at least 1")
+        raise UserError("--workers is too small", got=args.workers, expected="at least 1")
     sharded = [folder for folder in (args.dir, *(args.dir / name for name in SPLITS)) if has_sidecars(folder)]
     for folder in sharded:
         manifest = merge(folder)

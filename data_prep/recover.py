@@ -1,4 +1,4 @@
-"""Finds damaged samples in the source of their shards again: `verify --repair --source DIR`."""
+"""Finds corrupt samples in the source of their shards again: `verify --repair --source DIR`."""
 
 import zlib
 from collections import defaultdict
@@ -15,8 +15,8 @@ from data_prep.sources.discover import Source, find_sources, spooled
 from gcvit.data.manifest import FILE_NAME, Manifest
 from gcvit.errors import UserError
 
-# The damaged samples of each shard to rewrite, numbered as in the split, with their keys where these are known.
-Damage = dict[str, dict[int, str | None]]
+# The corrupt samples of each shard to rewrite, numbered as in the split, with their keys where these are known.
+Corruption = dict[str, dict[int, str | None]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def choose_source(manifest: Manifest, root: Path, classes: Path | None) -> Sourc
         raise UserError(
             "--source has no effect: the manifest has no checksums to tell the right bytes",
             got=manifest.root / FILE_NAME,
-            cure="repair without it, or python -m data_prep.index --checksums while the tars are sound",
+            hint="repair without it, or python -m data_prep.index --checksums while the tars are sound",
         )
     sources = find_sources(root, None, classes=classes)
     source = next((source for source in sources if source.split == manifest.split or not source.split_folder), None)
@@ -45,17 +45,17 @@ def choose_source(manifest: Manifest, root: Path, classes: Path | None) -> Sourc
         raise UserError(
             f"the source has not what was sharded: {root}",
             got=", ".join(source.split for source in sources),
-            allowed=f"split {manifest.split} with classes like {manifest.classes[0]}",
-            cure="name the source of these shards",
+            expected=f"split {manifest.split} with classes like {manifest.classes[0]}",
+            hint="name the source of these shards",
         )
     return source
 
 
 @contextmanager
 def find_restored(
-    manifest: Manifest, damage: Damage, source: Source | None, workshop: Path
+    manifest: Manifest, corruption: Corruption, source: Source | None, workshop: Path
 ) -> Iterator[tuple[Path, dict[int, list[Restored]]]]:
-    """The damaged samples that the source has, told by class, size and crc32; and the root of their places.
+    """The corrupt samples that the source has, told by class, size and crc32; and the root of their places.
 
     Names in a tar play no part, but to choose among files with the same bytes: of these there is a list for each
     sample, the likeliest first.
@@ -64,7 +64,7 @@ def find_restored(
         yield workshop, {}
         return
     assert manifest.crc32 is not None
-    key_of = {sample: key for samples in damage.values() for sample, key in samples.items()}
+    key_of = {sample: key for samples in corruption.values() for sample, key in samples.items()}
     class_of = {sample: manifest.classes[int(manifest.label[sample])] for sample in key_of}
     names = set(class_of.values())
     candidates = [index for index, label in enumerate(source.labels) if source.classes[label] in names]

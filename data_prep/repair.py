@@ -1,4 +1,4 @@
-"""Rewrites shards without their damaged samples, or with these from the source: `verify --repair [--source DIR]`.
+"""Rewrites shards without their corrupt samples, or with these from the source: `verify --repair [--source DIR]`.
 
 1. The new shards, then the new manifest, are written to `.repair.tmp` in the split's folder.
 2. That folder is renamed to `.repair`: from now on the repair holds.
@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep.images import image_extension
-from data_prep.recover import Damage, Restored, find_restored
+from data_prep.recover import Corruption, Restored, find_restored
 from data_prep.shards.byte_range import read_place
 from data_prep.shards.samples import IMAGES, Contents, split_name
 from data_prep.shards.tar_reader import BLOCK, Piece, TarReader
@@ -41,7 +41,7 @@ class Task:
     """A shard to rewrite into `folder`: its samples by their numbers in the shard.
 
     `kept` are the places of images in the old tar; `restored` ones come from `root`, from the first place whose key
-    is free. All others are left out: of some of these `damaged_keys` are known, of those whose image cannot be
+    is free. All others are left out: of some of these `corrupt_keys` are known, of those whose image cannot be
     found `lost_sizes`, the images' sizes in bytes.
     """
 
@@ -51,7 +51,7 @@ class Task:
     kept: dict[int, int]
     root: Path
     restored: dict[int, list[Restored]]
-    damaged_keys: frozenset[str]
+    corrupt_keys: frozenset[str]
     lost_sizes: frozenset[int]
 
 
@@ -88,30 +88,30 @@ def is_interrupted(folder: Path) -> bool:
     return (folder / READY).exists()
 
 
-def repair(manifest: Manifest, damage: Damage, source: Source | None, num_workers: int) -> None:
-    """Rewrite the shards in `damage` and the manifest, and print what became of them.
+def repair(manifest: Manifest, corruption: Corruption, source: Source | None, num_workers: int) -> None:
+    """Rewrite the shards in `corruption` and the manifest, and print what became of them.
 
     Members that belong to no sample of the manifest stay, behind the samples; folders and links in a tar do not.
-    Errors: UserError where no sample would be left, the source lacks some of the damaged ones, a shard is a link to
+    Errors: UserError where no sample would be left, the source lacks some of the corrupt ones, a shard is a link to
     another disk, or the disk is full; then nothing has changed.
     """
     folder, workshop = manifest.root, manifest.root / UNREADY
     try:
-        _refuse_other_disks(folder, list(damage))
+        _refuse_other_disks(folder, list(corruption))
         shutil.rmtree(workshop, ignore_errors=True)
         workshop.mkdir()
-        with find_restored(manifest, damage, source, workshop) as (root, restored):
-            tasks = list(_make_tasks(manifest, damage, workshop, root, restored))
+        with find_restored(manifest, corruption, source, workshop) as (root, restored):
+            tasks = list(_make_tasks(manifest, corruption, workshop, root, restored))
             with closing(run_tasks(rewrite_shard, tasks, num_workers)) as finished:
                 results = {result.shard.name: result for _, result in finished}
         if source is not None:
-            _refuse_missing(manifest, damage, results)
+            _refuse_missing(manifest, corruption, results)
         _write_manifest(manifest, results, workshop)
         os.rename(workshop, folder / READY)
         sync_folder(folder)
     except OSError as error:
         what, got = "cannot write the repaired shards", f"{error.filename or workshop} ({error.strerror})"
-        raise UserError(what, got=got, cure="mend that and start again; nothing was changed") from None
+        raise UserError(what, got=got, hint="mend that and start again; nothing was changed") from None
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     finish_repair(folder)
@@ -137,7 +137,7 @@ def finish_repair(folder: Path) -> None:
         _finish(folder, folder / READY)
     except OSError as error:
         got = f"{error.filename or folder} ({error.strerror})"
-        raise UserError("cannot finish a repair", got=got, cure="mend that and start --repair again") from None
+        raise UserError("cannot finish a repair", got=got, hint="mend that and start --repair again") from None
 
 
 def _finish(folder: Path, ready: Path) -> None:
@@ -170,25 +170,25 @@ def _refuse_other_disks(folder: Path, names: list[str]) -> None:
         target = (folder / name).resolve()
         if target.parent.stat().st_dev != device:
             raise UserError(
-                "a damaged shard is a link to another disk",
+                "a corrupt shard is a link to another disk",
                 got=f"{folder / name} -> {target}",
-                allowed=f"tars on the disk of {folder}",
-                cure="put the tar itself in the place of the link; nothing was changed",
+                expected=f"tars on the disk of {folder}",
+                hint="put the tar itself in the place of the link; nothing was changed",
             )
 
 
-def _refuse_missing(manifest: Manifest, damage: Damage, results: dict[str, Result]) -> None:
+def _refuse_missing(manifest: Manifest, corruption: Corruption, results: dict[str, Result]) -> None:
     missing = []
     for shard, first in zip(manifest.shards, manifest.first[:-1], strict=True):
         there = set((first + results[shard.name].rows).tolist()) if shard.name in results else set()
-        missing += [key or f"sample {i}" for i, key in sorted(damage.get(shard.name, {}).items()) if i not in there]
+        missing += [key or f"sample {i}" for i, key in sorted(corruption.get(shard.name, {}).items()) if i not in there]
     if missing:
         more = f" and {len(missing) - 20:,} more" if len(missing) > 20 else ""
         raise UserError(
-            f"the source lacks {len(missing):,} of the damaged samples",
+            f"the source lacks {len(missing):,} of the corrupt samples",
             got=", ".join(missing[:20]) + more,
-            allowed="files with the very bytes that were sharded (what --short-side re-encoded is in no source)",
-            cure="name the right source; or repair without --source, which leaves them out; this split was not changed",
+            expected="files with the very bytes that were sharded (what --short-side re-encoded is in no source)",
+            hint="name the right source; or repair without --source, which leaves them out; this split was not changed",
         )
 
 
@@ -222,7 +222,7 @@ def rewrite_shard(task: Task) -> Result:
             offsets.append(offset)
         removed = []
         if contents is not None:
-            of_samples = used_keys | task.damaged_keys
+            of_samples = used_keys | task.corrupt_keys
             for piece in (piece for key, piece in contents.members if key not in of_samples):
                 if rows and not _may_be_lost(task, piece):
                     _copy_piece(contents, piece, output)
@@ -279,12 +279,12 @@ def _write_restored(root: Path, sample: Restored, output: _Output) -> int:
 
 
 def _make_tasks(
-    manifest: Manifest, damage: Damage, workshop: Path, root: Path, restored: dict[int, list[Restored]]
+    manifest: Manifest, corruption: Corruption, workshop: Path, root: Path, restored: dict[int, list[Restored]]
 ) -> Iterator[Task]:
     for shard, first in zip(manifest.shards, manifest.first[:-1], strict=True):
-        if shard.name in damage:
+        if shard.name in corruption:
             samples = {int(first) + row: row for row in range(shard.num_samples)}
-            lost = damage[shard.name]
+            lost = corruption[shard.name]
             kept = {row: int(manifest.offset[sample]) for sample, row in samples.items() if sample not in lost}
             again = {samples[sample]: restored[sample] for sample in lost if sample in restored}
             keys = frozenset(key for key in lost.values() if key is not None)
@@ -307,7 +307,7 @@ def _write_manifest(manifest: Manifest, results: dict[str, Result], workshop: Pa
             shards.append(shard)
     if not shards:
         raise UserError(
-            "no sample would be left", got=manifest.root, cure="delete the folder and shard the source again"
+            "no sample would be left", got=manifest.root, hint="delete the folder and shard the source again"
         )
     columns = {name: column[keep] for name, column in (manifest.columns | {"offset": offset}).items()}
     write_manifest(workshop, manifest.split, manifest.classes, shards, columns)

@@ -103,9 +103,9 @@ def is_complete(plan: Plan) -> bool:
     """
     folder = plan.folder
     if folder.resolve().is_relative_to(plan.source.root.resolve()):
-        raise UserError("the output lies inside the source", got=folder, cure="choose a folder outside of it")
+        raise UserError("the output lies inside the source", got=folder, hint="choose a folder outside of it")
     if folder.exists() and not folder.is_dir():
-        raise UserError("the output is no directory", got=folder, cure="choose another folder")
+        raise UserError("the output is no directory", got=folder, hint="choose another folder")
     # In this order, since other parts may be at work: the mark comes before all else, the manifest before it goes.
     found = [name for name in _list(folder) if not (name.startswith(MARK) and name.endswith(".tmp"))]
     is_begun = has_sidecars(folder)
@@ -115,13 +115,13 @@ def is_complete(plan: Plan) -> bool:
         mark = read_mark(folder)
         if mark is not None and mark.plan == plan.mark.plan:
             return False
-        what, cure = "the output holds an interrupted sharding of other files or options", "delete the folder"
+        what, hint = "the output holds an interrupted sharding of other files or options", "delete the folder"
     elif found:
-        what, cure = "the output is not empty", "empty it"
+        what, hint = "the output is not empty", "empty it"
     else:
         return False
-    cure += ", or choose another; nothing was changed"
-    raise UserError(what, got=f"{folder} with {(found or [MARK])[-1]}", cure=cure)
+    hint += ", or choose another; nothing was changed"
+    raise UserError(what, got=f"{folder} with {(found or [MARK])[-1]}", hint=hint)
 
 
 def _list(folder: Path) -> list[str]:
@@ -150,9 +150,9 @@ def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tu
     if refused:
         what = "a file is no image" if len(refused) == 1 else f"{len(refused):,} files are no images"
         more = f" and {len(refused) - 10:,} more" if len(refused) > 10 else ""
-        cure = "replace and start the same command again, or remove"
-        cure += f" and delete {plan.folder} too, since the order of all samples changes" if write else ""
-        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, allowed=FORMATS, cure=cure)
+        hint = "replace and start the same command again, or remove"
+        hint += f" and delete {plan.folder} too, since the order of all samples changes" if write else ""
+        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, expected=FORMATS, hint=hint)
     return sidecars, progress.seconds
 
 
@@ -208,7 +208,7 @@ def compare_plan(plan: Plan, part: Part, num_workers: int) -> None:
         raise UserError(
             "the output holds other shards",
             got=f"{plan.folder} with {there.num_samples:,} samples, split {there.split}",
-            cure="delete the folder, or choose another; nothing was changed",
+            hint="delete the folder, or choose another; nothing was changed",
         )
     print(f"{there.split}: {there.num_samples:,} samples are there already, byte for byte: {plan.folder}", flush=True)
 
@@ -217,7 +217,7 @@ def parse_part(text: str) -> Part:
     """ "3/8" -> Part(3, 8). Errors: UserError for anything but I/N with 0 <= I < N."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError("--part is no part", got=text, allowed="I/N with 0 <= I < N, from 0/8 to 7/8 for 8 parts")
+        raise UserError("--part is no part", got=text, expected="I/N with 0 <= I < N, from 0/8 to 7/8 for 8 parts")
     return Part(int(index), int(count))
 
 
@@ -257,14 +257,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     counts = {"--workers": args.workers, "--shard-size": args.shard_size, "--short-side": args.short_side}
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise UserError(f"{name} is too small", got=value, allowed="at least 1")
+            raise UserError(f"{name} is too small", got=value, expected="at least 1")
     if not 0 <= args.seed < 2**32:
-        raise UserError("--seed is out of range", got=args.seed, allowed="0 to 2^32 - 1")
+        raise UserError("--seed is out of range", got=args.seed, expected="0 to 2^32 - 1")
     if args.quality is not None and args.short_side is None:
         what = "--quality has no effect: no image is re-encoded"
-        raise UserError(what, got=f"--quality {args.quality}", cure="add --short-side, or leave it out")
+        raise UserError(what, got=f"--quality {args.quality}", hint="add --short-side, or leave it out")
     if args.quality is not None and not 1 <= args.quality <= 100:
-        raise UserError("--quality is out of range", got=args.quality, allowed="1 to 100")
+        raise UserError("--quality is out of range", got=args.quality, expected="1 to 100")
     return args
 
 
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if sources[0].split_folder and holds_shards(args.out):
         what = "the output holds shards of a single tree"
-        raise UserError(what, got=args.out, cure="choose another folder for the source's train/ and val/")
+        raise UserError(what, got=args.out, hint="choose another folder for the source's train/ and val/")
     plans = []
     for source in sources:
         folder = args.out / source.split if source.split_folder else args.out

@@ -2,7 +2,7 @@
 
 Hashes of shards and columns, the members' order and number, labels in .cls and .json, checksums, and a full
 decode of every image; of tars that others made, what their manifest knows. One line per problem on stdout, all of
-them in the file that `--json` names; exit code 2 where there is any. `--repair` rewrites the shards that are damaged
+them in the file that `--json` names; exit code 2 where there is any. `--repair` rewrites the shards that are corrupt
 (see `data_prep.repair`), but none that cannot be read or that holds samples which the manifest lacks.
 """
 
@@ -22,7 +22,7 @@ from isal.isal_zlib import crc32
 from PIL import Image
 
 from data_prep.images import MAX_PIXELS, OPENERS
-from data_prep.recover import Damage, choose_source
+from data_prep.recover import Corruption, choose_source
 from data_prep.repair import finish_repair, is_interrupted, repair
 from data_prep.shards.samples import MAX_LABELS, Contents, read_label
 from data_prep.shards.tar_reader import TarReader
@@ -59,7 +59,7 @@ class Task:
 class Problem:
     """What is wrong with a shard, or with the sample of this number in its split; `key` None where it is lost.
 
-    One that is not `repairable` is no damage to the shard's bytes, or none that is known: its samples may be sound.
+    One that is not `repairable` is no corruption to the shard's bytes, or none that is known: its samples may be sound.
     """
 
     split: str
@@ -84,14 +84,14 @@ def find_folders(out: Path) -> list[Path]:
     if holds_shards(out) and not are_below:
         return [out]
     if not folders:
-        raise UserError("no shards here", got=out, allowed="a folder that data_prep.shard wrote", cure="check the path")
+        raise UserError("no shards here", got=out, expected="what data_prep.shard wrote", hint="check the path")
     return folders
 
 
 def usual_fields(manifest: Manifest) -> frozenset[str]:
     """The fields that all samples of a few shards have: of sound ones where there are such."""
     sound: list[frozenset[str]] = []
-    damaged: list[frozenset[str]] = []
+    corrupt: list[frozenset[str]] = []
     for number in range(0, len(manifest.shards), 1 + len(manifest.shards) // 4):
         shard = manifest.shards[number]
         try:
@@ -103,13 +103,13 @@ def usual_fields(manifest: Manifest) -> frozenset[str]:
         offset = manifest.offset[manifest.first[number] : manifest.first[number + 1]]
         fields = _common_fields(contents, offset, is_sound)
         if fields is not None:
-            (sound if is_sound else damaged).append(fields)
-    found = sound or damaged
+            (sound if is_sound else corrupt).append(fields)
+    found = sound or corrupt
     return frozenset.intersection(*found) if found else frozenset()
 
 
 def _common_fields(contents: Contents, offset: np.ndarray, is_sound: bool) -> frozenset[str] | None:
-    """The fields that all samples have; of a damaged tar, all that are not beside damage. None if there are none."""
+    """Return the fields that all samples have (of a corrupt tar: all samples not beside corruption), or None."""
     keys = [contents.key_at.get(int(place)) for place in offset]
     if not is_sound:  # nor may the next image be lost: what lay between may have been cut out
         pairs = zip(keys, [*keys[1:], None], strict=True)
@@ -202,7 +202,7 @@ def _verify_sample(
         decode(data)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever they meet in damaged bytes
+    except Exception as error:  # Pillow's plugins raise whatever they meet in corrupt bytes
         problems.append(f"does not decode: {error}")
     return problems
 
@@ -246,7 +246,7 @@ def _find_surplus(task: Task, contents: Contents, label_of: Mapping[str, int]) -
 
 
 def decode(data: bytes) -> None:
-    """Decode an image to its last pixel. Errors: whatever Pillow meets in damaged bytes."""
+    """Decode an image to its last pixel. Errors: whatever Pillow meets in corrupt bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         with Image.open(io.BytesIO(data), formats=[*OPENERS, "PPM"]) as picture:
@@ -291,12 +291,12 @@ def open_manifest(folder: Path, may_finish: bool) -> Manifest:
     """The manifest, whatever its shards are like. Errors: UserError as of `read_manifest`, for an unfinished repair."""
     if is_interrupted(folder):
         if not may_finish:
-            raise UserError("a repair was interrupted", got=folder, cure="start it again: --repair finishes it")
+            raise UserError("a repair was interrupted", got=folder, hint="start it again: --repair finishes it")
         finish_repair(folder)
         print(f"the interrupted repair is finished: {folder}")
     manifest = read_manifest(folder, check_shards=False)
     if outside := [shard.name for shard in manifest.shards if shard.name != os.path.basename(shard.name)]:
-        raise UserError("a shard lies outside the manifest's folder", got=outside[0], allowed=folder)
+        raise UserError("a shard lies outside the manifest's folder", got=outside[0], expected=folder)
     return manifest
 
 
@@ -308,8 +308,8 @@ def refuse_unrepairable(problems: list[Problem]) -> None:
         raise UserError(
             "a repair would remove what may be sound",
             got=f"{found[0]}{more}",
-            allowed="shards that can be read, and that hold no whole sample beyond their manifest's",
-            cure="make the shard readable; where the manifest is stale, delete it and index the tars again (those of "
+            expected="shards that can be read, and that hold no whole sample beyond their manifest's",
+            hint="make the shard readable; where the manifest is stale, delete it and index the tars again (those of "
             "data_prep.shard: delete the shard, --repair --source writes it anew); nothing was changed",
         )
 
@@ -317,16 +317,16 @@ def refuse_unrepairable(problems: list[Problem]) -> None:
 def repair_split(
     manifest: Manifest, problems: list[Problem], source: Path | None, classes: Path | None, num_workers: int
 ) -> int:
-    """Repair what is damaged, and return how many of the problems that mends: not those of tars without a manifest."""
+    """Repair what is corrupt, and return how many of the problems that mends: not those of tars without a manifest."""
     names = {shard.name for shard in manifest.shards}
     problems = [problem for problem in problems if problem.shard in names]
-    damage: Damage = {problem.shard: {} for problem in problems}
+    corruption: Corruption = {problem.shard: {} for problem in problems}
     for problem in problems:
         if problem.sample is not None:
-            damage[problem.shard][problem.sample] = problem.key
-    if damage:
+            corruption[problem.shard][problem.sample] = problem.key
+    if corruption:
         chosen = None if source is None else choose_source(manifest, source, classes)
-        repair(manifest, damage, chosen, num_workers)
+        repair(manifest, corruption, chosen, num_workers)
     return len(problems)
 
 
@@ -361,16 +361,16 @@ def main(arguments: list[str] | None = None) -> None:
     add("--json", type=Path, metavar="FILE", help="write the problems there, as a list of objects")
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
     add = parser.add_argument_group("what to do about it").add_argument
-    add("--repair", action="store_true", help="rewrite damaged shards without the damaged samples")
+    add("--repair", action="store_true", help="rewrite corrupt shards without the corrupt samples")
     add("--source", type=Path, metavar="SOURCE", help="... with them, taken again from what was sharded")
     add("--classes", type=Path, metavar="FILE", help="... where it was sharded with --classes FILE")
     args = parser.parse_args(arguments)
     if args.workers < 1:
-        raise UserError("--workers is too small", got=args.workers, allowed="at least 1")
+        raise UserError("--workers is too small", got=args.workers, expected="at least 1")
     if args.source is not None and not args.repair:
-        raise UserError("--source has no effect without --repair", got=args.source, cure="add --repair")
+        raise UserError("--source has no effect without --repair", got=args.source, hint="add --repair")
     if args.classes is not None and args.source is None:
-        raise UserError("--classes has no effect without --source", got=args.classes, cure="add --source")
+        raise UserError("--classes has no effect without --source", got=args.classes, hint="add --source")
     manifests = [open_manifest(folder, args.repair) for folder in find_folders(args.out)]
     problems_of = [verify(manifest, args.workers) for manifest in manifests]
     problems = [problem for found in problems_of for problem in found]
@@ -387,9 +387,9 @@ def main(arguments: list[str] | None = None) -> None:
         refresh_timm_info(args.out)
     if num_left:
         raise UserError(
-            "shards are damaged" if not args.repair else "tars without a manifest are left as they are",
+            "shards are corrupt" if not args.repair else "tars without a manifest are left as they are",
             got=f"{num_left} problems, listed above",
-            cure="--repair rewrites them; or copy the shards named again, or delete the folder and shard again"
+            hint="--repair rewrites them; or copy the shards named again, or delete the folder and shard again"
             if not args.repair
             else "move them away",
         )

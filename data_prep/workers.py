@@ -49,11 +49,11 @@ def run_tasks(
         while numbers:
             yield from _collect(numbers)
     except BrokenProcessPool:
-        what, cure = (
+        what, hint = (
             "a worker process was killed",
             "if memory ran out, try fewer --workers; start the same command again",
         )
-        raise UserError(what, cure=cure) from None
+        raise UserError(what, hint=hint) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""Write docs/config.md from `gcvit.config.schema`: each knob with its sentence, what it may be, and what configs/ set.
+"""Write docs/config.md from `gcvit.config.schema`: each option with its sentence, its values, and what configs/ set.
 
     python -m docs.config_page
 
@@ -16,23 +16,23 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gcvit.config import schema as knobs
+from gcvit.config import schema as options
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/config.md"
 INTRODUCTION = """\
-# Every knob
+# Every option
 
 This page is made from `gcvit/config/schema.py` by `python -m docs.config_page`, and a test compares the two.
 
-A config is one complete YAML file; those in `configs/` list all knobs. Any of them may follow a command as
-`section.knob=value`: `optim.lr=1e-3`, `ema=null`, `"schedule.cosine=90 epochs"`. The command line goes over the file,
-and the file over the defaults. An unknown knob, a wrong type and a knob that would have no effect are refused, with the
-nearest valid name or with what cures it. `runs/TAG/config.yaml` is what a run was started with, all of it.
+A config is one complete YAML file; those in `configs/` list all options. Any of them may follow a command as
+`section.option=value`: `optim.lr=1e-3`, `ema=null`, `"schedule.cosine=90 epochs"`. The command line goes over the file,
+and the file over the defaults. An unknown option, a wrong type and an option without effect are refused, with the
+nearest valid name or with a hint. `runs/TAG/config.yaml` is what a run was started with, all of it.
 
-- **null** is "absent" or "off"; the knob's sentence says which.
+- **null** is "absent" or "off"; the option's sentence says which.
 - A **duration** is a number and its unit: `20 epochs`, `500 steps`, `1e6 samples`. It is turned into steps once, at the
   start, so it means the same on any number of GPUs.
 - **In configs/**: the value in most of these files, then what others have, whose names are told without `gc_vit_`.
@@ -40,11 +40,11 @@ nearest valid name or with what cures it. `runs/TAG/config.yaml` is what a run w
 MAX_VALUES = 6
 # Kinds that are said better than by their bounds, by the check that makes them.
 KINDS = {
-    knobs.Duration: "duration",
-    knobs.Length: "duration above 0",
-    knobs.Range: "low, high; both above 0",
-    knobs.Profile: "`START:STEPS`",
-    knobs.MicroBatch: "whole number from 1, `auto` or null",
+    options.Duration: "duration",
+    options.Length: "duration above 0",
+    options.Range: "low, high; both above 0",
+    options.Profile: "`START:STEPS`",
+    options.MicroBatch: "whole number from 1, `auto` or null",
 }
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", Any: "anything"}
 
@@ -59,7 +59,7 @@ def write_page() -> str:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; a section that is null is its own value, and has no knobs."""
+    """Values by dotted key; a section that is null is its own value, and has no options."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -82,9 +82,15 @@ def _inner_section(field: FieldInfo) -> type[BaseModel] | None:
 
 def _write_section(name: str, section: type[BaseModel], shipped: dict[str, dict[str, Any]]) -> str:
     title = f"`{name}`" if name else "The run"
-    lines = ["", f"## {title}", "", "| knob | what it does | values | default | in configs/ |", "|---|---|---|---|---|"]
-    for knob, field in section.model_fields.items():
-        key = f"{name}.{knob}".strip(".")
+    lines = [
+        "",
+        f"## {title}",
+        "",
+        "| option | what it does | values | default | in configs/ |",
+        "|---|---|---|---|---|",
+    ]
+    for option, field in section.model_fields.items():
+        key = f"{name}.{option}".strip(".")
         values = describe_values(field.rebuild_annotation())
         default, is_section = _describe_default(field), _inner_section(field) is not None
         if is_section:
@@ -95,7 +101,7 @@ def _write_section(name: str, section: type[BaseModel], shipped: dict[str, dict[
 
 
 def describe_values(annotation: Any) -> str:
-    """What a knob of this type may be, in words."""
+    """What an option of this type may be, in words."""
     for kind, words in KINDS.items():
         if annotation == kind:
             return words

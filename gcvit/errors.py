@@ -1,6 +1,6 @@
 """The errors that end a run on purpose.
 
-A `UserError` says what is wrong, what was got, what is allowed and what cures it. Entry points print it as one
+A `UserError` says what is wrong, what was got, what was expected and a hint. Entry points print it as one
 line and exit with 2 (`runtime/entrypoint.py`), which tells launchers and batch scripts that a restart cannot help.
 """
 
@@ -13,18 +13,18 @@ _PASSING = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO)
 class UserError(ValueError):
     """A mistake the user can mend: bad config, data or checkpoint. Every other exception is a bug or the machine.
 
-    `UserError("unknown config key", got="optim.lrr", allowed="optim.lr", cure="write optim.lr")` reads
-    "unknown config key: got optim.lrr; allowed: optim.lr; cure: write optim.lr".
+    `UserError("unknown config key", got="optim.lrr", expected="optim.lr", hint="write optim.lr")` reads
+    "unknown config key: got optim.lrr; expected: optim.lr; hint: write optim.lr".
 
     `may_pass`: it came of an error that a file system on a network has and loses by itself, so that a restart may help.
     """
 
-    def __init__(self, what: str, *, got: object = None, allowed: object = None, cure: str | None = None):
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None):
         parts = [what if got is None else f"{what}: got {got}"]
-        if allowed is not None:
-            parts.append(f"allowed: {allowed}")
-        if cure is not None:
-            parts.append(f"cure: {cure}")
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if hint is not None:
+            parts.append(f"hint: {hint}")
         super().__init__("; ".join(parts))
         cause = sys.exception()
         self.may_pass = isinstance(cause, OSError) and cause.errno in _PASSING

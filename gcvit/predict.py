@@ -35,7 +35,7 @@ def list_images(places: Sequence[Path]) -> list[Path]:
             continue
         found = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not found:
-            raise UserError("a folder without images", got=place, allowed=", ".join(f"*{end}" for end in SUFFIXES))
+            raise UserError("a folder without images", got=place, expected=", ".join(f"*{end}" for end in SUFFIXES))
         images += found
     return images
 
@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for option, value in (("--top", arguments.top), ("--batch-size", arguments.batch_size)):
         if value < 1:
-            raise UserError(option, got=value, allowed="1 or more")
+            raise UserError(option, got=value, expected="1 or more")
     images = list_images(arguments.images)
     classifier = open_classifier(arguments.checkpoint, arguments.model)
     print(classifier.origin, file=sys.stderr, flush=True)

@@ -22,6 +22,6 @@ for host in "$@"; do
     count=$slots
     # -n: ssh would read this script's standard input.
     [[ -n $count ]] || count=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" 'nvidia-smi --list-gpus | wc -l')
-    [[ $count =~ ^[1-9][0-9]*$ ]] || { echo "error: $host: got $count GPUs; cure: --slots N" >&2; exit 2; }
+    [[ $count =~ ^[1-9][0-9]*$ ]] || { echo "error: $host: got $count GPUs; hint: --slots N" >&2; exit 2; }
     echo "$host slots=$count"
 done

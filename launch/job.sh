@@ -20,7 +20,7 @@ job_dir=$JOBS_DIR/$SLURM_JOB_ID
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$share}"
 export GCVIT_REPORT_DIR="$job_dir/restart_$restart" NODES="${nodes[*]/%/$NODE_NAME_SUFFIX}"
 export LAUNCHER="${LAUNCHER:-torchrun}"
-mkdir -p "$GCVIT_REPORT_DIR" || die "cannot write JOBS_DIR=$JOBS_DIR; cure: set it in launch/env.sh"
+mkdir -p "$GCVIT_REPORT_DIR" || die "cannot write JOBS_DIR=$JOBS_DIR; hint: set it in launch/env.sh"
 rm -f "$GCVIT_REPORT_DIR"/*
 ((restart)) || rm -f "$job_dir/failures" # of an older job of this number
 

@@ -2,7 +2,7 @@
 
     python launch/job_outcome.py REPORT_DIR PROCESSES_PER_NODE CODE_OF_SRUN NODE...
 
-0: all finished; 75: preempted, go on later; 2: a restart cannot cure it; 1: crashed, hung, killed, or preempted before
+0: all finished; 75: preempted, go on later; 2: a restart cannot mend it; 1: crashed, hung, killed, or preempted before
 the first step, to be tried again. Every process leaves a report where it can; the cause is what was first. One that was
 killed, by the system for its memory say, leaves none, and the others' reports say only that they lost the connection to
 it; torchrun's own word (torchrun_agent.py) says which one it was.
@@ -51,7 +51,7 @@ def judge(
         return FINISHED, f"finished: all {size} processes"
     without = f"; no report of {describe_ranks(silent, num_processes, nodes)}" if silent else ""
     if of["user error"]:
-        return USER_ERROR, f"not to be cured by a restart: {describe(of['user error'][0])}{without}"
+        return USER_ERROR, f"a restart cannot mend it: {describe(of['user error'][0])}{without}"
     if of["hung"]:
         # One that was stopped finds no hang itself; the others wait for it, and find theirs at about the same time.
         others = sorted({*range(size)} - {report["rank"] for report in of["hung"]})

@@ -4,7 +4,7 @@
     judge ANSWERS HOST...             on the first: compare; name the bad ones on stderr, list them on stdout
     silent ANSWERS HOST...            after an all-reduce that failed: the nodes that did not come to it
 
-Exit code 0: fit; 1: bad nodes; 2: the command is wrong, which no other node can cure.
+Exit code 0: fit; 1: bad nodes; 2: the command is wrong, which no other node can mend.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 # Ask all nodes of a job whether they are fit, before a training takes them; by job.sh, or by hand in an allocation:
 #     salloc --nodes 4 --gpus-per-node 8 launch/preflight.sh train.py --config configs/X.yaml --data_dir DIR
 #
-# Exit code 0: all are. 2: a restart cannot cure it. 1: the nodes that are not are named, and listed, divided by
+# Exit code 0: all are. 2: a restart cannot mend it. 1: the nodes that are not are named, and listed, divided by
 # commas, in the file bad_nodes of GCVIT_REPORT_DIR. Each phase has its own time limit, whatever the nodes do.
 set -euo pipefail
 source launch/allocation.sh

@@ -67,8 +67,8 @@ def check_room(config: Any) -> None:
     free = shutil.disk_usage(config.output_dir).free
     words = f"{num_more} checkpoints of {num_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB free in {config.output_dir}"
     if num_more * num_bytes > free:
-        cure = "set output_dir, or lower trainer.keep_checkpoints"
-        raise UserError("there is no room for the checkpoints", got=words, cure=cure)
+        hint = "set output_dir, or lower trainer.keep_checkpoints"
+        raise UserError("there is no room for the checkpoints", got=words, hint=hint)
     print(f"pre-flight: room for {words}", file=sys.stderr)
 
 

@@ -16,7 +16,7 @@ flock 9
 mapfile -t tars < <(cd "$source" && find . -type f -name '*.tar' | sort)
 mapfile -t others < <(cd "$source" && find . -type f ! -name '*.tar' ! -name '.*' | sort)
 files=("${tars[@]}" "${others[@]}")
-((${#tars[@]})) || { echo "error: no shards: got $source; cure: name a folder of data_prep.shard" >&2; exit 2; }
+((${#tars[@]})) || { echo "error: no shards: got $source; hint: name a folder of data_prep.shard" >&2; exit 2; }
 comm -13 <(printf '%s\n' "${files[@]}" | sort) <(cd "$target" && find . -type f ! -name .staging | sort) |
     (cd "$target" && xargs --no-run-if-empty --delimiter '\n' rm --)
 number=0 copied=0 told=$SECONDS

@@ -22,17 +22,17 @@ gather() {
         case $1 in
             --platform) platform=$2 ;;
             --extras) extras=$2 ;;
-            *) echo "error: got $1; allowed: --platform, --extras" >&2; exit 2 ;;
+            *) echo "error: got $1; expected: --platform, --extras" >&2; exit 2 ;;
         esac
         shift 2
     done
     [[ $platform =~ ^manylinux_2_([0-9]+)_(.+)$ ]] ||
-        { echo "error: --platform: got $platform; allowed: manylinux_2_28_x86_64 and the like" >&2; exit 2; }
+        { echo "error: --platform: got $platform; expected: manylinux_2_28_x86_64 and the like" >&2; exit 2; }
     # A platform takes wheels for all older C libraries too, but pip takes a --platform by its name.
     local glibc machine=${BASH_REMATCH[2]} platforms=(--platform "linux_${BASH_REMATCH[2]}")
     for ((glibc = BASH_REMATCH[1]; glibc >= 5; glibc--)); do platforms+=(--platform "manylinux_2_${glibc}_$machine"); done
     platforms+=(--platform "manylinux2014_$machine" --platform "manylinux2010_$machine" --platform "manylinux1_$machine")
-    [[ $(uname -s) == Linux ]] || { echo "error: got $(uname -s); allowed: Linux, as on the cluster" >&2; exit 2; }
+    [[ $(uname -s) == Linux ]] || { echo "error: got $(uname -s); expected: Linux, as on the cluster" >&2; exit 2; }
     local needed
     needed=$(requirements "$extras")
     mkdir -p "$folder"
@@ -57,7 +57,7 @@ requirements() { # of pyproject.toml, with those of some of its extras, which ar
 	def of(names):
 	    for name in filter(None, names.split(",")):
 	        if name not in extras:
-	            print(f"error: --extras: got {name}; allowed: {', '.join(extras)}", file=sys.stderr)
+	            print(f"error: --extras: got {name}; expected: {', '.join(extras)}", file=sys.stderr)
 	            sys.exit(2)
 	        for line in extras[name]:
 	            own = re.fullmatch(rf"{project['name']}\[(.*)\]", line)  # "all" is a list of the others

@@ -41,7 +41,7 @@ def list_members(descriptor: int, where: str, begin: int, length: int) -> Iterat
     """The files of the tar in the `length` bytes from `begin`, in their order; folders are passed over.
 
     Knows ustar, GNU's long names and pax headers. `where` names the tar in messages. Errors: UserError for a tar that
-    is compressed, damaged or truncated, and for links, devices and sparse files; OSError.
+    is compressed, corrupt or truncated, and for links, devices and sparse files; OSError.
     """
     position, end = begin, begin + length
     pax: dict[bytes, bytes] = {}  # what extended headers say of the next member
@@ -60,7 +60,7 @@ def list_members(descriptor: int, where: str, begin: int, length: int) -> Iterat
         if kind == b"5":  # some writers gave folders a size, of no bytes
             position, pax = payload, {}
         elif position > end:
-            raise UserError("a tar is truncated", got=f"{where} in the member at byte {payload - begin}", cure=_COPY)
+            raise UserError("a tar is truncated", got=f"{where} in the member at byte {payload - begin}", hint=_COPY)
         elif kind in (b"0", b"\0", b"7"):
             name = pax.get(b"path") or _name(header)
             if kind == b"0" or not name.endswith(b"/"):  # a folder, before tars had a mark for it
@@ -79,7 +79,7 @@ def list_members(descriptor: int, where: str, begin: int, length: int) -> Iterat
         rest = os.pread(descriptor, min(_SCAN_BYTES, end - position), position)
         if rest.count(0) < len(rest) or not rest:
             got = f"{where} has bytes behind its end at byte {position - begin}"
-            raise UserError("two tars in one file, or a damaged one", got=got, cure="pack it again")
+            raise UserError("two tars in one file, or a corrupt one", got=got, hint="pack it again")
         position += len(rest)
 
 
@@ -107,10 +107,10 @@ def _parse_pax(data: bytes, where: str) -> dict[bytes, bytes]:
         length = int(digits) if digits.isdigit() else 0
         key, sign, value = data[len(digits) + 1 : length - 1].partition(b"=")
         if not (blank and sign and length <= len(data) and data[length - 1 : length] == b"\n"):
-            raise UserError("a tar is damaged", got=f"{where}: an extended header cannot be read", cure=_COPY)
+            raise UserError("a tar is corrupt", got=f"{where}: an extended header cannot be read", hint=_COPY)
         records[key], data = value, data[length:]
     if not records.get(b"size", b"0").isdigit():
-        raise UserError("a tar is damaged", got=f"{where}: a size of {records[b'size']!r}", cure=_COPY)
+        raise UserError("a tar is corrupt", got=f"{where}: a size of {records[b'size']!r}", hint=_COPY)
     return records
 
 
@@ -118,13 +118,13 @@ def _explain(header: bytes, where: str, position: int) -> UserError:
     """Why there is no header in this place."""
     command = next((command for magic, command in _MAGICS.items() if header.startswith(magic)), None)
     if position == 0 and command is not None:
-        what, cure = "a compressed archive, whose members cannot be read singly", f"unpack it to a plain tar: {command}"
-        return UserError(what, got=where, cure=cure)
+        what, hint = "a compressed archive, whose members cannot be read singly", f"unpack it to a plain tar: {command}"
+        return UserError(what, got=where, hint=hint)
     if len(header) < _BLOCK:
-        return UserError("a tar is truncated", got=f"{where} at byte {position}", cure=_COPY)
-    return UserError("no tar, or a damaged one", got=f"{where} at byte {position}", cure=_COPY)
+        return UserError("a tar is truncated", got=f"{where} at byte {position}", hint=_COPY)
+    return UserError("no tar, or a corrupt one", got=f"{where} at byte {position}", hint=_COPY)
 
 
 def _refuse(where: str, name: bytes, kind: str) -> UserError:
     got = f"{where}: {os.fsdecode(name)!r}, {kind}"
-    return UserError("a member is no plain file", got=got, cure="pack the tar again without it")
+    return UserError("a member is no plain file", got=got, hint="pack the tar again without it")

@@ -2,7 +2,7 @@
 
 In the style of timm's ImageNet, KEY.jpg and KEY.cls with the label as text; in the style of open_clip, KEY.jpg and
 KEY.json with a label among its fields. `index_tar` finds them in sound tars, and skips the images unless their
-checksums are asked for; `Contents` finds what there is in damaged ones.
+checksums are asked for; `Contents` finds what there is in corrupt ones.
 """
 
 import hashlib

@@ -112,7 +112,7 @@ def merge(folder: Path) -> Manifest:
         # Another process may have been faster and have tidied up already: its manifest was there before that.
         if not (folder / FILE_NAME).exists():
             if isinstance(error, OSError):
-                raise UserError("cannot write the manifest", got=f"{folder} ({error.strerror})", cure=AGAIN) from None
+                raise UserError("cannot write the manifest", got=f"{folder} ({error.strerror})", hint=AGAIN) from None
             raise
     manifest = read_manifest(folder)
     for shard in manifest.shards:
@@ -128,7 +128,7 @@ def merge(folder: Path) -> Manifest:
 def _write_manifest(folder: Path) -> None:
     mark = read_mark(folder)
     if mark is None:
-        raise UserError("no interrupted sharding here", got=folder, allowed=f"a folder with {MARK}", cure=AGAIN)
+        raise UserError("no interrupted sharding here", got=folder, expected=f"a folder with {MARK}", hint=AGAIN)
     names = [mark.shard_name(number) for number in range(mark.num_shards)]
     sidecars = [read_sidecar(folder / name, mark.plan) for name in names]
     if missing := [name for name, sidecar in zip(names, sidecars, strict=True) if sidecar is None]:
@@ -136,7 +136,7 @@ def _write_manifest(folder: Path) -> None:
         raise UserError(
             f"{len(missing):,} of {mark.num_shards:,} shards are not complete: {folder}",
             got=", ".join(missing[:5]) + more,
-            cure=AGAIN,
+            hint=AGAIN,
         )
     whole = [sidecar for sidecar in sidecars if sidecar is not None]
     columns = {name: np.concatenate([sidecar.columns[name] for sidecar in whole]) for name in COLUMNS}

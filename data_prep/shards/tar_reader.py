@@ -1,7 +1,7 @@
 """Where the members of a tar lie, whoever made it: one pass over its headers, which skips what the members hold.
 
 Knows ustar with its prefixes, GNU long names and sizes, and pax headers, and checks each header's checksum, so
-that a damaged header is never followed. A member's name is a text here, never a path.
+that a corrupt header is never followed. A member's name is a text here, never a path.
 """
 
 import os
@@ -159,7 +159,7 @@ class TarReader:
         kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), None)
         if position == 0 and kind is not None:
             return BrokenTar(0, f"compressed with {kind}")
-        return BrokenTar(start, "a damaged header" if position else "no tar")
+        return BrokenTar(start, "a corrupt header" if position else "no tar")
 
     def _read_extended(self, position: int, size: int, start: int) -> bytes:
         if size > MAX_TEXT_BYTES:
@@ -224,5 +224,5 @@ def _read_pax(text: bytes, position: int) -> tuple[str | None, int | None]:
                 raise BrokenTar(position, "a sparse member, whose bytes do not lie together")
             start = end
     except ValueError:
-        raise BrokenTar(position, "a damaged pax header") from None
+        raise BrokenTar(position, "a corrupt pax header") from None
     return name, size

@@ -133,7 +133,7 @@ def write_shard(task: Task) -> Result:
         raise UserError(
             "cannot write a shard",
             got=f"{task.tar_path} ({error.strerror})",
-            cure="mend that and start the same command again; complete shards are kept",
+            hint="mend that and start the same command again; complete shards are kept",
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

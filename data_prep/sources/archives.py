@@ -48,7 +48,7 @@ def first_member(tar: Path) -> str:
 def scan_class_tars(folder: Path, files: list[str]) -> tuple[list[str], Spans]:
     """CLASS/name of each image in the tars CLASS.tar in `folder`, sorted by class and then by name; and its place.
 
-    Errors: UserError for a tar that is compressed, damaged or empty, and for members that are no plain files.
+    Errors: UserError for a tar that is compressed, corrupt or empty, and for members that are no plain files.
     """
     files = sorted(files, key=_class_of)
     found = []
@@ -69,7 +69,7 @@ def scan_nested(tar: Path) -> tuple[list[str], Spans]:
                 continue
             if not name.endswith(".tar") or _class_of(name) in inner:
                 what = "two tars of one class" if name.endswith(".tar") else "a member that is no class tar"
-                raise UserError(what, got=f"{tar}: {member.name}", allowed="CLASS.tar, one each", cure="pack it again")
+                raise UserError(what, got=f"{tar}: {member.name}", expected="CLASS.tar, one each", hint="pack it again")
             inner[_class_of(name)] = member
         found = []
         for name, (path, offset, length) in sorted(inner.items()):
@@ -81,7 +81,7 @@ def scan_nested(tar: Path) -> tuple[list[str], Spans]:
 def scan_validation(tar: Path, kit: Path) -> tuple[list[str], Spans, tuple[str, ...]]:
     """WNID/name of each image in ILSVRC's validation tar, sorted; its place; and the sorted WNIDs of all classes.
 
-    Errors: UserError for archives that are damaged or do not belong together.
+    Errors: UserError for archives that are corrupt or do not belong together.
     """
     classes, wnid_of_image = read_kit(kit)
     members_of: dict[str, list[Member]] = {name: [] for name in classes}
@@ -90,13 +90,13 @@ def scan_validation(tar: Path, kit: Path) -> tuple[list[str], Spans, tuple[str, 
             match = _VAL_IMAGE.fullmatch(member.name.rsplit("/", 1)[-1])
             number = int(match[1]) if match else 0
             if match is None or not 1 <= number <= len(wnid_of_image):
-                allowed = f"ILSVRC2012_val_00000001.JPEG to {len(wnid_of_image):08d}, as {kit.name} lists them"
-                raise UserError("an image without a label", got=f"{tar}: {member.name}", allowed=allowed)
+                expected = f"ILSVRC2012_val_00000001.JPEG to {len(wnid_of_image):08d}, as {kit.name} lists them"
+                raise UserError("an image without a label", got=f"{tar}: {member.name}", expected=expected)
             members_of[wnid_of_image[number - 1]].append(member._replace(name=match[0]))
     num_images = sum(len(members) for members in members_of.values())
     if num_images != len(wnid_of_image):
         got = f"{num_images:,} images in {tar}, {len(wnid_of_image):,} labels in {kit}"
-        raise UserError("images and labels of the validation set differ in number", got=got, cure="fetch both again")
+        raise UserError("images and labels of the validation set differ in number", got=got, hint="fetch both again")
     found = [_sort_class(name, members, str(tar)) for name, members in members_of.items() if members]
     return *_join(("",), [0] * len(found), found), classes
 
@@ -110,9 +110,9 @@ def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError(f"the kit's {META} needs SciPy, which is missing", cure="pip install scipy") from None
+        raise UserError(f"the kit's {META} needs SciPy, which is missing", hint="pip install scipy") from None
     if not kit.exists():
-        raise UserError("the labels of the validation images are missing", got=kit, cure="put it beside the images")
+        raise UserError("the labels of the validation images are missing", got=kit, hint="put it beside the images")
     try:
         data: dict[str, bytes] = {}
         with tarfile.open(kit) as tar:
@@ -124,11 +124,11 @@ def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
         fields = [synsets[name] for name in ("ILSVRC2012_ID", "WNID", "num_children")]
         wnid_of = {int(number): str(wnid) for number, wnid, children in zip(*fields, strict=True) if int(children) == 0}
         wnid_of_image = [wnid_of[int(number)] for number in data[TRUTH].split()]
-    except Exception as error:  # tarfile, zlib, loadmat and NumPy raise whatever they meet in damaged bytes
+    except Exception as error:  # tarfile, zlib, loadmat and NumPy raise whatever they meet in corrupt bytes
         got = f"{kit} ({type(error).__name__}: {' '.join(str(error).split())})"
-        raise UserError("ILSVRC's development kit cannot be read", got=got, cure="fetch it again") from None
+        raise UserError("ILSVRC's development kit cannot be read", got=got, hint="fetch it again") from None
     if malformed := [wnid for wnid in wnid_of.values() if not re.fullmatch(r"n\d{8}", wnid)]:
-        raise UserError("the development kit names no WordNet id", got=f"{kit}: {malformed[0]!r}", allowed="n01440764")
+        raise UserError("the development kit names no WordNet id", got=f"{kit}: {malformed[0]!r}", expected="n01440764")
     return tuple(sorted(wnid_of.values())), wnid_of_image
 
 
@@ -144,7 +144,7 @@ def _sort_class(name: str, members: Iterable[Member], where: str) -> _Class:
         if image is not None:
             found.append(Member(f"{name}/{image}", offset, length))
     if not found:
-        raise UserError("a class tar holds no images", got=where, cure="remove it or fill it")
+        raise UserError("a class tar holds no images", got=where, hint="remove it or fill it")
     found.sort()
     paths, offsets, lengths = zip(*found, strict=True)
     return _Class(list(paths), np.array(offsets, np.int64), np.array(lengths, np.int64))
@@ -157,18 +157,20 @@ def _image_name(class_name: str, path: str, where: str) -> str | None:
         if len(parts) == 2 and parts[0] == class_name:
             del parts[0]
     if len(parts) != 1 or parts[0] == "..":
-        got, allowed = f"{where}: {path!r}", f"NAME, or {class_name}/NAME"
-        raise UserError("a class tar's images lie in folders", got=got, allowed=allowed, cure="unpack it, or repack it")
+        got, expected = f"{where}: {path!r}", f"NAME, or {class_name}/NAME"
+        raise UserError(
+            "a class tar's images lie in folders", got=got, expected=expected, hint="unpack it, or repack it"
+        )
     if parts[0].lower().endswith(ARCHIVES):
-        got, cure = f"{where}: {path!r}", "name a tar of class tars itself as SOURCE; unpack others"
-        raise UserError("an archive in a class tar", got=got, cure=cure)
+        got, hint = f"{where}: {path!r}", "name a tar of class tars itself as SOURCE; unpack others"
+        raise UserError("an archive in a class tar", got=got, hint=hint)
     return None if parts[0].startswith(".") else parts[0]
 
 
 def _join(files: tuple[str, ...], numbers: Iterable[int], found: list[_Class]) -> tuple[list[str], Spans]:
     """Put classes together, the i-th of which lies in file `numbers[i]` of `files`."""
     if not found:
-        raise UserError("an archive holds no class tars", got=files, allowed="CLASS.tar for each class")
+        raise UserError("an archive holds no class tars", got=files, expected="CLASS.tar for each class")
     file = np.repeat(np.fromiter(numbers, np.int32), [len(part.paths) for part in found])
     offset, length = (np.concatenate([part[column] for part in found]) for column in (1, 2))
     return [path for part in found for path in part.paths], Spans(files, file, offset, length)

@@ -20,12 +20,12 @@ def list_tree(root: Path) -> list[str]:
     folders, files = list_folder(root)
     refuse_loose(root, files)
     if not folders:
-        raise UserError("the source holds no class folders", got=root, allowed=LAYOUT, cure="check the path")
+        raise UserError("the source holds no class folders", got=root, expected=LAYOUT, hint="check the path")
     paths: list[str] = []
     for name in sorted(folders):
         found = sorted(_walk(root, name))
         if not found:
-            raise UserError("a class folder holds no images", got=root / name, cure="remove it or fill it")
+            raise UserError("a class folder holds no images", got=root / name, hint="remove it or fill it")
         paths += found
     return paths
 
@@ -54,12 +54,12 @@ def refuse_loose(root: Path, files: list[str]) -> None:
     """Images and archives beside the class folders would be lost in silence; other files may stay."""
     for name in sorted(files):
         if name.lower().endswith(ARCHIVES):
-            what, cure = "an archive in place of a class folder", "unpack or remove it"
+            what, hint = "an archive in place of a class folder", "unpack or remove it"
         elif name.lower().endswith(PICTURES):
-            what, cure = "an image outside a class folder", "move or remove it"
+            what, hint = "an image outside a class folder", "move or remove it"
         else:
             continue
-        raise UserError(what, got=root / name, allowed=LAYOUT, cure=cure)
+        raise UserError(what, got=root / name, expected=LAYOUT, hint=hint)
 
 
 def _walk(root: Path, folder: str) -> Iterator[str]:

@@ -24,16 +24,16 @@ def read_class_map(path: Path) -> tuple[str, ...]:
     lines = [line for line in text.split("\n") if line.strip()]
     classes = [line.partition("\t")[0].strip() if "\t" in line else line.split()[0] for line in lines]
     if not classes:
-        raise UserError("the class map is empty", got=path, allowed="the name of a class folder a line")
+        raise UserError("the class map is empty", got=path, expected="the name of a class folder a line")
     if wrong := [name for name in classes if name.startswith(".") or "/" in name or not name]:
         got = f"{wrong[0]!r} in {path}"
-        raise UserError("no class folder can be called this", got=got, allowed="a name without slash or first dot")
+        raise UserError("no class folder can be called this", got=got, expected="a name without slash or first dot")
     line_of: dict[str, int] = {}
     for number, name in enumerate(classes):
         if line_of.setdefault(name, number) != number:
             got = f"{name} on lines {line_of[name] + 1} and {number + 1} of {path}"
-            cure = "remove one; a name that holds blanks ends at a tab"
-            raise UserError("the class map names a class twice", got=got, cure=cure)
+            hint = "remove one; a name that holds blanks ends at a tab"
+            raise UserError("the class map names a class twice", got=got, hint=hint)
     return tuple(classes)
 
 
@@ -50,6 +50,6 @@ def _find_timm_list(name: str) -> Path:
         raise UserError(
             "no such class map",
             got=f"--classes {name}",
-            allowed=f"a text file, or of timm's: {', '.join(sorted(lists)) or 'none, since timm is not installed'}",
+            expected=f"a text file, or of timm's: {', '.join(sorted(lists)) or 'none, since timm is not installed'}",
         )
     return lists[name]

@@ -82,24 +82,24 @@ def find_sources(
     `root` is one of KINDS. Labels number the sorted classes of `train`, for `val` too; with `classes` they number the
     lines of that file (see `read_class_map`), and some may have no images; parquet files bring theirs.
     `val_fraction` takes a `val` out of what has none (see `choose_val`). Errors: UserError for a source that is
-    missing, empty, unclear, damaged or compressed, a class without files or that train lacks, two files with one key.
+    missing, empty, unclear, corrupt or compressed, a class without files or that train lacks, two files with one key.
     """
     class_map = None if classes is None else read_class_map(classes)
     if not root.exists():
-        raise UserError("the source is missing", got=root, allowed=KINDS, cure="check the path")
+        raise UserError("the source is missing", got=root, expected=KINDS, hint="check the path")
     found = _find_in_folder(root, split, class_map) if root.is_dir() else _find_in_tar(root, split)
     if split is not None and (found.has_splits or val_fraction is not None):
         why = f"{root} has its own splits" if found.has_splits else "--val-fraction makes train and val"
         alone = next((part.root for part in found.parts if part.root != root), None)
-        cure = "leave it out" if alone is None else f"leave it out, or name one of them: {alone}"
-        raise UserError(f"--split has no effect: {why}", got=f"--split {split}", cure=cure)
+        hint = "leave it out" if alone is None else f"leave it out, or name one of them: {alone}"
+        raise UserError(f"--split has no effect: {why}", got=f"--split {split}", hint=hint)
     parts, has_splits = found.parts, found.has_splits
     names = class_map or found.classes or tuple(name for name, _ in group_classes(parts[0].paths))
     labels = [_number_classes(part, names, "train" if class_map is None else "the class map") for part in parts]
     if val_fraction is not None:
         if any(part.split == "val" for part in parts):
-            cure = "leave it out, or name the train part alone"
-            raise UserError("--val-fraction has no effect: there is a val already", got=parts[-1].root, cure=cure)
+            hint = "leave it out, or name the train part alone"
+            raise UserError("--val-fraction has no effect: there is a val already", got=parts[-1].root, hint=hint)
         parts, labels = _divide(parts[0], labels[0], val_fraction, seed)
         has_splits = True
     return [
@@ -114,7 +114,7 @@ def spooled(source: Source, chosen: np.ndarray, folder: Path) -> Iterator[Source
 
     `chosen` are sample numbers [n]; of others the places must not be asked. Their bytes are copied, file after file,
     into one file in `folder`, which is removed afterwards; so is what a killed run left there. Errors: UserError for
-    a damaged file, a row without an image, a full disk.
+    a corrupt file, a row without an image, a full disk.
     """
     if not isinstance(source.where, Rows):
         yield source
@@ -125,16 +125,16 @@ def spooled(source: Source, chosen: np.ndarray, folder: Path) -> Iterator[Source
 
 def _find_in_tar(tar: Path, split: str | None) -> _Found:
     if not tar.name.lower().endswith(".tar"):
-        cure = "unpack it first" if tar.name.lower().endswith(ARCHIVES) else "check the path"
-        raise UserError("the source is no directory and no tar", got=f"{tar} (a file)", allowed=KINDS, cure=cure)
+        hint = "unpack it first" if tar.name.lower().endswith(ARCHIVES) else "check the path"
+        raise UserError("the source is no directory and no tar", got=f"{tar} (a file)", expected=KINDS, hint=hint)
     name = first_member(tar)
     if name.endswith(".tar"):
         return _Found([_Part(tar, split or "train", *scan_nested(tar))], False)
     if re.search(r"(^|/)ILSVRC2012_val_", name):
         paths, spans, classes = scan_validation(tar, tar.parent / KIT)
         return _Found([_Part(tar, split or "val", paths, spans)], False, classes)
-    got, cure = f"{tar} with {name!r} in it", "name the folder of the class tars, or unpack it"
-    raise UserError("a tar of neither class tars nor ILSVRC's validation images", got=got, allowed=KINDS, cure=cure)
+    got, hint = f"{tar} with {name!r} in it", "name the folder of the class tars, or unpack it"
+    raise UserError("a tar of neither class tars nor ILSVRC's validation images", got=got, expected=KINDS, hint=hint)
 
 
 def _find_in_folder(root: Path, split: str | None, class_map: tuple[str, ...] | None) -> _Found:
@@ -145,8 +145,8 @@ def _find_in_folder(root: Path, split: str | None, class_map: tuple[str, ...] | 
         raise UserError(
             "labels come from train's classes, and there is no train folder",
             got=root,
-            allowed=LAYOUT,
-            cure=f"add it, name the classes with --classes, or shard {root / 'val'} alone with --split val",
+            expected=LAYOUT,
+            hint=f"add it, name the classes with --classes, or shard {root / 'val'} alone with --split val",
         )
     if splits:
         # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
@@ -193,8 +193,8 @@ def _number_classes(part: _Part, classes: tuple[str, ...], by_whom: str) -> list
         raise UserError(
             f"{part.split} has {len(unknown)} classes that {by_whom} lacks",
             got=", ".join(f"{part.root}: {name}" for name in unknown[:3]),
-            allowed=f"the {len(classes)} classes of {by_whom}",
-            cure=f"rename or remove them, or add them to {by_whom}",
+            expected=f"the {len(classes)} classes of {by_whom}",
+            hint=f"rename or remove them, or add them to {by_whom}",
         )
     return labels
 
@@ -208,8 +208,8 @@ def _refuse_collisions(root: Path, paths: list[str]) -> None:
             raise UserError(
                 f"two files have one key, {encode_key(path)}",
                 got=f"{root}: {other} and {path}",
-                allowed="names that differ in more than the extension",
-                cure="rename or remove one",
+                expected="names that differ in more than the extension",
+                hint="rename or remove one",
             )
 
 

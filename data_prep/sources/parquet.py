@@ -58,11 +58,11 @@ def find_parquet(root: Path) -> tuple[Path, dict[str | None, list[str]]] | None:
             if match is None or match[1] in _SPLITS:
                 splits.setdefault(_SPLITS[match[1]] if match else None, []).append(name)
         if None in splits and len(splits) > 1:
-            allowed = "train-*.parquet and validation-*.parquet, or no splits in any name"
-            got, cure = folder / splits[None][0], "rename or remove it"
-            raise UserError("a parquet file of no known split", got=got, allowed=allowed, cure=cure)
+            expected = "train-*.parquet and validation-*.parquet, or no splits in any name"
+            got, hint = folder / splits[None][0], "rename or remove it"
+            raise UserError("a parquet file of no known split", got=got, expected=expected, hint=hint)
         if names and not splits:
-            raise UserError("a test set has no labels to train on", got=folder / names[0], allowed="train, validation")
+            raise UserError("a test set has no labels to train on", got=folder / names[0], expected="train, validation")
         if names:
             return folder, splits
     return None
@@ -87,7 +87,7 @@ def scan_parquet(
     names = tables[0].names or class_map or tuple(f"{label:0{digits}d}" for label in range(num_labels))
     if num_labels > len(names):
         got = f"{folder} with label {num_labels - 1}"
-        raise UserError("a label has no name", got=got, allowed=f"the {len(names)} classes that have one")
+        raise UserError("a label has no name", got=got, expected=f"the {len(names)} classes that have one")
     return [_name_samples(table, names) for table in tables], names
 
 
@@ -97,7 +97,7 @@ def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iter
 
     Spans of other samples are negative. The file is removed at the end, and at the start those that this host's killed
     runs left: a living one holds a lock on its own.
-    Errors: UserError for a row without bytes, a damaged file, a full disk.
+    Errors: UserError for a row without bytes, a corrupt file, a full disk.
     """
     _remove_orphans(folder)
     with ExitStack() as stack:
@@ -107,9 +107,9 @@ def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iter
             stack.callback(path.unlink)
             spans = _copy_rows(root, rows, chosen, file, path.name)
         except OSError as error:  # of writing: what reading meets is a UserError already
-            cure = "free as much space as the images of this part take"
+            hint = "free as much space as the images of this part take"
             got = f"{folder} ({error.strerror})"
-            raise UserError("cannot write the images of parquet files", got=got, cure=cure) from None
+            raise UserError("cannot write the images of parquet files", got=got, hint=hint) from None
         yield spans
 
 
@@ -131,7 +131,7 @@ def _read_table(folder: Path, files: list[str]) -> _Table:
         if len(wrong := np.flatnonzero((label < 0) | (label >= _MAX_CLASSES))):
             got = f"{folder / file}: row {wrong[0]} with {label[wrong[0]]}"
             raise UserError(
-                "a row has no label", got=got, allowed=f"0 to {_MAX_CLASSES - 1:,}", cure="remove such rows"
+                "a row has no label", got=got, expected=f"0 to {_MAX_CLASSES - 1:,}", hint="remove such rows"
             )
         assert len(image_names) == first + len(label)
         labels.append(label)
@@ -155,7 +155,7 @@ def _check_schema(path: Path, schema: Any) -> bool:
         if data is not None and (types.is_binary(data) or types.is_large_binary(data)):
             return name is not None and (types.is_string(name) or types.is_large_string(name))
     got = ", ".join(f"{field.name}: {field.type}" for field in schema)
-    raise UserError("a parquet file has other columns", got=f"{path} with {got}", allowed=_COLUMNS)
+    raise UserError("a parquet file has other columns", got=f"{path} with {got}", expected=_COLUMNS)
 
 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
@@ -166,7 +166,7 @@ def _class_names(schema: Any) -> tuple[str, ...] | None:
     except (ValueError, LookupError, TypeError):
         return None
     if "" in names or len(set(names)) < len(names):
-        raise UserError("the parquet files' classes have no names of their own", got=names, allowed="all different")
+        raise UserError("the parquet files' classes have no names of their own", got=names, expected="all different")
     return names or None
 
 
@@ -208,7 +208,7 @@ def _copy_rows(root: Path, rows: Rows, chosen: np.ndarray, out: BinaryIO, name: 
                     if data is None:
                         got = f"{root / file}: row {rows.row[sample]}"
                         raise UserError(
-                            "a row holds no image", got=got, cure="write the bytes into the file, not a path"
+                            "a row holds no image", got=got, hint="write the bytes into the file, not a path"
                         )
                     offset[sample], length[sample] = out.tell(), data.size
                     out.write(data)
@@ -255,16 +255,16 @@ def _remove_orphans(folder: Path) -> None:
 
 
 def _open(path: Path) -> Any:
-    """A ParquetFile, which reads its file's footer. Errors: UserError for a damaged file, and without pyarrow."""
+    """A ParquetFile, which reads its file's footer. Errors: UserError for a corrupt file, and without pyarrow."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError("parquet files need pyarrow, which is missing", cure="pip install pyarrow") from None
+        raise UserError("parquet files need pyarrow, which is missing", hint="pip install pyarrow") from None
     try:
         return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError("cannot read a parquet file", got=f"{path} ({error})", cure="fetch it again") from None
+        raise UserError("cannot read a parquet file", got=f"{path} ({error})", hint="fetch it again") from None
 
 
 def _read(path: Path, columns: list[str], num_rows: int, group: int | None = None) -> Iterator[Any]:
@@ -274,4 +274,4 @@ def _read(path: Path, columns: list[str], num_rows: int, group: int | None = Non
     try:
         yield from _open(path).iter_batches(num_rows, None if group is None else [group], columns)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError("cannot read a parquet file", got=f"{path} ({error})", cure="fetch it again") from None
+        raise UserError("cannot read a parquet file", got=f"{path} ({error})", hint="fetch it again") from None

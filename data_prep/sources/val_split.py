@@ -18,7 +18,7 @@ def choose_val(paths: list[str], val_fraction: float, seed: int) -> np.ndarray:
     with the highest hash in train. Errors: UserError for a fraction out of range, or too small for any sample.
     """
     if not 0 < val_fraction < 1:
-        raise UserError("--val-fraction is out of range", got=val_fraction, allowed="above 0 and below 1")
+        raise UserError("--val-fraction is out of range", got=val_fraction, expected="above 0 and below 1")
     in_val: list[np.ndarray] = []
     for _, group in group_classes(paths):
         hashes = np.array([_hash(seed, path) for path in group])
@@ -27,7 +27,7 @@ def choose_val(paths: list[str], val_fraction: float, seed: int) -> np.ndarray:
         in_val.append(chosen)
     if not any(chosen.any() for chosen in in_val):
         got = f"{val_fraction} of {len(paths)} samples"
-        raise UserError("--val-fraction leaves val without samples", got=got, cure="raise it")
+        raise UserError("--val-fraction leaves val without samples", got=got, hint="raise it")
     return np.concatenate(in_val)
 
 

@@ -71,7 +71,7 @@ class Saver:
             store.prune(self._folder, keep=self._keep, best_step=state.best_step)
             return self._describe_disk(num_bytes)
 
-        return self._world.on_first(clear)
+        return self._world.on_rank0(clear)
 
     def save(
         self, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], *, prunes: bool = True
@@ -138,7 +138,7 @@ class Saver:
     def _describe_disk(self, num_bytes: int) -> str:
         """In words, for checkpoints of so many bytes each."""
         most = self._keep + 2  # the best, and the one that is being written
-        there = len(store.complete_ones(self._folder))
+        there = len(store.list_checkpoints(self._folder))
         free = shutil.disk_usage(self._folder).free
         fits = num_bytes * (most - there) <= free
         return (
@@ -154,8 +154,8 @@ class Saver:
             path = store.save(self._folder, state, tensors, info, world, check_lock=self._check_lock)
             heartbeat.mark()
             if write.prunes:
-                world.on_first(lambda: store.prune(self._folder, keep=self._keep, best_step=state.best_step))
-            write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_first else 0
+                world.on_rank0(lambda: store.prune(self._folder, keep=self._keep, best_step=state.best_step))
+            write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_rank0 else 0
         except UserError as error:
             write.failure = error
         except BaseException as error:  # as DCP's CheckpointException is; unseen it would pass for a success

@@ -42,11 +42,11 @@ def check_replicas(tensors: Mapping[str, Fragments], world: World) -> None:
         wrong = [name for (name, a), (_, b) in zip(found, lists[first][1], strict=True) if a != b]
         if wrong:
             raise UserError(
-                "replicas of the model have come apart",
+                "replicas of the model have diverged",
                 got=f"other bits on rank {rank} than on rank {first} in {', '.join(wrong[:_NUM_LISTED])}"
                 + (f" and {len(wrong) - _NUM_LISTED} more" if len(wrong) > _NUM_LISTED else ""),
-                allowed="equal tensors",
-                cure="nothing was written: go on from the checkpoint before with --resume auto; "
+                expected="equal tensors",
+                hint="nothing was written: go on from the checkpoint before with --resume auto; "
                 "if it happens again, look after the devices of these ranks",
             )
 

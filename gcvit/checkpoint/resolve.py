@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gcvit.checkpoint import store
-from gcvit.checkpoint.store import Checkpoint, DamagedError
+from gcvit.checkpoint.store import Checkpoint, CorruptCheckpointError
 from gcvit.config.load import dump_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
@@ -18,7 +18,7 @@ def checkpoints_of(run_dir: Path) -> Path:
 def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     """What `--resume auto|none|PATH` means: the checkpoint to go on from, or None for a fresh start.
 
-    Whether it is sound is asked by `open_sound`.
+    Whether it is sound is asked by `open_latest_valid`.
 
     Errors: UserError for a fresh start over an old run, or a path that holds no checkpoint.
     """
@@ -30,7 +30,7 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
             raise UserError(
                 "the run folder holds a run already",
                 got=newest,
-                cure="go on with --resume auto, choose another --tag, or move the folder away",
+                hint="go on with --resume auto, choose another --tag, or move the folder away",
             )
         return None
     chosen = find_checkpoint(Path(resume))
@@ -38,49 +38,51 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
         raise UserError(
             "the run folder has checkpoints of its own, which would mix with the one to go on from",
             got=chosen,
-            allowed=newest,
-            cure="choose another --tag for the new branch, or move those away",
+            expected=newest,
+            hint="choose another --tag for the new branch, or move those away",
         )
     return chosen
 
 
-def open_sound(run_dir: Path, resume: str, world: World) -> tuple[Checkpoint | None, list[DamagedError]]:
-    """The checkpoint to go on from, checked to the last byte, and the newer ones that are damaged; all ranks together.
+def open_latest_valid(
+    run_dir: Path, resume: str, world: World
+) -> tuple[Checkpoint | None, list[CorruptCheckpointError]]:
+    """The checkpoint to go on from, checked to the last byte, and the newer ones that are corrupt; all ranks together.
 
-    Only with "auto" are damaged ones passed over. Errors, on all ranks alike: as `choose_checkpoint`, and UserError
-    naming the damaged file of the newest where none is sound.
+    Only with "auto" are corrupt ones passed over. Errors, on all ranks alike: as `choose_checkpoint`, and UserError
+    naming the corrupt file of the newest where none is sound.
     """
-    chosen = world.on_first(lambda: choose_checkpoint(run_dir, resume))
+    chosen = world.on_rank0(lambda: choose_checkpoint(run_dir, resume))
     if chosen is None:
         return None, []
-    paths = [chosen] if resume != "auto" else world.on_first(lambda: store.complete_ones(chosen.parent)[::-1])
-    damaged: list[DamagedError] = []
+    paths = [chosen] if resume != "auto" else world.on_rank0(lambda: store.list_checkpoints(chosen.parent)[::-1])
+    corrupt: list[CorruptCheckpointError] = []
     for path in paths:
         try:
-            found = world.on_first(lambda path=path: store.open_checkpoint(path))  # type: ignore[misc]
-            return store.check(found, world), damaged
-        except DamagedError as error:
-            damaged.append(error)
-    raise damaged[0]
+            found = world.on_rank0(lambda path=path: store.open_checkpoint(path))  # type: ignore[misc]
+            return store.check(found, world), corrupt
+        except CorruptCheckpointError as error:
+            corrupt.append(error)
+    raise corrupt[0]
 
 
-def set_aside(damaged: Iterable[DamagedError]) -> list[str]:
-    """Rename damaged checkpoints to `step_N.damaged`, so that the run can save these steps again; by one rank.
+def quarantine(corrupt: Iterable[CorruptCheckpointError]) -> list[str]:
+    """Rename corrupt checkpoints to `step_N.corrupt`, so that the run can save these steps again; by one rank.
 
     Returns what the user must hear. Errors: UserError.
     """
     notices = []
-    for error in damaged:
+    for error in corrupt:
         folder = error.path.parent
-        places = (folder.with_name(f"{folder.name}.damaged{suffix}") for suffix in ("", *map(str, range(2, 1000))))
+        places = (folder.with_name(f"{folder.name}.corrupt{suffix}") for suffix in ("", *map(str, range(2, 1000))))
         place = next(path for path in places if not path.exists())
         try:
             folder.rename(place)
         except OSError as failure:
             got = f"{folder} ({failure.strerror})"
-            raise UserError("cannot rename a damaged checkpoint", got=got, cure="move it away") from None
+            raise UserError("cannot rename a corrupt checkpoint", got=got, hint="move it away") from None
         notices.append(f"WARNING: {error}")
-        notices.append(f"WARNING: the one before is taken instead; the damaged one is kept as {place}")
+        notices.append(f"WARNING: the one before is taken instead; the corrupt one is kept as {place}")
     return notices
 
 
@@ -96,8 +98,8 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(
             "no checkpoint here",
             got=path,
-            allowed="a run folder (runs/TAG) or a checkpoint (runs/TAG/checkpoints/step_N)",
-            cure="check the path, or wait for the run's first save",
+            expected="a run folder (runs/TAG) or a checkpoint (runs/TAG/checkpoints/step_N)",
+            hint="check the path, or wait for the run's first save",
         )
     best_step = store.open_checkpoint(newest).state.best_step
     best = newest.with_name(f"step_{best_step:08d}")
@@ -113,5 +115,5 @@ def write_config(config: Config) -> None:
         part.replace(path)  # it may be what this run was started from
     except OSError as error:
         raise UserError(
-            "cannot write the run folder", got=f"{path} ({error.strerror})", cure="make room, or set output_dir"
+            "cannot write the run folder", got=f"{path} ({error.strerror})", hint="make room, or set output_dir"
         ) from None

@@ -95,21 +95,21 @@ def read_fragments(
         except CheckpointException as error:
             _, (failure, _) = min(error.failures.items())
             got = f"{type(failure).__name__}: {failure}"
-            raise UserError(f"cannot read the tensors of {folder}", got=got, cure="use another checkpoint") from None
+            raise UserError(f"cannot read the tensors of {folder}", got=got, hint="use another checkpoint") from None
 
 
 def read_metadata(folder: Path, fragments: Mapping[str, Fragment]) -> Metadata:
     """Where the fragments' tensors lie. Errors, on this rank: UserError where that cannot be read safely."""
-    path, cure = folder / METADATA_FILE, "use another checkpoint"
+    path, hint = folder / METADATA_FILE, "use another checkpoint"
     try:
         with open(path, "rb") as file:
             metadata = _AllowListUnpickler(file).load()
         stored = {name: metadata.state_dict_metadata[name].size.numel() for name in fragments}
-    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
-        raise UserError(f"cannot read {path}", got=f"{type(error).__name__}: {error}", cure=cure) from None
+    except Exception as error:  # a corrupt pickle makes the unpickler raise nearly anything
+        raise UserError(f"cannot read {path}", got=f"{type(error).__name__}: {error}", hint=hint) from None
     wrong = [name for name, part in fragments.items() if stored[name] != part.shape.numel()]
     if wrong:
-        raise UserError(f"{path} contradicts the checkpoint's list of shapes", got=wrong[0], cure=cure)
+        raise UserError(f"{path} contradicts the checkpoint's list of shapes", got=wrong[0], hint=hint)
     return metadata
 
 

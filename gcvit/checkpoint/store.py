@@ -66,15 +66,15 @@ class Checkpoint:
     is_checked: bool = False  # whether the hashes were compared
 
 
-class DamagedError(UserError):
-    """A checkpoint is not what was written; `path` is the damaged file in it."""
+class CorruptCheckpointError(UserError):
+    """A checkpoint is not what was written; `path` is the corrupt file in it."""
 
-    CURE = "move the damaged checkpoint away and use another, or start afresh with another --tag"
+    HINT = "move the corrupt checkpoint away and use another, or start afresh with another --tag"
 
-    def __init__(self, path: Path, got: str, allowed: str | None = None):
-        super().__init__(f"damaged checkpoint: {path}", got=got, allowed=allowed, cure=self.CURE)
+    def __init__(self, path: Path, got: str, expected: str | None = None):
+        super().__init__(f"corrupt checkpoint: {path}", got=got, expected=expected, hint=self.HINT)
         self.path = path
-        self._arguments = path, got, allowed
+        self._arguments = path, got, expected
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments  # ranks tell each other, by pickle
@@ -107,7 +107,7 @@ def save(
             check_lock()  # whoever takes a run over clears what this one writes: then that is the reason
             shutil.rmtree(part, ignore_errors=True)  # on a full disk others want the room
 
-    world.on_first(begin)
+    world.on_rank0(begin)
     try:
         with _naming(part):
             written = write_fragments(part, fragments, world.host_group)
@@ -121,9 +121,9 @@ def save(
             "shapes": {name: shape for shapes in shapes_of_ranks for name, shape in shapes.items()},
             "files": {name: record for files in files_of_ranks for name, record in files.items()},
         }
-        world.on_first(lambda: _complete(part, final, content, check_lock))
+        world.on_rank0(lambda: _complete(part, final, content, check_lock))
     except UserError:
-        world.on_first(clear)
+        world.on_rank0(clear)
         raise
     return final
 
@@ -142,7 +142,7 @@ def restate(path: Path, state: RunState) -> None:
 def prune(folder: Path, *, keep: int, best_step: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best one. Called by one rank. Errors: UserError."""
     with _naming(folder):
-        for path in complete_ones(folder)[:-keep]:
+        for path in list_checkpoints(folder)[:-keep]:
             if step_of(path) != best_step:
                 # Renamed first: a deletion that is cut off must not leave half a checkpoint under a complete name.
                 doomed = path.with_name(path.name + ".tmp")
@@ -168,7 +168,7 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what is left is tried again before the next save
 
 
-def complete_ones(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder of checkpoints, oldest first."""
     return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
@@ -179,42 +179,42 @@ def step_of(path: Path) -> int:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder of checkpoints, or None."""
-    return next(reversed(complete_ones(folder)), None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read `state.json` and check that all files have their sizes. Errors: UserError naming the file."""
-    cure = "use another checkpoint, or start afresh with another --tag"
+    hint = "use another checkpoint, or start afresh with another --tag"
     try:
         content = json.loads((path / STATE_FILE).read_bytes())
         if content["format"] != FORMAT:
-            raise UserError(f"{path} has another format", got=content["format"], allowed=FORMAT, cure=cure)
+            raise UserError(f"{path} has another format", got=content["format"], expected=FORMAT, hint=hint)
         if content.pop("sha256") != _digest(content):
-            raise DamagedError(path / STATE_FILE, got="another SHA-256 than it says of itself")
+            raise CorruptCheckpointError(path / STATE_FILE, got="another SHA-256 than it says of itself")
         state = content.pop("state")
         state = RunState(**state | {"counters": Counters(**state.get("counters", {}))})
         shapes = {name: torch.Size(shape) for name, shape in content.pop("shapes").items()}
         files = content.pop("files")
     except FileNotFoundError:
         if path.is_dir() and any(path.iterdir()):
-            raise DamagedError(path / STATE_FILE, got="no such file") from None
-        raise UserError("no checkpoint here", got=path, allowed=f"a folder with {STATE_FILE}", cure=cure) from None
+            raise CorruptCheckpointError(path / STATE_FILE, got="no such file") from None
+        raise UserError("no checkpoint here", got=path, expected=f"a folder with {STATE_FILE}", hint=hint) from None
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(path / STATE_FILE, got=repr(error)) from None
+        raise CorruptCheckpointError(path / STATE_FILE, got=repr(error)) from None
     for name, record in files.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:
             got = "no such file" if size is None else f"{size} bytes"
-            raise DamagedError(path / name, got=got, allowed=f"{record['bytes']} bytes")
+            raise CorruptCheckpointError(path / name, got=got, expected=f"{record['bytes']} bytes")
     return Checkpoint(path, state, content, shapes, files)
 
 
 def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
     """The same checkpoint once its content is found to be what was written; the ranks divide the work.
 
-    Errors, on all ranks alike: UserError naming the damaged file.
+    Errors, on all ranks alike: UserError naming the corrupt file.
     """
     names = sorted(checkpoint.files)
     _together(world, lambda: _check_files(checkpoint, names[world.rank :: world.size]))
@@ -222,7 +222,7 @@ def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The knobs in which two configs, as plain values, differ: "optim.lr 0.001 -> 0.0005"."""
+    """The options in which two configs, as plain values, differ: "optim.lr 0.001 -> 0.0005"."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         a, b = old.get(key), new.get(key)
@@ -241,7 +241,7 @@ def has_kind(checkpoint: Checkpoint, kind: str) -> bool:
 def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World) -> None:
     """Fill the fragments from a checkpoint that any engine at any world size wrote; all ranks together.
 
-    Errors, on all ranks alike: UserError for a damaged file, and where the stored tensors of these kinds are not
+    Errors, on all ranks alike: UserError for a corrupt file, and where the stored tensors of these kinds are not
     exactly those of the model.
     """
     wanted = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
@@ -254,8 +254,8 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
         raise UserError(
             f"{checkpoint.path} is a checkpoint of another model",
             got=f"{wrong[0]} of shape {_shape(stored.get(wrong[0]))}",
-            allowed=f"shape {_shape(of_model.get(wrong[0]))} ({len(wrong)} of {len(of_model)} tensors differ)",
-            cure="resume with the config of that run, or start afresh with another tag",
+            expected=f"shape {_shape(of_model.get(wrong[0]))} ({len(wrong)} of {len(of_model)} tensors differ)",
+            hint="resume with the config of that run, or start afresh with another tag",
         )
     if not checkpoint.is_checked:
         check(checkpoint, world)
@@ -284,10 +284,10 @@ def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         try:
             record = _file_record(checkpoint.path / name)
         except OSError as error:
-            raise DamagedError(checkpoint.path / name, got=str(error.strerror)) from None
+            raise CorruptCheckpointError(checkpoint.path / name, got=str(error.strerror)) from None
         heartbeat.mark()
         if record != checkpoint.files[name]:
-            raise DamagedError(checkpoint.path / name, got="another SHA-256 than when it was written")
+            raise CorruptCheckpointError(checkpoint.path / name, got="another SHA-256 than when it was written")
 
 
 def _file_record(path: Path) -> FileRecord:
@@ -305,7 +305,7 @@ def _read_back(folder: Path, written: Mapping[str, FileRecord]) -> None:
                 raise UserError(
                     "the disk does not give back what was written to it",
                     got=folder / name,
-                    cure="look after the disk, then go on from the checkpoint before with --resume auto",
+                    hint="look after the disk, then go on from the checkpoint before with --resume auto",
                 )
 
 
@@ -356,7 +356,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(
             "cannot write the checkpoint",
             got=f"{error.filename or path} ({error.strerror})",
-            cure="make room or mend the folder, then go on from the last complete checkpoint with --resume auto",
+            hint="make room or mend the folder, then go on from the last complete checkpoint with --resume auto",
         ) from None
 
 

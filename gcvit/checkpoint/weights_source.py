@@ -49,12 +49,12 @@ def find_candidate(path: str, kind: str | None = None) -> Candidate:
     """
     if (Path(path) / WEIGHTS_FILE).exists():
         if kind is not None:
-            raise UserError("an export holds one kind of weights", got=f"--weights {kind}", cure="leave it out")
+            raise UserError("an export holds one kind of weights", got=f"--weights {kind}", hint="leave it out")
         model, config = load_export(Path(path))
         classes, state = read_label_names(Path(path)), model.state_dict()
         return Candidate(path, "export", None, config.model, config.data, _tuple(classes), None, lambda world: state)
     if Path(path).is_file():
-        raise UserError("a file of weights needs its variant", got=path, cure=f"--model NAME --checkpoint {path}")
+        raise UserError("a file of weights needs its variant", got=path, hint=f"--model NAME --checkpoint {path}")
     found = store.open_checkpoint(resolve.find_checkpoint(Path(path)))
     config = parse_config(found.info["config"], source=str(found.path))
     chosen, classes = choose_kind(found, kind), found.info.get("classes")
@@ -100,7 +100,7 @@ def average(candidates: Sequence[Candidate]) -> Candidate:
             raise UserError(
                 "only weights of one model can be averaged",
                 got=f"{other.path} ({other.model.name}, {other.model.num_classes} classes, {other.model.img_size} px)",
-                allowed=f"that of {first.path} ({first.model.name}, {first.model.num_classes} classes, "
+                expected=f"that of {first.path} ({first.model.name}, {first.model.num_classes} classes, "
                 f"{first.model.img_size} px), its overrides and its classes",
             )
     if not others:
@@ -170,7 +170,7 @@ def choose_kind(found: Checkpoint, kind: str | None) -> str:
     """Which weights of a checkpoint are meant: None is the EMA where there is one. Errors: UserError for no EMA."""
     has_ema = store.has_kind(found, "ema")
     if kind == "ema" and not has_ema:
-        raise UserError("this run has no EMA", got=found.path, cure="take --weights model")
+        raise UserError("this run has no EMA", got=found.path, hint="take --weights model")
     return kind or ("ema" if has_ema else "model")
 
 
@@ -178,7 +178,7 @@ def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Conf
     """The model of a folder that `export` wrote, and the config that it was trained with.
 
     `attention` is a path of `WindowAttention`, None takes the config's. Errors: UserError for a file that is not of
-    ours, or damaged.
+    ours, or corrupt.
     """
     path = folder / WEIGHTS_FILE
     try:
@@ -190,13 +190,13 @@ def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Conf
         raise UserError(
             "the file does not say how its model was built",
             got=path,
-            allowed="what python -m gcvit.export wrote",
-            cure="give its variant: --model NAME --checkpoint FILE",
+            expected="what python -m gcvit.export wrote",
+            hint="give its variant: --model NAME --checkpoint FILE",
         )
     try:
         plain = json.loads(metadata["config"])
     except ValueError as error:
-        raise UserError("the file's config is damaged", got=f"{path} ({error})") from None
+        raise UserError("the file's config is corrupt", got=f"{path} ({error})") from None
     config = parse_config(plain, source=str(path))
     model = build_model(config.model.model_copy(update={"attention": attention} if attention else {}))
     layouts.load(model, path)
@@ -204,7 +204,7 @@ def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Conf
 
 
 def read_label_names(folder: Path) -> list[str] | None:
-    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is damaged."""
+    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is corrupt."""
     path = folder / CONFIG_FILE
     try:
         names: list[str] | None = json.loads(path.read_text()).get("label_names")
@@ -253,16 +253,16 @@ def open_classifier(source: str, variant: str | None = None, attention: str = "a
     """The classifier that `--checkpoint` names, on the CPU in fp32.
 
     `variant` is of a weights file, None reads it from the shapes; `attention` is a path of `WindowAttention`.
-    Errors: UserError for what is none of these, damaged, or has no head.
+    Errors: UserError for what is none of these, corrupt, or has no head.
     """
     if Path(source).is_dir():
         if variant is not None:
-            raise UserError("a run says itself which model it is", got=f"--model {variant}", cure="leave it out")
+            raise UserError("a run says itself which model it is", got=f"--model {variant}", hint="leave it out")
         return _open_folder(Path(source), attention)
     if not Path(source).exists():
         if source not in VARIANTS:
-            allowed = f"a run, an export, a weights file, or one of {', '.join(VARIANTS)}"
-            raise UserError("no such checkpoint", got=source, allowed=allowed)
+            expected = f"a run, an export, a weights file, or one of {', '.join(VARIANTS)}"
+            raise UserError("no such checkpoint", got=source, expected=expected)
         variant, source = source, fetch_weights(source)
     model, variant, found = weights.read_model(source, variant, attention=attention)
     if not model.num_classes:

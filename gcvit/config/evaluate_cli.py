@@ -31,7 +31,7 @@ def parse_arguments(description: str | None) -> Namespace:
     data.add_argument("--split", help="folder below DIR (val)")
     data.add_argument("--cache_dir", "--cache-dir", metavar="DIR", help="where a URL's shards are kept")
     data.add_argument("--cache_bytes", "--cache-bytes", metavar="N", type=int, help="most bytes kept there")
-    data.add_argument("--skip-damaged", action="store_true", help="leave damaged samples out, and count them")
+    data.add_argument("--skip-corrupt", action="store_true", help="leave corrupt samples out, and count them")
 
     how = parser.add_argument_group("how they are looked at (default: as the run or the variant's card says)")
     how.add_argument("--img-size", "--img_size", metavar="N[,N...]", type=_numbers, help="sizes to average over")
@@ -57,39 +57,39 @@ def check(arguments: Namespace) -> None:
     """Errors: UserError for flags that do not go together, and numbers that cannot be."""
     has_file = arguments.model is not None or arguments.checkpoint is not None
     if bool(arguments.runs) == has_file or (arguments.model is None) != (arguments.checkpoint is None):
-        raise UserError("what to evaluate?", allowed="RUN, or --model NAME --checkpoint FILE")
+        raise UserError("what to evaluate?", expected="RUN, or --model NAME --checkpoint FILE")
     num = len(arguments.runs or arguments.checkpoint)
     if (num > 1) != arguments.average:
         raise UserError(
             "--average is of several" if arguments.average else "several weights at once",
             got=f"{num} RUNs or FILEs",
-            cure="name more, or leave --average out" if arguments.average else "add --average, or evaluate each",
+            hint="name more, or leave --average out" if arguments.average else "add --average, or evaluate each",
         )
     if arguments.weights and has_file:
-        raise UserError("a file holds one kind of weights", got=f"--weights {arguments.weights}", cure="leave it out")
+        raise UserError("a file holds one kind of weights", got=f"--weights {arguments.weights}", hint="leave it out")
     if any(not given or given.endswith("=") for given in arguments.data_dir or ()):
-        raise UserError("--data_dir is empty", cure="give a folder or a URL")
+        raise UserError("--data_dir is empty", hint="give a folder or a URL")
     if arguments.benchmark == bool(arguments.data_dir):
-        cure = "leave out --data_dir" if arguments.benchmark else "give --data_dir DIR, a folder with the split"
-        raise UserError("--benchmark uses no images" if arguments.benchmark else "no data", cure=cure)
+        hint = "leave out --data_dir" if arguments.benchmark else "give --data_dir DIR, a folder with the split"
+        raise UserError("--benchmark uses no images" if arguments.benchmark else "no data", hint=hint)
     sizes = arguments.batch_size or (64,)
     if min(sizes) < 1 or (len(sizes) > 1 and not arguments.benchmark):
-        allowed = "1 or more" + ("" if arguments.benchmark else ", and one number")
-        raise UserError("--batch-size", got=",".join(map(str, sizes)), allowed=allowed)
+        expected = "1 or more" + ("" if arguments.benchmark else ", and one number")
+        raise UserError("--batch-size", got=",".join(map(str, sizes)), expected=expected)
     if arguments.img_size and len(set(arguments.img_size)) < len(arguments.img_size):
-        raise UserError("--img-size", got=",".join(map(str, arguments.img_size)), allowed="different sizes")
+        raise UserError("--img-size", got=",".join(map(str, arguments.img_size)), expected="different sizes")
     if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
-        raise UserError("--crop-pct", got=arguments.crop_pct, allowed="above 0, at most 1")
+        raise UserError("--crop-pct", got=arguments.crop_pct, expected="above 0, at most 1")
     unused = {"--tta": arguments.tta, "--predictions": arguments.predictions, "--out": arguments.out}
     unused |= {"--crop-pct": arguments.crop_pct, "--resize": arguments.resize, "--cache_dir": arguments.cache_dir}
     unused |= {"--cache_bytes": arguments.cache_bytes, "--split": arguments.split}
-    unused |= {"--skip-damaged": arguments.skip_damaged, "--weights both": arguments.weights == "both"}
+    unused |= {"--skip-corrupt": arguments.skip_corrupt, "--weights both": arguments.weights == "both"}
     if arguments.benchmark and (given := [flag for flag, value in unused.items() if value]):
-        raise UserError("has no effect with --benchmark", got=", ".join(given), cure="leave it out")
+        raise UserError("has no effect with --benchmark", got=", ".join(given), hint="leave it out")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise ArgumentTypeError(f"got {text}; allowed: a whole number, or several as 224,256") from None
+        raise ArgumentTypeError(f"got {text}; expected: a whole number, or several as 224,256") from None

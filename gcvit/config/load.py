@@ -1,6 +1,6 @@
 """Reads a config from YAML, the command line and flags, explains what is wrong with it, and writes it again.
 
-What the knobs are is said in `gcvit.config.schema`.
+What the options are is said in `gcvit.config.schema`.
 """
 
 import difflib
@@ -20,7 +20,14 @@ _PATTERNS = {
     "tag": "letters, digits and . _ -, of which a letter or digit comes first",
     "trainer.profile": "START:STEPS, two whole numbers, as 20:3",
 }
-"""Patterns of knobs in words."""
+"""Patterns of options in words."""
+RENAMED = {
+    "data.run_bytes": "data.chunk_bytes",
+    "data.open_runs": "data.shuffle_chunks",
+    "data.max_damaged_fraction": "data.max_corrupt_fraction",
+    "trainer.max_bad_steps": "trainer.max_nonfinite_steps",
+}
+"""Options by their former names, which are refused with the present one."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,15 +58,15 @@ def load_config(
     """Read `path`, apply `flags` (plain values by dotted key, None is absent) and `dotted.key=value` overrides.
 
     Returns the config and notices for the user. Errors: UserError for a missing or malformed file, an unknown key
-    (with the nearest valid name), a wrong type, a value out of range, or a knob without effect.
+    (with the nearest valid name), a wrong type, a value out of range, or an option without effect.
     """
     path = Path(path)
     try:
         tree = parse_yaml(path.read_text())
     except OSError as error:
-        raise UserError("cannot read the config", got=f"{path} ({error.strerror})", cure="see configs/") from None
+        raise UserError("cannot read the config", got=f"{path} ({error.strerror})", hint="see configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("the config is no YAML", got=f"{path} ({error})", cure="see configs/ for examples") from None
+        raise UserError("the config is no YAML", got=f"{path} ({error})", hint="see configs/ for examples") from None
     if not isinstance(tree, dict):
         raise UserError("the config must be a mapping of keys", got=f"{path} with a {type(tree).__name__}")
     file_batch = tree.get("global_batch_size")
@@ -94,8 +101,8 @@ def _guard_recipe(config: Config, file_batch: int, is_asked: bool) -> tuple[Conf
         raise UserError(
             "optim.lr_scaling leaves less than optim.min_lr",
             got=f"{lr:g} at global_batch_size={batch}",
-            allowed=f"{optim.min_lr:g} or more",
-            cure=f"lower optim.min_lr, or take optim.lr_scaling={milder}",
+            expected=f"{optim.min_lr:g} or more",
+            hint=f"lower optim.min_lr, or take optim.lr_scaling={milder}",
         )
     becomes, decays = f"stays {lr:g}", "as before"
     if lr != optim.lr:
@@ -136,17 +143,17 @@ def dump_yaml(tree: Any) -> str:
 def _read_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not re.match(r"^[A-Za-z_][\w.]*$", key):
-        raise UserError("cannot read an override", got=override, allowed="dotted.key=value", cure="e.g. optim.lr=1e-3")
+        raise UserError("cannot read an override", got=override, expected="dotted.key=value", hint="e.g. optim.lr=1e-3")
     try:
         return key, parse_yaml(text)
     except yaml.YAMLError:
-        raise UserError("cannot read an override's value", got=override, allowed="a YAML value") from None
+        raise UserError("cannot read an override's value", got=override, expected="a YAML value") from None
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        # A section that is absent or null springs up with its first knob: `ema.half_life=...` switches EMA on.
+        # A section that is absent or null springs up with its first option: `ema.half_life=...` switches EMA on.
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
@@ -161,21 +168,23 @@ def _explain(error: ValidationError, source: str, typed: Collection[str]) -> Use
     where = f"{source}: {key}" if key else source
     more = f" ({len(others)} more after this one)" if others else ""
     got = f"{first['input']!r}{more}" if key else None
+    if first["type"] == "extra_forbidden" and key in RENAMED:
+        return UserError("this config key was renamed", got=where + more, expected=RENAMED[key], hint="rename it")
     if first["type"] == "extra_forbidden":
         names = _section_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
-        cure = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])}?" if near else None
-        return UserError("unknown config key", got=where + more, allowed=", ".join(names), cure=cure)
+        hint = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])}?" if near else None
+        return UserError("unknown config key", got=where + more, expected=", ".join(names), hint=hint)
     if first["type"] == "missing":
-        return UserError(f"a config key is missing: {where}{more}", cure="add it, or see configs/ for complete files")
-    allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        return UserError(f"a config key is missing: {where}{more}", hint="add it, or see configs/ for complete files")
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "string_pattern_mismatch":
-        allowed = _PATTERNS.get(key, allowed)
+        expected = _PATTERNS.get(key, expected)
     if not key:
-        return UserError(f"{where}: {allowed}{more}")
+        return UserError(f"{where}: {expected}{more}")
     if first["type"] == "value_error" and isinstance(first["input"], dict):
-        return UserError(f"{where}: {allowed}{more}")  # a rule between knobs: the message names them
-    return UserError(where, got=got, allowed=allowed)
+        return UserError(f"{where}: {expected}{more}")  # a rule between options: the message names them
+    return UserError(where, got=got, expected=expected)
 
 
 def _section_keys(location: Sequence[str | int]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Every knob of a run, typed, with a sentence under each; defaults < file < command line.
+"""Every option of a run, typed, with a sentence under each; defaults < file < command line.
 
-A config is one YAML file without inheritance. Unknown keys, wrong types and knobs that would have no effect in the
+A config is one YAML file without inheritance. Unknown keys, wrong types and options that would have no effect in the
 chosen mode are refused. Absent is `None`: a section such as `ema` or `zero` that is not there is off. Durations are
 texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.optim.lr_schedule`. `load.py` reads it.
 """
@@ -52,7 +52,7 @@ Range = Annotated[tuple[Positive, Positive], AfterValidator(_check_range)]
 
 
 class Section(BaseModel):
-    """A node of the config tree: frozen, no unknown keys, the sentence under each knob is its description."""
+    """A node of the config tree: frozen, no unknown keys, the sentence under each option is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -105,12 +105,12 @@ class DataConfig(Section):
     """Micro-batches that a rank's loader processes keep ready; all of them work on each."""
     lanes: Count = 1024
     """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
-    run_bytes: Count = 2_000_000
+    chunk_bytes: Count = 2_000_000
     """Bytes of consecutive samples that are read together and shuffled as one run."""
-    open_runs: Count = 2
-    """Runs per lane that are open, and mixed, at once; all ranks together hold lanes * open_runs * run_bytes."""
-    max_damaged_fraction: Share = 1e-4
-    """Training replaces samples that are damaged, and stops when they exceed this share of its samples."""
+    shuffle_chunks: Count = 2
+    """Runs per lane that are open, and mixed, at once; all ranks together hold lanes * shuffle_chunks * chunk_bytes."""
+    max_corrupt_fraction: Share = 1e-4
+    """Training replaces samples that are corrupt, and stops when they exceed this share of its samples."""
     exif_orientation: bool = False
     """Turn photographs upright by their EXIF tag; the published models were trained and evaluated without."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
@@ -285,14 +285,14 @@ class TrainerConfig(Section):
     """Newest checkpoints that are kept, beside the best one."""
     eval_batch_size: Count = 64
     """Samples per device and step in evaluation."""
-    max_bad_steps: Count = 10
+    max_nonfinite_steps: Count = 10
     """Stop where so many steps in a row were refused for a loss or gradient that is not finite."""
     hang_timeout: Positive | None = 1800.0
     """Seconds without a step, after which a process shows where it hangs and ends; null waits (in a debugger, say)."""
     deterministic: bool = False
     """On a GPU, take kernels that give the same bits in every run, some of them slower; a CPU always does."""
     profile: Profile | None = None
-    """START:STEPS writes traces, memory and the dearest operations of the steps after START to RUN/profile."""
+    """START:STEPS writes traces, memory and the most expensive operations of the steps after START to RUN/profile."""
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
@@ -303,7 +303,7 @@ class TrainerConfig(Section):
         return start, start + steps
 
     @property
-    def settled_micro_batch_size(self) -> int | None:
+    def resolved_micro_batch_size(self) -> int | None:
         """`micro_batch_size` where "auto" has become a number, see `gcvit.planning.micro_batch_finder`."""
         assert not isinstance(self.micro_batch_size, str), "auto is not settled yet"
         return self.micro_batch_size

@@ -11,7 +11,7 @@ _ABSENT = {"resume": "auto"}  # what a flag that is not given reads as, beside N
 
 
 def parse_arguments(description: str | None) -> Namespace:
-    """Its flags, and `overrides` of knobs. Leaves with exit code 2 for what is no flag; for `check` see there."""
+    """Its flags, and `overrides` of options. Leaves with exit code 2 for what is no flag; for `check` see there."""
     parser = ArgumentParser(
         usage="%(prog)s --config FILE [flags] [dotted.key=value ...]",
         description=description,
@@ -20,7 +20,7 @@ def parse_arguments(description: str | None) -> Namespace:
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
-    what.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any knob of the config")
+    what.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="any option of the config")
     what.add_argument("--data_dir", "--data-dir", metavar="DIR", help="folder with train/ and val/ (data.dir)")
     what.add_argument(
         "--batch-size",
@@ -52,7 +52,7 @@ def parse_arguments(description: str | None) -> Namespace:
 def check(arguments: Namespace) -> None:
     """Errors: UserError for flags that would have no effect beside others, and an empty folder."""
     if arguments.data_dir == "":
-        raise UserError("--data_dir is empty", cure="give a folder or a URL")
+        raise UserError("--data_dir is empty", hint="give a folder or a URL")
     _refuse(arguments, _OF_A_PLAN, arguments.plan, "belongs to a plan", "add --plan")
     is_start = not (arguments.plan or arguments.overfit_one_batch)
     _refuse(arguments, _OF_A_START, is_start, "belongs to a training", "leave it out")
@@ -60,16 +60,16 @@ def check(arguments: Namespace) -> None:
     _refuse(arguments, _NOT_OF_ONE_BATCH, is_whole, "has no effect on --overfit-one-batch", "leave it out")
 
 
-def _refuse(arguments: Namespace, names: tuple[str, ...], is_fitting: bool, what: str, cure: str) -> None:
+def _refuse(arguments: Namespace, names: tuple[str, ...], is_fitting: bool, what: str, hint: str) -> None:
     values = {name: getattr(arguments, name) for name in names}
     # By identity: 0 is a value, though it equals False.
     given = [name for name, x in values.items() if x is not None and x is not False and x != _ABSENT.get(name)]
     if given and not is_fitting:
-        raise UserError(f"--{given[0].replace('_', '-')} {what}", got=getattr(arguments, given[0]), cure=cure)
+        raise UserError(f"--{given[0].replace('_', '-')} {what}", got=getattr(arguments, given[0]), hint=hint)
 
 
 def _batch_size(text: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
     except ValueError:
-        raise ArgumentTypeError(f"got {text}; allowed: a whole number, or auto") from None
+        raise ArgumentTypeError(f"got {text}; expected: a whole number, or auto") from None

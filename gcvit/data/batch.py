@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Damage:
+class Corruption:
     """A sample that cannot be read: its number in its source, where it lies, and what is wrong with it."""
 
     sample: int
@@ -29,7 +29,7 @@ class Piece:
     images: Tensor  # uint8 [p, 3, H, W]
     labels: npt.NDArray[np.int64]  # [p]
     erase: npt.NDArray[np.int64]  # [p, 5]
-    damaged: tuple[Damage, ...]  # whose rows hold other samples instead
+    corrupt: tuple[Corruption, ...]  # whose rows hold other samples instead
     samples: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # [p], numbers in the source
     seconds: Mapping[str, float] = field(default_factory=dict)  # that the loader took for it, by stage
 
@@ -68,8 +68,8 @@ class Batch:
         return self.images_on(torch.device("cpu"))
 
     @property
-    def damaged(self) -> list[Damage]:
-        return [damage for piece in self.pieces for damage in piece.damaged]
+    def corrupt(self) -> list[Corruption]:
+        return [corruption for piece in self.pieces for corruption in piece.corrupt]
 
     @property
     def samples(self) -> npt.NDArray[np.int64]:
@@ -96,10 +96,10 @@ class EvalBatch:
     labels: Tensor  # int64 [b]
     valid: Tensor  # bool [b]
     indices: Tensor  # int64 [b], the sample's number in its source
-    damaged: tuple[Damage, ...] = ()  # samples that are left out: their rows are padding too
+    corrupt: tuple[Corruption, ...] = ()  # samples that are left out: their rows are padding too
 
     def pin_memory(self) -> "EvalBatch":
-        return EvalBatch(self.images.pin_memory(), self.labels, self.valid, self.indices, self.damaged)
+        return EvalBatch(self.images.pin_memory(), self.labels, self.valid, self.indices, self.corrupt)
 
 
 def empty_images(num_images: int, img_size: int, device: torch.device | None = None) -> Tensor:

@@ -6,7 +6,7 @@
 3. A JPEG's crop that is to shrink by two or more is decoded at 1/2, 1/4 or 1/8 of its size, which the inverse cosine
    transform does by itself: it computes fewer values, and fewer are left to resize.
 4. All else is Pillow's: other formats, CMYK, and any JPEG of which libjpeg-turbo says that something is wrong. So an
-   image is damaged where Pillow cannot read it, whichever part of it a crop asks for.
+   image is corrupt where Pillow cannot read it, whichever part of it a crop asks for.
 """
 
 import io
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class DecodeError(ValueError):
-    """Bytes that are no image of ours, and why: no such format, damaged, or too many pixels."""
+    """Bytes that are no image of ours, and why: no such format, corrupt, or too many pixels."""
 
 
 class Box(NamedTuple):
@@ -113,7 +113,7 @@ def _guard(work: Callable[[], T]) -> T:
             return work()
     except MemoryError:  # the machine's fault, not the image's: its size was checked
         raise
-    except Exception as error:  # damaged bytes make Pillow raise almost anything, and only Pillow runs in here
+    except Exception as error:  # corrupt bytes make Pillow raise almost anything, and only Pillow runs in here
         if isinstance(error, Image.UnidentifiedImageError):
             raise DecodeError(f"it is none of {', '.join(FORMATS)}") from None
         reason = str(error) if isinstance(error, OSError | DecodeError) else f"{type(error).__name__}: {error}"

@@ -176,7 +176,7 @@ def download(
             reason = _describe(error)
             if _is_refusal(error):
                 where, what = f"{redact(url)} ({reason})", "a remote file is not there, or not for us"
-                absent = Absent(what, got=where, cure="check the URL and the credentials")
+                absent = Absent(what, got=where, hint="check the URL and the credentials")
                 absent.where = where
                 raise absent from None
             continue
@@ -186,7 +186,7 @@ def download(
     raise UserError(
         "a download failed",
         got=f"{redact(url)} ({NUM_TRIES} tries, the last: {reason})",
-        cure="check the network and the server; a hash that differs each time means that the remote file is damaged",
+        hint="check the network and the server; a hash that differs each time means that the remote file is corrupt",
     )
 
 
@@ -223,8 +223,8 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
     options: dict[str, Any] = {"block_size": 0 if protocol in STREAMED else BLOCK_BYTES}
     settings: dict[str, Any] = {}
     if protocol not in PACKAGES:
-        allowed = ", ".join(f"{name}://" for name in PACKAGES)
-        raise UserError("a data directory of an unknown protocol", got=f"{protocol}://", allowed=allowed)
+        expected = ", ".join(f"{name}://" for name in PACKAGES)
+        raise UserError("a data directory of an unknown protocol", got=f"{protocol}://", expected=expected)
     try:
         import fsspec
 
@@ -244,7 +244,7 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
         return fsspec.filesystem(protocol, **settings), options
     except ImportError:
         package = PACKAGES[protocol]
-        raise UserError(f"{protocol}:// needs the package {package}", cure=f"pip install {package}") from None
+        raise UserError(f"{protocol}:// needs the package {package}", hint=f"pip install {package}") from None
 
 
 @contextmanager
@@ -256,7 +256,7 @@ def local_errors() -> Iterator[None]:
         raise UserError(
             "cannot write to the cache of remote shards",
             got=error.strerror if error.filename is None else f"{error.filename} ({error.strerror})",
-            cure="free space on its disk, or set another data.cache_dir, or a smaller data.cache_bytes",
+            hint="free space on its disk, or set another data.cache_dir, or a smaller data.cache_bytes",
         ) from None
 
 

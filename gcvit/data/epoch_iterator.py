@@ -73,8 +73,8 @@ def order_of(source: Source, config: Config, epoch: int) -> EpochOrder:
         seed=config.seed,
         epoch=epoch,
         lanes=data.lanes,
-        run_bytes=data.run_bytes,
-        open_runs=data.open_runs,
+        chunk_bytes=data.chunk_bytes,
+        shuffle_chunks=data.shuffle_chunks,
     )
 
 

@@ -4,8 +4,8 @@ An epoch's order is a bijection from positions [0, N) to samples; it knows nothi
 
     shards     S2 . . . . . . . | S0 . . . . . | S1 . . . . . . .   shuffled, laid end to end: the line
     lanes      lane 1 | lane 3 | lane 0 | lane 2                    the line is cut; lanes lie on it shuffled
-    a lane     run run run | run run                                consecutive samples, `run_bytes` together
-    mixed      256 runs in random order at a time, samples drawn from the `open_runs` runs that are open
+    a lane     run run run | run run                                consecutive samples, `chunk_bytes` together
+    mixed      256 runs in random order at a time, samples drawn from the `shuffle_chunks` runs that are open
     position   p is entry p // L of lane p mod L                    so lane j has ceil((N - j) / L) entries
 
 A rank that always takes the same lanes therefore reads runs of a few megabytes, each once, from a few shards at a
@@ -61,14 +61,14 @@ class EpochOrder:
         seed: int,
         epoch: int,
         lanes: int,
-        run_bytes: int,
-        open_runs: int,
+        chunk_bytes: int,
+        shuffle_chunks: int,
     ):
         rng = np.random.default_rng(np.random.SeedSequence((seed, _ORDER_STREAM, epoch)))
         first = np.asarray(first, dtype=np.int64)
         self.num_samples, self.lanes = int(first[-1]), lanes
         assert self.num_samples < 1 << 32
-        self._length, self._run_bytes, self._open_runs = length, run_bytes, open_runs
+        self._length, self._run_bytes, self._open_runs = length, chunk_bytes, shuffle_chunks
         self._keys = rng.integers(2**64, size=2, dtype=np.uint64)
         self._shards = rng.permutation(len(first) - 1)
         sizes = np.diff(first)[self._shards]
@@ -166,7 +166,7 @@ class EpochOrder:
         rows, columns = np.nonzero(starts)
         run_number = run[rows, columns]
         opened = self._open_in_random_order(begins[rows] + columns, rows, run_number // _WINDOW_RUNS)
-        # The run that is opened as number j has its samples at times in [j, j + open_runs).
+        # The run that is opened as number j has its samples at times in [j, j + shuffle_chunks).
         opened_grid = np.zeros((len(lanes), int(run.max()) + 1), dtype=np.uint64)
         opened_grid[rows, run_number] = opened
         place = (begins[:, None] + np.arange(width)).astype(np.uint64)
@@ -266,8 +266,8 @@ def micro_batch_capacity(global_batch_size: int, world_size: int, micro_batch_si
         raise UserError(
             "trainer.micro_batch_size holds no pair of samples, which mixup and cutmix need",
             got=micro_batch_size,
-            allowed="2 or more, or null",
-            cure="raise it, or write augment.mix=null",
+            expected="2 or more, or null",
+            hint="raise it, or write augment.mix=null",
         )
     return min(micro_batch_size // unit * unit, largest_share)
 

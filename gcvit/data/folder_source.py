@@ -78,14 +78,14 @@ def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSou
     """
     folders = class_folders(root)
     if not folders:
-        raise UserError(f"no class folders and no shards: {root}", allowed=LAYOUT, cure="check --data_dir")
+        raise UserError(f"no class folders and no shards: {root}", expected=LAYOUT, hint="check --data_dir")
     classes = tuple(folders) if classes is None else classes
     if unknown := sorted(set(folders) - set(classes)):
         raise UserError(
             f"{root} has {len(unknown)} class folders that train lacks",
             got=", ".join(unknown[:3]),
-            allowed=f"the {len(classes)} classes of train",
-            cure="rename or remove them",
+            expected=f"the {len(classes)} classes of train",
+            hint="rename or remove them",
         )
     label_of = {name: label for label, name in enumerate(classes)}
     paths: list[bytes] = []
@@ -94,7 +94,7 @@ def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSou
     for name in folders:
         files = sorted(_walk(root, name))
         if not files:
-            raise UserError("a class folder holds no images", got=root / name, cure="fill it or remove it")
+            raise UserError("a class folder holds no images", got=root / name, hint="fill it or remove it")
         paths += [os.fsencode(path) for path, _ in files]
         length += [num_bytes for _, num_bytes in files]
         label += [label_of[name]] * len(files)

@@ -8,7 +8,7 @@
    is used. (Where a rank does not keep its lanes, runs are several ranks', and samples are read one by one.)
 4. A loader process seeds each sample by (seed, epoch, position), decodes, transforms, stacks; it times each of these.
 5. The main process receives the pieces in the order of the tasks, pins them where wanted, groups a step's.
-6. A damaged sample is replaced by another, which (seed, epoch, position) chooses; the batch tells. What else fails
+6. A corrupt sample is replaced by another, which (seed, epoch, position) chooses; the batch tells. What else fails
    travels as an error; the main process raises it, and it stays a UserError.
 
 Nothing is remembered but the step: resuming is starting at another one, on any number of processes.
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gcvit.config.schema import Config, DataConfig
-from gcvit.data.batch import Batch, Damage, EvalBatch, Piece, empty_images, join_pieces
+from gcvit.data.batch import Batch, Corruption, EvalBatch, Piece, empty_images, join_pieces
 from gcvit.data.decode import DecodeError
 from gcvit.data.epoch_iterator import Epochs
 from gcvit.data.epoch_order import (
@@ -43,7 +43,7 @@ from gcvit.data.epoch_order import (
     micro_batch_capacity,
     num_micro_steps,
 )
-from gcvit.data.source import DamagedSample, Source
+from gcvit.data.source import CorruptSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
 from gcvit.data.worker_process import loader_context
 from gcvit.errors import UserError
@@ -55,7 +55,7 @@ Loaded = TypeVar("Loaded", Piece, EvalBatch)
 Indices = npt.NDArray[np.int64]
 
 _REPLACEMENT_STREAM = 4  # keeps these draws apart from others that begin with the same seed
-_MAX_REPLACEMENTS = 100  # tries: so many damaged samples in a row are no accident
+_MAX_REPLACEMENTS = 100  # tries: so many corrupt samples in a row are no accident
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train_stream(
     """Endless: for each optimizer step from `start_step` on, this rank's `num_micro_steps` batches.
 
     Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an unknown
-    RandAugment policy; later, with `rank_local`, for files that cannot be read, and for nothing but damage.
+    RandAugment policy; later, with `rank_local`, for files that cannot be read, and for nothing but corruption.
     """
     check_world(source, world_size)
     # Plan before the loader starts, so that mistakes in the numbers are told before processes exist.
@@ -112,12 +112,12 @@ def eval_stream(
     world_size: int,
     rank: int,
     pin_memory: bool = False,
-    skip_damaged: bool = False,
+    skip_corrupt: bool = False,
     five_crop: bool = False,
 ) -> Iterator[EvalBatch]:
     """Each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
 
-    A rank takes consecutive samples. A damaged one is an error, or with `skip_damaged` a row of padding. With
+    A rank takes consecutive samples. A corrupt one is an error, or with `skip_corrupt` a row of padding. With
     `five_crop` each sample has five images, one behind the other (`EvalTransform`). Errors: as `train_stream`.
     """
     check_world(source, world_size)
@@ -125,7 +125,7 @@ def eval_stream(
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
     tasks = _plan_evaluation(source, cut_micro_batches(np.arange(low, high), num_batches, batch_size))
-    loader = _EvalLoader(source, data, img_size, batch_size, skip_damaged, five_crop)
+    loader = _EvalLoader(source, data, img_size, batch_size, skip_corrupt, five_crop)
     return _load(loader, tasks, min(data.num_workers, num_batches), data, pin_memory)
 
 
@@ -134,7 +134,7 @@ def check_world(source: Source, world_size: int) -> None:
         raise UserError(
             "more processes than samples",
             got=f"{world_size} for {source.num_samples}",
-            cure="start fewer processes",
+            hint="start fewer processes",
         )
 
 
@@ -199,7 +199,7 @@ class _TrainLoader(Dataset[Piece | UserError]):
         images = empty_images(len(task.rows), self._img_size)
         erase = np.zeros((len(task.rows), 5), dtype=np.int64)
         samples = task.samples.copy()
-        damaged: list[Damage] = []
+        corrupt: list[Corruption] = []
         with preserved_generators():
             for i, (epoch, place, sample) in enumerate(
                 zip(task.epochs.tolist(), task.places.tolist(), task.samples.tolist(), strict=True)
@@ -215,20 +215,20 @@ class _TrainLoader(Dataset[Piece | UserError]):
                             stopwatch.switch("collation")
                             images[i] = view
                             break
-                        except (DamagedSample, DecodeError) as error:
-                            damaged.append(Damage(sample, self._source.name(sample), str(error)))
+                        except (CorruptSample, DecodeError) as error:
+                            corrupt.append(Corruption(sample, self._source.name(sample), str(error)))
                         stopwatch.switch("storage")
                         sample = self._replacement(epoch, place, attempt)
                         (content,) = self._source.fetch(sample, sample + 1)
                     else:
-                        return _too_much_damage(damaged)
+                        return _too_much_corruption(corrupt)
                 except UserError as error:
                     return error
                 samples[i] = sample
                 erase[i] = draw_erase(self._erase_prob, self._img_size, self._img_size)
         labels = self._source.label[samples].astype(np.int64)
         stopwatch.switch(None)
-        return Piece(task.rows, images, labels, erase, tuple(damaged), samples, stopwatch.take())
+        return Piece(task.rows, images, labels, erase, tuple(corrupt), samples, stopwatch.take())
 
     def _stored(self, epoch: int, sample: int, begin: int, end: int, is_last: bool) -> memoryview:
         run = self._runs.pop((epoch, begin), None)
@@ -245,11 +245,11 @@ class _TrainLoader(Dataset[Piece | UserError]):
         return int(words[0]) % self._source.num_samples
 
 
-def _too_much_damage(damaged: list[Damage]) -> UserError:
+def _too_much_corruption(corrupt: list[Corruption]) -> UserError:
     return UserError(
-        f"{len(damaged)} samples in a row are damaged",
-        got="; ".join(f"{damage.where} ({damage.reason})" for damage in damaged[-3:]),
-        cure="python -m data_prep.verify lists all damage in shards",
+        f"{len(corrupt)} samples in a row are corrupt",
+        got="; ".join(f"{corruption.where} ({corruption.reason})" for corruption in corrupt[-3:]),
+        hint="python -m data_prep.verify lists all corruption in shards",
     )
 
 
@@ -257,17 +257,17 @@ class _EvalLoader(Dataset[EvalBatch | UserError]):
     """As `_TrainLoader`; a task holds the numbers of up to `batch_size` consecutive samples."""
 
     def __init__(
-        self, source: Source, data: DataConfig, img_size: int, batch_size: int, skip_damaged: bool, five_crop: bool
+        self, source: Source, data: DataConfig, img_size: int, batch_size: int, skip_corrupt: bool, five_crop: bool
     ):
         self._source, self._img_size, self._batch_size = source, img_size, batch_size
         self._transform, self._views = EvalTransform(data, img_size, five_crop), 5 if five_crop else 1
-        self._skip_damaged = skip_damaged
+        self._skip_corrupt = skip_corrupt
 
     def __getitem__(self, samples: Indices) -> EvalBatch | UserError:
         images = empty_images(self._batch_size * self._views, self._img_size)
         images[len(samples) * self._views :] = 0
         valid = torch.arange(self._batch_size) < len(samples)
-        damaged: list[Damage] = []
+        corrupt: list[Corruption] = []
         try:
             contents = self._source.fetch(int(samples[0]), int(samples[-1]) + 1) if len(samples) else []
             for row, (sample, content) in enumerate(zip(samples.tolist(), contents, strict=True)):
@@ -275,26 +275,26 @@ class _EvalLoader(Dataset[EvalBatch | UserError]):
                 try:
                     self._source.check(sample, content)
                     images[views] = self._transform(content)
-                except (DamagedSample, DecodeError) as error:
-                    damaged.append(Damage(sample, self._source.name(sample), str(error)))
+                except (CorruptSample, DecodeError) as error:
+                    corrupt.append(Corruption(sample, self._source.name(sample), str(error)))
                     images[views], valid[row] = 0, False
         except UserError as error:
             return error
-        if damaged and not self._skip_damaged:
+        if corrupt and not self._skip_corrupt:
             return UserError(
-                "a sample is damaged",
-                got=f"{damaged[0].where} ({damaged[0].reason})",
-                cure=(
-                    "python -m data_prep.verify lists all damage, and --repair mends"
+                "a sample is corrupt",
+                got=f"{corrupt[0].where} ({corrupt[0].reason})",
+                hint=(
+                    "python -m data_prep.verify lists all corruption, and --repair mends"
                     if self._source.in_runs
                     else "replace the file"
                 )
-                + "; --skip-damaged leaves it out",
+                + "; --skip-corrupt leaves it out",
             )
         labels, indices = torch.zeros((2, self._batch_size), dtype=torch.int64)
         labels[: len(samples)] = torch.from_numpy(self._source.label[samples].astype(np.int64))
         indices[: len(samples)] = torch.from_numpy(samples)
-        return EvalBatch(images, labels, valid, indices, tuple(damaged))
+        return EvalBatch(images, labels, valid, indices, tuple(corrupt))
 
 
 def _load(

@@ -89,7 +89,7 @@ class Manifest:
     def member_name(self, index: int) -> str:
         """Shard and member of sample `index`: "train-000123.tar: n01440764/n01440764_10026.jpg".
 
-        For messages about damage, which must not make it raise: a number replaces a name it lost.
+        For messages about corruption, which must not make it raise: a number replaces a name it lost.
         """
         shard = self.shards[int(np.searchsorted(self.first, index, side="right")) - 1]
         try:
@@ -147,7 +147,7 @@ def holds_shards(folder: Path) -> bool:
 def read_manifest(folder: Path, check_shards: bool = True) -> Manifest:
     """Open the split in `folder` and check its schema, its columns' hashes and, if asked to, its shards' sizes.
 
-    Errors: UserError for a missing or malformed manifest, damaged columns, a missing, truncated or
+    Errors: UserError for a missing or malformed manifest, corrupt columns, a missing, truncated or
     compressed shard. The shards' bytes are not read: `data_prep.verify` does that.
     """
     file = _read_file(folder)
@@ -161,14 +161,14 @@ def read_manifest(folder: Path, check_shards: bool = True) -> Manifest:
     for name, value in found["columns"].items():
         if file.columns.get(name) != value:
             raise UserError(
-                f"a column of the manifest is damaged: {column_path(folder, name)}",
+                f"a column of the manifest is corrupt: {column_path(folder, name)}",
                 got=f"SHA-256 {value}",
-                allowed=file.columns.get(name),
-                cure=SHARD_AGAIN,
+                expected=file.columns.get(name),
+                hint=SHARD_AGAIN,
             )
     if file.digest != _digest(found):
         what = "the manifest was changed after it was written"
-        raise UserError(what, got=folder / FILE_NAME, cure=SHARD_AGAIN)
+        raise UserError(what, got=folder / FILE_NAME, hint=SHARD_AGAIN)
     # The property's value is known now: spare it a second pass over the columns.
     manifest.__dict__["digest"] = file.digest
     if check_shards:
@@ -260,19 +260,19 @@ def _read_file(folder: Path) -> _File:
         raise UserError(
             f"the manifest is malformed: {path}",
             got=f"{where}: {first['msg']}" if where else first["msg"],
-            allowed=f"schema version {VERSION}",
-            cure=SHARD_AGAIN,
+            expected=f"schema version {VERSION}",
+            hint=SHARD_AGAIN,
         ) from None
     in_shards = sum(shard.num_samples for shard in file.shards)
     if not file.num_samples == in_shards > 0:
         raise UserError(
             f"the manifest's counts disagree: {path}",
             got=f"{file.num_samples} samples, {in_shards} in its shards",
-            allowed="equal and above 0",
-            cure=SHARD_AGAIN,
+            expected="equal and above 0",
+            hint=SHARD_AGAIN,
         )
     if missing := {"offset", "length", "label"} - file.columns.keys():
-        raise UserError(f"the manifest lacks columns: {path}", got=", ".join(sorted(missing)), cure=SHARD_AGAIN)
+        raise UserError(f"the manifest lacks columns: {path}", got=", ".join(sorted(missing)), hint=SHARD_AGAIN)
     return file
 
 
@@ -285,18 +285,18 @@ def _explain_absence(folder: Path) -> UserError:
         return UserError(
             f"shards without a manifest: {folder}",
             got=f"{len(names)} tars and no {FILE_NAME}",
-            cure="start the command that was writing them again; for tars made by others: " + INDEX,
+            hint="start the command that was writing them again; for tars made by others: " + INDEX,
         )
-    allowed = f"a folder of tars with {FILE_NAME}"
-    return UserError("no shards here", got=folder, allowed=allowed, cure=SHARD_AGAIN)
+    expected = f"a folder of tars with {FILE_NAME}"
+    return UserError("no shards here", got=folder, expected=expected, hint=SHARD_AGAIN)
 
 
 def _refuse_compressed(path: Path) -> UserError:
     return UserError(
         "a compressed shard cannot be read at an offset",
         got=path,
-        allowed=".tar",
-        cure=f"images do not compress further: shard them again; {SHARD_AGAIN}",
+        expected=".tar",
+        hint=f"images do not compress further: shard them again; {SHARD_AGAIN}",
     )
 
 
@@ -305,17 +305,17 @@ def _open_column(folder: Path, name: str, num_samples: int) -> np.ndarray:
     try:
         column: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError("a column of the manifest is missing", got=path, cure=SHARD_AGAIN) from None
+        raise UserError("a column of the manifest is missing", got=path, hint=SHARD_AGAIN) from None
     except (OSError, ValueError, EOFError, SyntaxError) as error:
-        what = "a column of the manifest is damaged"
-        raise UserError(what, got=f"{path} ({error})", cure=SHARD_AGAIN) from None
+        what = "a column of the manifest is corrupt"
+        raise UserError(what, got=f"{path} ({error})", hint=SHARD_AGAIN) from None
     dtype, shape = getattr(column, "dtype", None), getattr(column, "shape", None)  # a zip file has neither
     if (dtype, shape) != (COLUMNS[name], (num_samples,)):
         raise UserError(
-            f"a column of the manifest is damaged: {path}",
+            f"a column of the manifest is corrupt: {path}",
             got=f"{dtype} {shape}",
-            allowed=f"{COLUMNS[name]} ({num_samples},)",
-            cure=SHARD_AGAIN,
+            expected=f"{COLUMNS[name]} ({num_samples},)",
+            hint=SHARD_AGAIN,
         )
     return column
 
@@ -326,7 +326,7 @@ def _check_shards(folder: Path, shards: Sequence[Shard]) -> None:
         if shard.name.endswith(COMPRESSED):
             raise _refuse_compressed(folder / shard.name)
         if shard.name != os.path.basename(shard.name):
-            raise UserError("a shard lies outside the manifest's folder", got=shard.name, allowed=folder)
+            raise UserError("a shard lies outside the manifest's folder", got=shard.name, expected=folder)
         try:
             size = os.stat(folder / shard.name).st_size
         except OSError as error:
@@ -340,6 +340,6 @@ def _check_shards(folder: Path, shards: Sequence[Shard]) -> None:
         raise UserError(
             "the manifest and its shards disagree",
             got=wrong[0] + more,
-            allowed="the shards that it was written for",
-            cure=f"copy the shard again, or delete the folder and shard again; {SHARD_AGAIN}",
+            expected="the shards that it was written for",
+            hint=f"copy the shard again, or delete the folder and shard again; {SHARD_AGAIN}",
         )

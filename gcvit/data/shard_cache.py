@@ -61,7 +61,7 @@ def fetch_manifest(data_dir: str, split: str, cache_dir: Path, say: Say = say_on
 
     The split lies in `data_dir/split` or in `data_dir` itself, as `gcvit.data.manifest.find_split` has it.
     `manifest.json` is fetched anew each time, and a changed one gets another local folder; columns are fetched
-    where they are missing or damaged here. Safe for all processes of a node at once. What is malformed is left for
+    where they are missing or corrupt here. Safe for all processes of a node at once. What is malformed is left for
     `read_manifest` to tell. Errors: UserError where there is no such split, and as `download`.
     """
     root = cache_dir.absolute() / CACHE_FOLDER
@@ -105,8 +105,8 @@ def _find_manifest(data_dir: str, split: str, root: Path, say: Say) -> tuple[str
     raise UserError(
         f"the remote data directory has no split {split!r}",
         got="; ".join(reasons),
-        allowed=f"{FILE_NAME} beside shards, in DATA_DIR/{split} or DATA_DIR; class folders are read from disks only",
-        cure="check --data_dir and the credentials; upload manifest.json and manifest.*.npy with the shards",
+        expected=f"{FILE_NAME} beside shards, in DATA_DIR/{split} or DATA_DIR; class folders are read from disks only",
+        hint="check --data_dir and the credentials; upload manifest.json and manifest.*.npy with the shards",
     )
 
 
@@ -115,7 +115,7 @@ def _check_json(file: BinaryIO) -> str | None:
     try:
         return None if isinstance(json.load(file), dict) else "no JSON object"
     except ValueError:
-        return "damaged JSON"
+        return "corrupt JSON"
 
 
 def _fetch_column(url: str, folder: Path, name: str, expected: object, say: Say) -> None:
@@ -159,10 +159,10 @@ class ShardCache:
         assert folder.parent.name == CACHE_FOLDER, "folder is not from fetch_manifest"
         for shard in shards:
             if os.path.basename(shard.name) != shard.name or not shard.name.endswith(".tar"):
-                raise UserError("a remote shard's name", got=repr(shard.name), allowed="the plain name of a .tar file")
+                raise UserError("a remote shard's name", got=repr(shard.name), expected="the plain name of a .tar file")
         largest = max(shard.num_bytes for shard in shards)
         if max_bytes is not None and max_bytes < largest:
-            raise UserError("the cache's budget is smaller than a shard", got=max_bytes, allowed=f"{largest} or more")
+            raise UserError("the cache's budget is smaller than a shard", got=max_bytes, expected=f"{largest} or more")
         self.shards = shards
         self._url, self._folder, self._max_bytes, self._say = url, folder, max_bytes, say
 

@@ -27,7 +27,7 @@ _MAX_OPEN_CACHED = 2  # an evicted shard takes space until it is closed
 _MAX_WASTE = 2  # bytes read for each byte wanted
 
 
-class DamagedSample(UserError):
+class CorruptSample(UserError):
     """A sample's bytes are not what was sharded."""
 
 
@@ -67,7 +67,7 @@ class Source(Protocol):
         """
 
     def check(self, index: int, content: memoryview) -> None:
-        """Errors: DamagedSample where `content` is not what sample `index` was when it was sharded."""
+        """Errors: CorruptSample where `content` is not what sample `index` was when it was sharded."""
 
     def prefetch(self, shards: Iterable[int]) -> Prefetcher | None:
         """Bring shards from elsewhere, in this order, ahead of their use; None where all of them are here."""
@@ -153,7 +153,7 @@ class ShardSource:
             kind = "another checksum"
         else:
             return
-        raise DamagedSample(kind)
+        raise CorruptSample(kind)
 
     def _open(self, shard: int) -> int:
         if self._owner != os.getpid():  # forked: the descriptors are the parent's, only this table is ours
@@ -205,20 +205,20 @@ def open_source(
         window = min(_PREFETCH_BYTES, (cache_bytes or 2**62) // (4 * num_local_ranks()))
         return ShardSource(manifest, ShardCache(url, folder, manifest.shards, cache_bytes), window)
     if cache_dir or cache_bytes:
-        raise UserError("a cache has no effect: the data lies in a folder", got=data_dir, cure="leave it out")
+        raise UserError("a cache has no effect: the data lies in a folder", got=data_dir, hint="leave it out")
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         kind = "a file" if data_dir.exists() else "missing"
         raise UserError(
             "the data directory is no directory",
             got=f"{data_dir} ({kind})",
-            allowed=f"shards from data_prep, or {LAYOUT}",
-            cure="check --data_dir",
+            expected=f"shards from data_prep, or {LAYOUT}",
+            hint="check --data_dir",
         )
     is_split = (data_dir / split).is_dir() or (data_dir / FILE_NAME).exists()
     if not is_split and any(data_dir.glob("ILSVRC2012_img_*.tar")):
-        cure = f"python -m data_prep.shard {data_dir} OUT, and --data_dir OUT"
-        raise UserError("these are ImageNet's archives, not shards", got=data_dir, cure=cure)
+        hint = f"python -m data_prep.shard {data_dir} OUT, and --data_dir OUT"
+        raise UserError("these are ImageNet's archives, not shards", got=data_dir, hint=hint)
     found = find_split(data_dir, split)
     if found is not None:
         return ShardSource(read_manifest(found))
@@ -228,8 +228,8 @@ def open_source(
         raise UserError(
             f"the data directory has no split {split!r}: {data_dir}",
             got=shown,
-            allowed=f"shards from data_prep, or {LAYOUT}",
-            cure="check --data_dir",
+            expected=f"shards from data_prep, or {LAYOUT}",
+            hint="check --data_dir",
         )
     train = data_dir / "train"
     # Where train is sharded and this split is not, the folders' own names are all there is to number.
@@ -238,9 +238,9 @@ def open_source(
 
 
 def open_sources(config: Config) -> tuple[Source, Source]:
-    """The train and val split of `data.dir`. Errors: UserError for missing or damaged data, or other classes."""
+    """The train and val split of `data.dir`. Errors: UserError for missing or corrupt data, or other classes."""
     if config.data.dir is None:
-        raise UserError("no data", cure="give --data_dir DIR, a folder with train/ and val/")
+        raise UserError("no data", hint="give --data_dir DIR, a folder with train/ and val/")
     data = config.data
     train, val = (open_source(config.data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
     for source, split in ((train, "train"), (val, "val")):
@@ -248,8 +248,8 @@ def open_sources(config: Config) -> tuple[Source, Source]:
             raise UserError(
                 f"the data has another number of classes than the model ({split})",
                 got=f"{len(source.classes)} classes in {config.data.dir}",
-                allowed=f"model.num_classes={config.model.num_classes}",
-                cure=f"set model.num_classes={len(source.classes)}, or give other data",
+                expected=f"model.num_classes={config.model.num_classes}",
+                hint=f"set model.num_classes={len(source.classes)}, or give other data",
             )
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))[:3]

@@ -60,7 +60,7 @@ class TrainTransform:
             self._steps.append(ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
 
     def __call__(self, content: Bytes) -> Tensor:
-        """Errors: DecodeError for bytes that are no image or a damaged one."""
+        """Errors: DecodeError for bytes that are no image or a corrupt one."""
         self.stopwatch.switch("decoding")
         encoded = EncodedImage(content, upright=self._upright)
         box = draw_crop(self._augment.scale, self._augment.ratio, encoded.height, encoded.width)
@@ -140,7 +140,7 @@ def _rand_augment(
         raise UserError(
             "augment.rand_augment is no policy of timm's RandAugment",
             got=f"{policy!r}" + (f" ({error})" if str(error) else ""),
-            allowed="rand-m9-mstd0.5-inc1 and the like, or null",
+            expected="rand-m9-mstd0.5-inc1 and the like, or null",
         ) from None
 
 
@@ -160,7 +160,7 @@ class EvalTransform:
         self._upright = data.exif_orientation
 
     def __call__(self, content: Bytes) -> Tensor:
-        """Errors: DecodeError for bytes that are no image or a damaged one."""
+        """Errors: DecodeError for bytes that are no image or a corrupt one."""
         image = decode(content, upright=self._upright)
         # A strip of a pixel's width would become gigabytes.
         if self._by_short_side and max(image.size) * self._side**2 > MAX_PIXELS * min(image.size):

@@ -31,7 +31,7 @@ class Result:
     correct_top1: int
     correct_top5: int
     loss: float  # mean cross entropy
-    num_skipped: int = 0  # damaged samples, which are not among `num_samples`
+    num_skipped: int = 0  # corrupt samples, which are not among `num_samples`
     num_unlabelled: int = 0  # samples of which a label set says nothing, neither
 
     @property
@@ -76,7 +76,7 @@ def evaluate(
     *,
     img_size: int | Sequence[int],
     batch_size: int,
-    skip_damaged: bool = False,
+    skip_corrupt: bool = False,
     five_crop: bool = False,
     targets: Targets | None = None,
     watch: Callable[[Scored], None] = lambda scored: None,
@@ -86,11 +86,11 @@ def evaluate(
 
     With several sizes the model takes as many batches, of the same samples, and with `five_crop` [5B, 3, H, W].
     `targets` says which classes are right, by default the source's labels. `watch` sees each batch; `on_batch` is
-    called after each step, equally often on all ranks. Errors: what they raise, and UserError for a damaged sample,
-    unless `skip_damaged` leaves it out and counts it.
+    called after each step, equally often on all ranks. Errors: what they raise, and UserError for a corrupt sample,
+    unless `skip_corrupt` leaves it out and counts it.
     """
     if batch_size < 1:
-        raise UserError("--batch-size", got=batch_size, allowed="1 or more")
+        raise UserError("--batch-size", got=batch_size, expected="1 or more")
     counts = torch.zeros(5, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     streams = [
@@ -102,27 +102,29 @@ def evaluate(
             world_size=world.size,
             rank=world.rank,
             pin_memory=world.device.type == "cuda",
-            skip_damaged=skip_damaged,
+            skip_corrupt=skip_corrupt,
             five_crop=five_crop,
         )
         for size in ([img_size] if isinstance(img_size, int) else img_size)
     ]
     targets = targets.to(world.device) if targets else None
     for batches in zip(*streams, strict=True):
-        damaged = {damage.sample: damage for batch in batches for damage in batch.damaged}
-        for damage in damaged.values():
-            tqdm.write(f"skipped: {damage.where} ({damage.reason})", file=sys.stderr)  # above a bar, if there is one
+        corrupt = {corruption.sample: corruption for batch in batches for corruption in batch.corrupt}
+        for corruption in corrupt.values():
+            tqdm.write(
+                f"skipped: {corruption.where} ({corruption.reason})", file=sys.stderr
+            )  # above a bar, if there is one
         indices, labels, valid = (
             tensor.to(world.device, non_blocking=True)
             for tensor in (
                 batches[0].indices,
                 batches[0].labels,
-                torch.stack([batch.valid for batch in batches]).all(0),  # what is damaged may depend on the size
+                torch.stack([batch.valid for batch in batches]).all(0),  # what is corrupt may depend on the size
             )
         )
         images = (batch.images.to(world.device, non_blocking=True) for batch in batches)
         logits = model(*(normalize(image, data.mean, data.std) for image in images))
-        counts[3] += len(damaged)
+        counts[3] += len(corrupt)
         if targets:
             labels = targets.labels[indices]
         if targets is None or targets.rights is None:
@@ -146,8 +148,8 @@ def evaluate(
     if not num_samples:
         raise UserError(
             "there is no sample to count",
-            got=f"{num_skipped} damaged, {num_unlabelled} without a label",
-            cure="python -m data_prep.verify tells more" if num_skipped else "give other images",
+            got=f"{num_skipped} corrupt, {num_unlabelled} without a label",
+            hint="python -m data_prep.verify tells more" if num_skipped else "give other images",
         )
     return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples, num_skipped, num_unlabelled)
 

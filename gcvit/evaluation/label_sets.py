@@ -85,7 +85,7 @@ def open_set(given: str, split: str, cache_dir: str | None = None, cache_bytes: 
     if not equals or "/" in name:
         return ImageSet(split, None, given, split, open_source(given, split, cache_dir, cache_bytes))
     if name not in LABEL_SETS:
-        raise UserError("unknown label set", got=name, allowed=f"{', '.join(LABEL_SETS)}, or a folder alone")
+        raise UserError("unknown label set", got=name, expected=f"{', '.join(LABEL_SETS)}, or a folder alone")
     folder = Path(place).absolute()
     has_split = (folder / split).is_dir() or find_split(folder, split) is not None
     if folder.is_dir() and class_folders(folder) and not has_split and not cache_dir:
@@ -108,8 +108,8 @@ def find_targets(
             raise UserError(
                 "the data has another number of classes than the model",
                 got=f"{len(source.classes)} classes",
-                allowed=f"the {num_outputs} of {model}",
-                cure="give the data that it was trained for, or name the set: --data_dir SET=DIR with "
+                expected=f"the {num_outputs} of {model}",
+                hint="give the data that it was trained for, or name the set: --data_dir SET=DIR with "
                 + ", ".join(LABEL_SETS),
             )
         if outputs and set(outputs) == set(source.classes):  # their order may be another
@@ -125,7 +125,7 @@ def find_targets(
         raise UserError(
             f"the model lacks {len(missing)} of the {len(classes)} classes of the set {set_name}",
             got=f"no {missing[0]} among the {num_outputs} outputs of {model}",
-            cure="evaluate a model that was trained on ImageNet, with classes named n01440764 and the like",
+            hint="evaluate a model that was trained on ImageNet, with classes named n01440764 and the like",
         )
     label_of = {name: label for label, name in enumerate(classes)}
     if chosen.is_numbered and all(name.isdecimal() for name in source.classes):
@@ -134,8 +134,8 @@ def find_targets(
         raise UserError(
             f"{len(unknown)} classes of the data are not of the set {set_name}",
             got=", ".join(unknown[:3]),
-            allowed="folders named n01440764 and the like" + (", or 0 to 999" if chosen.is_numbered else ""),
-            cure="check which set the folder holds",
+            expected="folders named n01440764 and the like" + (", or 0 to 999" if chosen.is_numbered else ""),
+            hint="check which set the folder holds",
         )
     of_source = torch.tensor([label_of.get(name, -1) for name in source.classes])
     columns = [output_of[name] for name in classes]
@@ -157,8 +157,8 @@ def find_rights(targets: Targets, source: Source) -> Targets:
             raise UserError(
                 "the labels of ImageNet ReaL go by the names of the images",
                 got=name,
-                allowed="ILSVRC2012_val_00000001 to ILSVRC2012_val_00050000",
-                cure="give ImageNet's validation images under their own names, from a folder or shards on a disk",
+                expected="ILSVRC2012_val_00000001 to ILSVRC2012_val_00050000",
+                hint="give ImageNet's validation images under their own names, from a folder or shards on a disk",
             )
         rights.append(labels)
     most = max(1, *map(len, rights))

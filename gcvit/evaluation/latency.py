@@ -28,7 +28,7 @@ def benchmark(weights: Candidate, options: Options, batch_sizes: Sequence[int] |
     each. Errors: UserError for more than one process.
     """
     if world.size > 1:
-        raise UserError("--benchmark times one device", got=f"{world.size} processes", cure="start one process")
+        raise UserError("--benchmark times one device", got=f"{world.size} processes", hint="start one process")
     state, sizes = weights.read(world), options.sizes_of(weights.model)
     modules = [weights_source.load(weights, state, size).to(world.device) for size in sizes]
     model = Views(modules, dtype=PRECISIONS[options.precision])

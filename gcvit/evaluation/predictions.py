@@ -102,11 +102,11 @@ def rows_of(
 def check_path(path: Path) -> None:
     """Errors: UserError for a file that `open_writer` could not write."""
     if path.suffix not in SUFFIXES:
-        raise UserError("--predictions writes tables", got=path, allowed=" or ".join(f"*{end}" for end in SUFFIXES))
+        raise UserError("--predictions writes tables", got=path, expected=" or ".join(f"*{end}" for end in SUFFIXES))
     if not path.absolute().parent.is_dir():
-        raise UserError("--predictions: no such folder", got=path.absolute().parent, cure="make it")
+        raise UserError("--predictions: no such folder", got=path.absolute().parent, hint="make it")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError("a parquet file needs pyarrow", got=path, cure="pip install pyarrow, or write a .csv")
+        raise UserError("a parquet file needs pyarrow", got=path, hint="pip install pyarrow, or write a .csv")
 
 
 @contextmanager

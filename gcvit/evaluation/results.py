@@ -66,7 +66,7 @@ def describe(
             "tta": options.tta,
             "precision": options.precision,
             "batch_size": options.batch_size,
-            "skip_damaged": options.skip_damaged,
+            "skip_corrupt": options.skip_corrupt,
             "exif_orientation": data.exif_orientation,
             "mean": list(data.mean),
             "std": list(data.std),

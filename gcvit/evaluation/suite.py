@@ -36,12 +36,12 @@ def read_options(arguments: Namespace) -> Options:
 
 
 def open_sets(arguments: Namespace) -> list[ImageSet]:
-    """The sets of a call, under different names. Errors: UserError for missing or damaged data, or the same twice."""
+    """The sets of a call, under different names. Errors: UserError for missing or corrupt data, or the same twice."""
     cache = (arguments.cache_dir, arguments.cache_bytes)
     sets = [open_set(given, arguments.split or "val", *cache) for given in arguments.data_dir or ()]
     if len(set(arguments.data_dir or ())) < len(sets):
         given = ", ".join(map(evaluation_record.hide_secrets, arguments.data_dir))
-        raise UserError("the same set twice", got=given, cure="name each once")
+        raise UserError("the same set twice", got=given, hint="name each once")
     for name_of in (_add_folder, _add_number):
         num = Counter(one.name for one in sets)
         sets = [
@@ -99,11 +99,11 @@ def evaluate_all(
     _check_alike("weights", [(weights.path, weights.step) for weights in candidates], world)
     # An image's name may take a look into its shard: one rank asks for all.
     targets = [
-        world.on_first(partial(find_rights, target, one.source)) if one.has_many_rights else target
+        world.on_rank0(partial(find_rights, target, one.source)) if one.has_many_rights else target
         for one, target in zip(sets, targets, strict=True)
     ]
-    folder = world.on_first(lambda: evaluation_record.make_folder(out, candidates[0].run_dir))
-    writes = predictions_file is not None and world.is_first
+    folder = world.on_rank0(lambda: evaluation_record.make_folder(out, candidates[0].run_dir))
+    writes = predictions_file is not None and world.is_rank0
     records = []
     with predictions.open_writer(Path(predictions_file or "")) if writes else nullcontext() as append:
         for weights in candidates:
@@ -116,7 +116,7 @@ def evaluate_all(
                 begin = time.perf_counter()
                 result, found = _evaluate(modules, one, target, weights.data, sizes, options, world)
                 seconds = time.perf_counter() - begin
-                if not world.is_first:
+                if not world.is_rank0:
                     continue
                 details = metrics.score(found, target.classes, partial(predictions.key_of, one.source))
                 record = evaluation_record.describe(
@@ -135,7 +135,7 @@ def evaluate_all(
                 if append:
                     for rows in predictions.rows_of(one.name, weights.weights, found, one.source, target.classes):
                         append(rows)
-    if world.is_first:
+    if world.is_rank0:
         print(evaluation_record.as_table(records), file=sys.stderr, flush=True)
 
 
@@ -149,7 +149,7 @@ def _check_alike(what: str, found: Sequence[tuple[str, object]], world: World) -
         raise UserError(
             f"processes find different {what}",
             got=f"{one[0]} ({one[1]}) on rank 0, {other[0]} ({other[1]}) on rank {rank}",
-            cure="put them on a disk that all nodes share; of a run that still trains, name RUN/checkpoints/step_N",
+            hint="put them on a disk that all nodes share; of a run that still trains, name RUN/checkpoints/step_N",
         )
 
 
@@ -177,7 +177,7 @@ def _evaluate(
         world,
         img_size=sizes,
         batch_size=options.batch_size,
-        skip_damaged=options.skip_damaged,
+        skip_corrupt=options.skip_corrupt,
         five_crop=options.five_crop,
         targets=targets,
         watch=collector,

@@ -27,7 +27,7 @@ class Options:
     precision: str = "fp32"
     batch_size: int = 64
     """Per device; another one rounds differently."""
-    skip_damaged: bool = False
+    skip_corrupt: bool = False
 
     @property
     def five_crop(self) -> bool:
@@ -49,7 +49,7 @@ class Options:
         given = {"crop_pct": self.crop_pct, "eval_resize": self.resize}
         data = data.model_copy(update={name: value for name, value in given.items() if value is not None})
         if self.five_crop and data.crop_pct == 1 and data.eval_resize == "squash":
-            raise UserError("ten crops of the whole image are all the same", cure="give --crop-pct 0.875 or another")
+            raise UserError("ten crops of the whole image are all the same", hint="give --crop-pct 0.875 or another")
         return data
 
 

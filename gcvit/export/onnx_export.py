@@ -39,10 +39,10 @@ def export_onnx(classifier: Classifier, target: Path) -> str:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError(
-            "ONNX export without its packages", got=f"no {', '.join(missing)}", cure="pip install 'gcvit[onnx]'"
+            "ONNX export without its packages", got=f"no {', '.join(missing)}", hint="pip install 'gcvit[onnx]'"
         )
     if target.exists():
-        raise UserError("something is there already", got=target, cure="give another name, or move it away")
+        raise UserError("something is there already", got=target, hint="give another name, or move it away")
     part = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def export_onnx(classifier: Classifier, target: Path) -> str:
         difference = compare(classifier, part)
         part.rename(target)
     except OSError as error:
-        raise UserError("cannot write the model", got=f"{target} ({error})", cure="give another place") from None
+        raise UserError("cannot write the model", got=f"{target} ({error})", hint="give another place") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -101,8 +101,8 @@ def compare(classifier: Classifier, path: Path) -> float:
             raise UserError(
                 "onnxruntime computes other logits than torch",
                 got=f"a difference of {difference:.1e} in a batch of {batch_size}",
-                allowed=MAX_DIFFERENCE,
-                cure="try other releases of onnxruntime and onnxscript: constraints.txt has those that were tested",
+                expected=MAX_DIFFERENCE,
+                hint="try other releases of onnxruntime and onnxscript: constraints.txt has those that were tested",
             )
         worst = max(worst, difference)
     return worst

@@ -48,14 +48,14 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
             "timm has no such architecture",
             got=f"{config.model.name} at {config.model.img_size} pixels"
             + (" with model.overrides" if config.model.overrides else ""),
-            allowed=", ".join(name for name in VARIANTS if _has_timm(name)) + ", at multiples of 32 pixels",
-            cure="--layout own, which timm loads after `import gcvit.model`",
+            expected=", ".join(name for name in VARIANTS if _has_timm(name)) + ", at multiples of 32 pixels",
+            hint="--layout own, which timm loads after `import gcvit.model`",
         )
     name = config.model.name if layout == "own" or timm_name is None else timm_name
     if out is None:
         out = run / "export" if found.path != run else run.resolve().with_name(f"{run.resolve().name}-export")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("something is there already", got=out, cure="give another --out, or move it away")
+        raise UserError("something is there already", got=out, hint="give another --out, or move it away")
     tensors = store.read_tensors(found, kind)
     if name == timm_name:
         tensors = layouts.to_timm_state(tensors)
@@ -147,7 +147,7 @@ def _write(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], t
         part.rename(out)  # also onto an empty folder
         store.sync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError("cannot write the export", got=f"{out} ({error})", cure="give another --out") from None
+        raise UserError("cannot write the export", got=f"{out} ({error})", hint="give another --out") from None
 
 
 def main() -> None:

@@ -194,10 +194,10 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, window: int, uses_global_queries: bool, path: str = "auto"):
         super().__init__()
         if path not in PATHS:
-            raise UserError("unknown attention", got=path, allowed=", ".join(PATHS))
+            raise UserError("unknown attention", got=path, expected=", ".join(PATHS))
         if path == "triton":
             if not HAS_TRITON:
-                raise UserError("attention without its package", got=path, cure="install triton, or choose auto")
+                raise UserError("attention without its package", got=path, hint="install triton, or choose auto")
             # Who counts FLOPs must know the operators before it begins.
             import gcvit.model.kernels.window_attention  # noqa: F401
         self.num_heads, self.window, self.path = num_heads, window, path

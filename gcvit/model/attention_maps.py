@@ -54,7 +54,7 @@ def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
         drawing.save(out, format="PNG")
     except OSError as error:
         raise UserError(
-            "cannot write the drawing", got=f"{out} ({error.strerror})", cure="give another --out"
+            "cannot write the drawing", got=f"{out} ({error.strerror})", hint="give another --out"
         ) from None
     return f"{found}\n{out}: attention of {image}"
 

@@ -124,28 +124,28 @@ def check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], sou
         raise UserError(
             f"{source} has another number of classes than the model",
             got=found[weight][0] if weight in found else "no head",
-            allowed=shapes[weight][0] if weight in shapes else "no head",
-            cure="build the model with that num_classes, or let its head start afresh (reset_head)",
+            expected=shapes[weight][0] if weight in shapes else "no head",
+            hint="build the model with that num_classes, or let its head start afresh (reset_head)",
         )
     others = [name for name in others if not (name in found and has_other_window(name, found[name], shapes))]
     if not others:
         raise UserError(
             f"{source} has other windows than the model",
             got=windows_of(found),
-            allowed=windows_of(shapes),
-            cure="build the model with those windows, or let the bias tables be resampled (resample)",
+            expected=windows_of(shapes),
+            hint="build the model with those windows, or let the bias tables be resampled (resample)",
         )
     if all(QUERY_BLOCK.match(name) for name in others) and count_query_blocks(found) != count_query_blocks(shapes):
         raise UserError(
             f"{source} pools its global queries another number of times than the model",
             got=f"{count_query_blocks(found)} fused blocks",
-            allowed=count_query_blocks(shapes),
-            cure="let the windows grow with img_size, or build the model for the file's img_size and let it take "
+            expected=count_query_blocks(shapes),
+            hint="let the windows grow with img_size, or build the model for the file's img_size and let it take "
             "images of any (dynamic_img_size)",
         )
     more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise UserError(
         f"{source} is of another model",
         got=", ".join(list(problems.values())[:3]) + more,
-        cure="build the variant, img_size and overrides that the file was trained with",
+        hint="build the variant, img_size and overrides that the file was trained with",
     )

@@ -180,8 +180,8 @@ class GCViT(nn.Module):
             raise UserError(
                 "images of the wrong size for this model",
                 got=tuple(images_bchw.shape),
-                allowed=f"(batch, {', '.join(map(str, expected))})",
-                cure=f"resize the images, or build the model with their img_size, or for any of {MIN_SIDE} or more "
+                expected=f"(batch, {', '.join(map(str, expected))})",
+                hint=f"resize the images, or build the model with their img_size, or for any of {MIN_SIDE} or more "
                 "(dynamic_img_size)",
             )
         return run(self.stem, images_bchw, recompute=self.grad_checkpointing and self.training)
@@ -286,7 +286,7 @@ def read_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
         raise UserError(
             "img_size does not give four maps",
             got=img_size,
-            allowed=f"one number, or (height, width), of {MIN_SIDE} or more",
+            expected=f"one number, or (height, width), of {MIN_SIDE} or more",
         )
     return sides[0], sides[1]
 
@@ -303,12 +303,12 @@ def check_stages(windows: Sequence[int], width: int, depths: Sequence[int], num_
     """Raise UserError where the arguments of GCViT do not fit each other."""
     for name, value in (("depths", depths), ("num_heads", num_heads), ("windows", windows)):
         if len(value) != NUM_STAGES or min(value) < 1:
-            raise UserError(f"bad {name}", got=list(value), allowed="four positive numbers, one a stage")
+            raise UserError(f"bad {name}", got=list(value), expected="four positive numbers, one a stage")
     if min(depths) < 2:
         raise UserError(
             "a stage too shallow to use its global queries",
             got=f"depths {list(depths)}",
-            allowed="2 or more: a local block, then a global one",
+            expected="2 or more: a local block, then a global one",
         )
     for i, heads in enumerate(num_heads):
         dim = width * 2**i

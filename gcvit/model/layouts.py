@@ -139,7 +139,7 @@ def foreign_file(checkpoint: Mapping[str, Any], path: str | Path) -> UserError:
     return UserError(
         f"{path} holds no GC ViT",
         got="tensors " + ", ".join(list(checkpoint)[:3]) + ", ...",
-        allowed="the official layout, timm's, or an export of this project",
+        expected="the official layout, timm's, or an export of this project",
     )
 
 
@@ -154,7 +154,7 @@ def read(path: str | Path) -> tuple[StateDict, str]:
     """The tensors of a file under its own names, and where in it they stood. Runs no code of the file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError("no such weights file", got=path, allowed="a .pth, .pt, .pth.tar or .safetensors file")
+        raise UserError("no such weights file", got=path, expected="a .pth, .pt, .pth.tar or .safetensors file")
     try:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)

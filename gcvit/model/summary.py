@@ -187,9 +187,9 @@ def main() -> None:
         if getattr(arguments, option) != parser.get_default(option)
     ]
     if given:
-        cure = "leave them out: the weights say it" if draws else "add --attention IMAGE"
+        hint = "leave them out: the weights say it" if draws else "add --attention IMAGE"
         kind = "drawing" if draws else "table"
-        raise UserError(f"options that the {kind} has no use for", got=", ".join(given), cure=cure)
+        raise UserError(f"options that the {kind} has no use for", got=", ".join(given), hint=hint)
     if draws:
         from gcvit.model.attention_maps import draw_file
 
@@ -199,7 +199,7 @@ def main() -> None:
     sides = arguments.img_size
     num_classes = 1000 if arguments.num_classes is None else arguments.num_classes
     if num_classes < 0:
-        raise UserError("--num-classes", got=num_classes, allowed="0 (no head) or more")
+        raise UserError("--num-classes", got=num_classes, expected="0 (no head) or more")
     with torch.device("meta"):
         model = create_model(
             arguments.name,

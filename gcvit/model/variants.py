@@ -133,10 +133,10 @@ def find_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def _check_name(what: str, name: str, allowed: list[str]) -> None:
-    if name not in allowed:
-        near = difflib.get_close_matches(name, allowed, n=1)
-        raise UserError(what, got=name, allowed=", ".join(allowed), cure=f"did you mean {near[0]}?" if near else None)
+def _check_name(what: str, name: str, expected: list[str]) -> None:
+    if name not in expected:
+        near = difflib.get_close_matches(name, expected, n=1)
+        raise UserError(what, got=name, expected=", ".join(expected), hint=f"did you mean {near[0]}?" if near else None)
 
 
 def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:
@@ -222,5 +222,5 @@ def fetch_weights(name: str) -> str:
         raise UserError(
             f"cannot fetch the published weights of {name}",
             got=reason,
-            cure=f"download {file} of {HUB_REPOSITORY} yourself, and give its path",
+            hint=f"download {file} of {HUB_REPOSITORY} yourself, and give its path",
         ) from None

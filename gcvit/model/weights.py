@@ -69,9 +69,9 @@ def convert(source: Path, target: Path, layout: str, name: str | None = None) ->
     a source that is no GC ViT, a target that is there already or cannot be written.
     """
     if not target.name.endswith(SUFFIXES):
-        raise UserError("unknown kind of weights file", got=target, allowed=", ".join(f"*{end}" for end in SUFFIXES))
+        raise UserError("unknown kind of weights file", got=target, expected=", ".join(f"*{end}" for end in SUFFIXES))
     if target.exists():
-        raise UserError("something is there already", got=target, cure="give another name, or move it away")
+        raise UserError("something is there already", got=target, hint="give another name, or move it away")
     model, _, found = read_model(source, name)
     # Copied, since tensors of a file may be views of one storage, which would be written whole with each of them.
     tensors = {key: tensor.clone().contiguous() for key, tensor in CONVERTERS[layout](model.state_dict()).items()}
@@ -123,8 +123,8 @@ def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | Non
             raise UserError(
                 f"{path} is of no known variant",
                 got=f"width {stem[0]}, depths {list(depths)}",
-                allowed=", ".join(VARIANTS),
-                cure="name the variant (--model NAME); a run of ours with overrides is exported by python -m "
+                expected=", ".join(VARIANTS),
+                hint="name the variant (--model NAME); a run of ours with overrides is exported by python -m "
                 "gcvit.export, and the export folder says how its model is built",
             )
         name = next((name for name in alike if VARIANTS[name].windows == windows), alike[0])
@@ -151,7 +151,7 @@ def _write(target: Path, tensors: StateDict, layout: str) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
         with suppress(OSError):
             part.unlink()
-        raise UserError("cannot write the weights", got=f"{target} ({error})", cure="give another place") from None
+        raise UserError("cannot write the weights", got=f"{target} ({error})", hint="give another place") from None
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def describe_surroundings(config: Config, world: World, *, micro_steps: int) -> 
         "engine": config.engine,
         "precision": config.precision,
         "global_batch_size": config.global_batch_size,
-        "micro_batch_size": config.trainer.settled_micro_batch_size or -(-config.global_batch_size // world.size),
+        "micro_batch_size": config.trainer.resolved_micro_batch_size or -(-config.global_batch_size // world.size),
         "accumulation": micro_steps,
         "versions": {"gcvit": gcvit.__version__, "python": platform.python_version(), **_package_versions()},
         "commit": _commit(),

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcvit.config.schema import Config
-from gcvit.data.batch import Damage
+from gcvit.data.batch import Corruption
 from gcvit.monitoring.step_timer import Seconds, attribute
 from gcvit.monitoring.writers import Events
 from gcvit.optim.adamw import StepResult
@@ -73,14 +73,14 @@ class Metrics:
         self._has_ended = False  # before this start: then nothing more is to be told
         self._events: Events | None = None
         self._bar: tqdm[Any] | None = None
-        if world.is_first:
+        if world.is_rank0:
             self._rows = config.run_dir / "metrics.jsonl"
             last = _drop_rows_after(self._rows, first_step)
             self._has_ended = first_step == total_steps and last is not None and last.get("outcome") == "finished"
             # A bar only where someone looks at it: a log file gets plain lines and no control characters.
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        world.on_first(lambda: self._begin_events(config, first_step))
+        world.on_rank0(lambda: self._begin_events(config, first_step))
 
     def add(self, loss_sum: Tensor, num_correct: Tensor, result: StepResult) -> None:
         """Take in one step: this rank's sum of losses and of right answers, and what the update did. Never waits."""
@@ -91,10 +91,10 @@ class Metrics:
         if self._bar is not None:
             self._bar.update()
 
-    def log_step(self, step: int, lr: float, result: StepResult, seconds: Seconds, num_damaged: int) -> None:
+    def log_step(self, step: int, lr: float, result: StepResult, seconds: Seconds, num_corrupt: int) -> None:
         """Log the mean over the steps since the last call that were not refused; `step` counts finished steps.
 
-        `seconds` is where this rank's time went in them, `num_damaged` counts the damaged samples since this start.
+        `seconds` is where this rank's time went in them, `num_corrupt` counts the corrupt samples since this start.
         """
         num_refused = int(self._refused.item())
         num_samples = (self._num_steps - num_refused) * self._batch_size
@@ -115,7 +115,7 @@ class Metrics:
             "memory_bytes": max(tally.memory_bytes for tally in tallies),
             "seconds": clock_seconds,
             "seconds_left": (self._total_steps - step) * clock_seconds / self._num_steps,
-            "num_damaged": num_damaged,
+            "num_corrupt": num_corrupt,
             "data_wait": bound.data_wait,
             "bound_by": bound.bound_by,
             "bound_share": bound.bound_share,
@@ -145,7 +145,7 @@ class Metrics:
             f"bound by {row['bound_by']} {row['bound_share']:.0%}"
             + (f" on rank {row['slowest_rank']}" if self._world.size > 1 else ""),
             f"{timedelta(seconds=round(row['seconds_left']))} left",
-            *([f"{row['num_damaged']} damaged"] if row["num_damaged"] else []),
+            *([f"{row['num_corrupt']} corrupt"] if row["num_corrupt"] else []),
         ]
         if num_refused := row["refused_steps"]:
             parts.append(f"{self._refused_word} {num_refused} steps: gradient not finite")
@@ -172,7 +172,7 @@ class Metrics:
         self._write(step, f"val/{name}", row)
         self._say(
             f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}"
-            + (f"  without {row['num_skipped']} DAMAGED samples" if row.get("num_skipped") else "")
+            + (f"  without {row['num_skipped']} CORRUPT samples" if row.get("num_skipped") else "")
         )
 
     def log_checkpoint(self, step: int, row: dict[str, float | int]) -> None:
@@ -198,11 +198,11 @@ class Metrics:
         self._say(f"step {step}/{self._total_steps}  REFUSED, not finite: {text}")
         return f"step {step}, {text}"
 
-    def log_damage(self, step: int, new: Sequence[Damage], num_damaged: int) -> None:
-        """Log samples that were found damaged and replaced by others; `num_damaged` counts all since this start."""
-        for damage in new:
-            self._append(step, "damage", {**asdict(damage), "num_damaged": num_damaged})
-            self._say(f"step {step}/{self._total_steps}  DAMAGED, replaced: {damage.where} ({damage.reason})")
+    def log_corruption(self, step: int, new: Sequence[Corruption], num_corrupt: int) -> None:
+        """Log samples that were found corrupt and replaced by others; `num_corrupt` counts all since this start."""
+        for corruption in new:
+            self._append(step, "corruption", {**asdict(corruption), "num_corrupt": num_corrupt})
+            self._say(f"step {step}/{self._total_steps}  CORRUPT, replaced: {corruption.where} ({corruption.reason})")
 
     def log_norms(self, step: int, name: str, of_stages: Mapping[str, npt.NDArray[np.float64]]) -> None:
         """Show norms of single tensors as a histogram for each stage of the model."""
@@ -220,7 +220,7 @@ class Metrics:
         self._say(text)
 
     @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What is done inside (an evaluation, a save) does not count as training time."""
         begin = time.perf_counter()
         yield
@@ -240,7 +240,7 @@ class Metrics:
     def _say(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
-        elif self._world.is_first:
+        elif self._world.is_rank0:
             print(text, file=sys.stderr, flush=True)
 
     def _write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:

@@ -34,8 +34,8 @@ class Profiler:
             raise UserError(
                 "trainer.profile begins where the run has ended",
                 got=config.trainer.profile,
-                allowed=f"START below {num_steps}",
-                cure="choose an earlier step",
+                expected=f"START below {num_steps}",
+                hint="choose an earlier step",
             )
         self._profile: profile | None = None
         self._step = 0
@@ -68,7 +68,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         else:
             (self._folder / f"memory_{name}.json").write_text(json.dumps(read_memory_use(trace)))
-        if self._world.is_first:
+        if self._world.is_rank0:
             tqdm.write(f"profile of steps {self._first + 1} to {self._step}: {self._folder}", file=sys.stderr)
 
     def _begin(self) -> None:

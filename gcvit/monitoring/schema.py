@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, tuple[type, ...]]] = {
         "memory_bytes": _COUNT,
         "seconds": _NUMBER,
         "seconds_left": _NUMBER,
-        "num_damaged": _COUNT,
+        "num_corrupt": _COUNT,
         "data_wait": _NUMBER,
         "bound_by": _TEXT,
         "bound_share": _NUMBER,
@@ -59,7 +59,7 @@ KINDS: dict[str, dict[str, tuple[type, ...]]] = {
     "val/ema": _EVALUATION,
     "checkpoint": {"stall_seconds": _NUMBER, "write_seconds": _NUMBER, "bytes": _COUNT},
     "bad_step": {"rank": _COUNT + _NULL, "what": _TEXT, "samples": (list,), "num_samples": _COUNT},
-    "damage": {"sample": _COUNT, "where": _TEXT, "reason": _TEXT, "num_damaged": _COUNT},
+    "corruption": {"sample": _COUNT, "where": _TEXT, "reason": _TEXT, "num_corrupt": _COUNT},
     "end": {"outcome": _TEXT, "samples": _COUNT},
 }
 """Keys that a kind must have, with the types of their values."""

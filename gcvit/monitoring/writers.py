@@ -54,9 +54,9 @@ class Events:
     def add_result(self, values: Mapping[str, float], step: int) -> None:
         """The run's hyper-parameters with its final result, for TensorBoard's comparison of runs."""
         # What `SummaryWriter.add_hparams` writes, without the folder of its own that it makes for it.
-        knobs = flatten(self._config.model_dump(mode="json"))
+        options = flatten(self._config.model_dump(mode="json"))
         results = {f"result/{name}": value for name, value in values.items()}
-        for summary in hparams(knobs, results):
+        for summary in hparams(options, results):
             self._writer._get_file_writer().add_summary(summary)
         for name, value in results.items():
             self._writer.add_scalar(name, value, step)
@@ -100,7 +100,7 @@ def _wandb() -> Any:
     except ImportError:
         wandb = None
     if not hasattr(wandb, "init"):  # a folder "wandb", which it leaves in the place of a start, can be imported too
-        raise UserError("wandb=true, and it is not installed", cure="pip install wandb, or set wandb=false")
+        raise UserError("wandb=true, and it is not installed", hint="pip install wandb, or set wandb=false")
     return wandb
 
 
@@ -129,7 +129,7 @@ def _start_wandb(config: Config) -> Any:
         )
     except Exception as error:  # of the network, of an account: its own kinds are many
         raise UserError(
-            "W&B does not start", got=error, cure="wandb login, WANDB_MODE=offline, or wandb=false"
+            "W&B does not start", got=error, hint="wandb login, WANDB_MODE=offline, or wandb=false"
         ) from None
     run.define_metric("*", step_metric="step")  # not its own counter, which counts calls
     return run

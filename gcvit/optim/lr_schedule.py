@@ -64,7 +64,7 @@ def build_schedule(
         raise UserError(
             "schedule.cosine is shorter than one step",
             got=f"{schedule.cosine} of {samples_per_epoch} samples in batches of {global_batch_size}",
-            cure="lengthen it, or use a smaller global_batch_size",
+            hint="lengthen it, or use a smaller global_batch_size",
         )
     if warmup > cosine:
         raise UserError("schedule.warmup is longer than schedule.cosine", got=f"{warmup} > {cosine} steps")
@@ -72,7 +72,7 @@ def build_schedule(
         raise UserError(
             "optim.frozen_backbone is as long as the run",
             got=f"{frozen} of {cosine + cooldown} steps",
-            cure="shorten it, or lengthen schedule.cosine",
+            hint="shorten it, or lengthen schedule.cosine",
         )
     return Schedule(optim.lr, optim.warmup_lr, optim.min_lr, warmup, cosine, cooldown, frozen)
 

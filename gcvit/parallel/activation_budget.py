@@ -121,8 +121,8 @@ def choose_parts(
         raise UserError(
             f"the activations of {num_images} images do not fit, with all parts of the model checkpointed",
             got=f"{num_bytes:,} bytes",
-            allowed=f"activation_budget_bytes={budget_bytes}",
-            cure="lower trainer.micro_batch_size, or raise activation_budget_bytes",
+            expected=f"activation_budget_bytes={budget_bytes}",
+            hint="lower trainer.micro_batch_size, or raise activation_budget_bytes",
         )
     milliseconds = sum(part.milliseconds for part in order[:count])
     description = (
@@ -137,7 +137,7 @@ def recompute_within(budget_bytes: int, model: GCViT, compute: Compute, num_imag
 
     Times differ from run to run, and so may the choice: it never changes what is computed.
     """
-    choice = world.on_first(lambda: choose_parts(model, compute, num_images, budget_bytes))
+    choice = world.on_rank0(lambda: choose_parts(model, compute, num_images, budget_bytes))
     recompute(model, choice.names)
     return choice.description
 

@@ -55,7 +55,7 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
 def _recompute_within_budget(module: GCViT, config: Config, dtype: torch.dtype, world: World) -> str:
     paired = config.augment.mix is not None
     num_images = micro_batch_capacity(
-        config.global_batch_size, world.size, config.trainer.settled_micro_batch_size, paired=paired
+        config.global_batch_size, world.size, config.trainer.resolved_micro_batch_size, paired=paired
     )
     compute = Compute(world.device, dtype, autocast=config.engine == "ddp")
     assert config.activation_budget_bytes is not None

@@ -150,22 +150,22 @@ def _offloading(zero: ZeroConfig) -> Settings:
     return {key: {"device": place, "pin_memory": pinned} for key, place in places.items() if place is not None}
 
 
-def _merge(ours: Settings, extra: Settings, path: str = "", cure: str | None = None) -> Settings:
+def _merge(ours: Settings, extra: Settings, path: str = "", hint: str | None = None) -> Settings:
     merged = dict(ours)
     for key, value in extra.items():
         place = f"{path}{key}"
-        cure_here = cure or _DECIDED.get(place)
-        if not path and cure_here is None and key not in _PASSED_ON:
+        hint_here = hint or _DECIDED.get(place)
+        if not path and hint_here is None and key not in _PASSED_ON:
             _refuse_unknown(key)
         if isinstance(ours.get(key, {}), dict) and isinstance(value, dict):
-            merged[key] = _merge(ours.get(key, {}), value, f"{place}.", cure_here)
-        elif cure_here is not None or isinstance(ours.get(key), dict):
+            merged[key] = _merge(ours.get(key, {}), value, f"{place}.", hint_here)
+        elif hint_here is not None or isinstance(ours.get(key), dict):
             if key not in ours or value != ours[key]:
                 raise UserError(
                     f"zero.extra.{place} is decided by the trainer",
                     got=value,
-                    allowed=ours.get(key, "nothing"),
-                    cure=cure_here or "give a mapping",
+                    expected=ours.get(key, "nothing"),
+                    hint=hint_here or "give a mapping",
                 )
         elif value != "auto" or key not in ours:  # DeepSpeed would put its own default there
             merged[key] = value
@@ -177,6 +177,6 @@ def _refuse_unknown(key: str) -> None:
     raise UserError(
         "zero.extra has a key that DeepSpeed 0.19.8 does not know, or that is for what this trainer does not use",
         got=key,
-        allowed=", ".join(sorted(_PASSED_ON)),
-        cure=f"write {near[0]}" if near else "remove it",
+        expected=", ".join(sorted(_PASSED_ON)),
+        hint=f"write {near[0]}" if near else "remove it",
     )

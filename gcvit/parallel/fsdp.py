@@ -132,15 +132,15 @@ def check_shards(module: GCViT, shard_size: int, world_size: int) -> None:
         raise UserError(
             "fsdp.shard_size does not divide the processes into equal copies of the model",
             got=shard_size,
-            allowed=f"a divisor of {world_size} processes",
-            cure=f"set fsdp.shard_size={fitting}, or null for one copy over all",
+            expected=f"a divisor of {world_size} processes",
+            hint=f"set fsdp.shard_size={fitting}, or null for one copy over all",
         )
     last = shard_size - 1
     if not any(last * -(-p.shape[0] // shard_size) < p.shape[0] for p in module.parameters()):
         raise UserError(
             "engine=fsdp cuts parameters by rows, and there are too few for all processes",
             got=f"{shard_size} processes to share a copy",
-            cure="start fewer, set a smaller fsdp.shard_size, or take engine=ddp: the model is small",
+            hint="start fewer, set a smaller fsdp.shard_size, or take engine=ddp: the model is small",
         )
 
 

@@ -51,7 +51,7 @@ class ZeroEngine:
             raise UserError(
                 f"DeepSpeed does not compute in fp16 on this {world.device.type}",
                 got="precision=fp16, engine=zero",
-                cure="set precision=bf16, or take engine=ddp or engine=fsdp",
+                hint="set precision=bf16, or take engine=ddp or engine=fsdp",
             )
         _prepare_environment(world)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
@@ -185,11 +185,11 @@ def check_settings(settings: dict[str, Any], device_type: str) -> None:
     """Let DeepSpeed read its settings, before anything is built. Errors: UserError with what it says of them."""
     quantized = [key for key, value in settings["zero_optimization"].items() if "quantized" in key and value]
     if quantized and device_type != "cuda":
-        raise UserError("ZeRO++ quantizes on a GPU only", got=", ".join(quantized), cure="remove it from zero.extra")
+        raise UserError("ZeRO++ quantizes on a GPU only", got=", ".join(quantized), hint="remove it from zero.extra")
     try:
         deepspeed.DeepSpeedConfig(settings)
     except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
-        raise UserError("DeepSpeed refuses zero.extra", got=error, cure="correct or remove what it names") from error
+        raise UserError("DeepSpeed refuses zero.extra", got=error, hint="correct or remove what it names") from error
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ def print_plan(
     """What `train.py --plan` does; the arguments are its flags. Errors: as `make_plan` and `open_sources`."""
     folder = config.data.dir
     if folder is not None and not is_remote(folder) and not Path(folder).exists():
-        cure = "check --data_dir, or plan for ImageNet-1K with data.dir=null"
-        raise UserError("the data directory is no directory", got=f"{folder} (missing)", cure=cure)
+        hint = "check --data_dir, or plan for ImageNet-1K with data.dir=null"
+        raise UserError("the data directory is no directory", got=f"{folder} (missing)", hint=hint)
     sources = None if folder is None else open_sources(config)
     assumed = gpu is None and not torch.cuda.is_available()
     remarks = [f"there is no GPU here: {ASSUMED_GPU} is assumed, see --gpu and --gpus"] if assumed else []
@@ -181,7 +181,7 @@ def find_doubts(plan: Plan) -> Iterator[str]:
             f"{cores:,.1f} cores a GPU are wanted for decoding, and data.num_workers={config.data.num_workers}: "
             "the GPUs would wait"
         )
-    num_bytes = config.data.lanes * config.data.open_runs * config.data.run_bytes / plan.num_gpus
+    num_bytes = config.data.lanes * config.data.shuffle_chunks * config.data.chunk_bytes / plan.num_gpus
     if data.in_runs and num_bytes > _GB:
         yield f"the runs that are open take up to {num_bytes / _GB:,.1f} GB of the host's memory for each GPU"
     if config.model.drop_path_skips:

@@ -26,7 +26,7 @@ _DECISIVE = ("global_batch_size", "engine", "fsdp", "zero", "precision", "activa
 _MARGIN = 0.05  # of a GPU's memory, for NCCL's buffers and the gaps that many steps leave
 
 
-def settle_micro_batch(config: Config, world: World, trained: Mapping[str, Any] | None, notices: list[str]) -> Config:
+def resolve_micro_batch(config: Config, world: World, trained: Mapping[str, Any] | None, notices: list[str]) -> Config:
     """Put a number in the place of "auto", the same on all ranks; how it came about is added to `notices`.
 
     `trained` is the info of the checkpoint to go on from: where as many ranks go on in the same way, they keep the
@@ -48,7 +48,7 @@ def settle_micro_batch(config: Config, world: World, trained: Mapping[str, Any] 
         raise UserError(
             "not even the smallest micro-batch fits",
             got="trainer.micro_batch_size=auto",
-            cure="see what does: --plan --gpus N --gpu NAME",
+            hint="see what does: --plan --gpus N --gpu NAME",
         )
     share = share_of(config, world.size)[1]
     steps = -(-share // size)

@@ -146,16 +146,16 @@ def make_plan(
     """
     device, num_gpus = choose_device(gpu), count_gpus() if num_gpus is None else num_gpus
     if num_gpus < 1:
-        raise UserError("no plan", got=f"--gpus {num_gpus}", allowed="1 or more", cure="say how many there will be")
+        raise UserError("no plan", got=f"--gpus {num_gpus}", expected="1 or more", hint="say how many there will be")
     if mfu is not None and not 0 < mfu <= 1:
-        cure = "give a share, such as the mfu of a run's metrics.jsonl"
-        raise UserError("no plan", got=f"--mfu {mfu}", allowed="above 0, at most 1", cure=cure)
+        hint = "give a share, such as the mfu of a run's metrics.jsonl"
+        raise UserError("no plan", got=f"--mfu {mfu}", expected="above 0, at most 1", hint=hint)
     if config.precision not in device.peaks:
         raise UserError(
             f"{device.name} does not compute in {config.precision}",
             got=f"precision={config.precision}",
-            allowed=", ".join(device.peaks),
-            cure="set precision=fp16" if config.precision == "bf16" else None,
+            expected=", ".join(device.peaks),
+            hint="set precision=fp16" if config.precision == "bf16" else None,
         )
     data = IMAGENET
     if sources is not None:
@@ -177,7 +177,7 @@ def make_plan(
     limit = ROOM * device.memory_bytes
     if config.trainer.micro_batch_size == "auto":
         config = with_micro_batch(config, split_evenly(config, num_gpus, forecast.largest(config, num_gpus, limit)))
-    given = config.trainer.settled_micro_batch_size
+    given = config.trainer.resolved_micro_batch_size
     batching = (config.global_batch_size, num_gpus, given)
     micro_batch = micro_batch_capacity(*batching, paired=config.augment.mix is not None)
     memory = forecast.predict(config, num_gpus, micro_batch)
@@ -185,8 +185,8 @@ def make_plan(
         raise UserError(
             f"the training does not fit on {num_gpus} x {device.name}",
             got=f"{memory.peak / 1e9:,.1f} GB in {memory.moment}, of micro-batches of {micro_batch}",
-            allowed=f"{limit / 1e9:,.1f} GB ({ROOM:.0%} of its memory)",
-            cure=propose(config, forecast, num_gpus, limit),
+            expected=f"{limit / 1e9:,.1f} GB ({ROOM:.0%} of its memory)",
+            hint=propose(config, forecast, num_gpus, limit),
         )
     shapes = {name: tuple(p.shape) for name, p in forecast.model.named_parameters()}
     bias_tables = config.optim.decay_bias_tables
@@ -217,7 +217,7 @@ def choose_device(gpu: str | None) -> Device:
         return get_device(ASSUMED_GPU)
     name = torch.cuda.get_device_name()
     if (found := find_device(name)) is None:
-        raise UserError("this machine's GPU is not in the table of plans", got=name, cure="name one with --gpu")
+        raise UserError("this machine's GPU is not in the table of plans", got=name, hint="name one with --gpu")
     return found
 
 

@@ -39,29 +39,29 @@ def main() -> None:
     out = arguments.out
     if out is None:
         if len(arguments.runs) > 1:
-            raise UserError("where to write a report of several runs?", cure="add --out FILE")
+            raise UserError("where to write a report of several runs?", hint="add --out FILE")
         out = arguments.runs[0] / REPORT_FILE
     if out.is_dir():
-        raise UserError("--out", got=f"{out}, a folder", allowed="a file")
+        raise UserError("--out", got=f"{out}, a folder", expected="a file")
     try:
         from gcvit.report.page import render  # what draws is an extra
     except ModuleNotFoundError as error:
         if error.name not in ("plotly", "jinja2", "markupsafe"):
             raise
-        raise UserError(f"a report needs {error.name}", cure="pip install plotly jinja2") from None
+        raise UserError(f"a report needs {error.name}", hint="pip install plotly jinja2") from None
     from gcvit.report.charts import MAX_RUNS
     from gcvit.report.run_data import read_records
 
     if len(arguments.runs) > MAX_RUNS:
-        raise UserError("more runs than colours to tell them apart", got=len(arguments.runs), allowed=MAX_RUNS)
+        raise UserError("more runs than colours to tell them apart", got=len(arguments.runs), expected=MAX_RUNS)
     page = render(read_records(arguments.runs))
     part = out.with_name(f".{out.name}.part")
     try:
         part.write_text(page, encoding="utf-8", errors="backslashreplace")
         part.replace(out)
     except OSError as error:
-        cure = "give another --out"
-        raise UserError("cannot write the report", got=f"{out} ({error.strerror})", cure=cure) from None
+        hint = "give another --out"
+        raise UserError("cannot write the report", got=f"{out} ({error.strerror})", hint=hint) from None
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -23,12 +23,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def tabulate_differences(records: Sequence[Record]) -> Table:
-    """The knobs that are not the same in all runs."""
+    """The options that are not the same in all runs."""
     leaves = [flatten(record.config) for record in records]
     keys = dict.fromkeys(key for of_run in leaves for key in of_run)
     differing = [key for key in keys if len({of_run.get(key) for of_run in leaves}) > 1 and key not in _NAMES_OF_RUNS]
     rows = [[Cell(key), *(Cell(of_run.get(key, "–")) for of_run in leaves)] for key in differing]
-    return Table(["knob", *(record.name for record in records)], rows)
+    return Table(["option", *(record.name for record in records)], rows)
 
 
 def describe_hardware(records: Sequence[Record]) -> tuple[list[tuple[str, str]], Table | None]:

@@ -76,7 +76,7 @@ def read_record(path: Path, name: str | None = None) -> Record:
     if not (path / "metrics.jsonl").is_file() and not (path / "config.yaml").is_file():
         kind = "no folder" if not path.is_dir() else "a folder without metrics.jsonl and config.yaml"
         raise UserError(
-            "no run here", got=f"{path} ({kind})", allowed="a run's folder, runs/TAG", cure="check the path"
+            "no run here", got=f"{path} ({kind})", expected="a run's folder, runs/TAG", hint="check the path"
         )
     problems: list[str] = []
 
@@ -111,7 +111,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """Read several runs and call them by the shortest ends of their paths that differ. Errors: as `read_record`."""
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
-        raise UserError("the same run twice", got=", ".join(map(str, paths)), cure="name each run once")
+        raise UserError("the same run twice", got=", ".join(map(str, paths)), hint="name each run once")
     length = 1
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1

@@ -1,4 +1,4 @@
-"""What happened when: how far a run was at each time, with its restarts, checkpoints, refused updates and damage."""
+"""What happened when: how far a run was, with its restarts, checkpoints, refused updates and corrupt images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def _describe_checkpoint(row: Row) -> str:
     return ", ".join(filter(None, words))
 
 
-def _describe_damage(row: Row) -> str:
+def _describe_corruption(row: Row) -> str:
     return f"{row.get('where', 'a sample')} ({row.get('reason', 'unreadable')})"
 
 
@@ -55,7 +55,7 @@ MARKS = (
     Mark("start", "start or restart", "▶", "triangle-right", "ink", _describe_start),
     Mark("end", "end", "■", "square", "ink", lambda row: str(row.get("outcome", ""))),
     Mark("bad_step", "refused update", "×", "x-thin", "alarm", _describe_bad_step),
-    Mark("damage", "damaged sample, replaced", "◆", "diamond", "run-4", _describe_damage),
+    Mark("corruption", "corrupt sample, replaced", "◆", "diamond", "run-4", _describe_corruption),
 )
 
 

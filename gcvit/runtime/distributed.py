@@ -27,7 +27,7 @@ class World:
     timeout: timedelta | None = None  # of a collective; None is torch's
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -42,10 +42,10 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
-    def on_first(self, act: Callable[[], T]) -> T:
+    def on_rank0(self, act: Callable[[], T]) -> T:
         """What `act()` gives on rank 0, on every rank; its `UserError` too, so that all ranks stop alike."""
         outcome: T | UserError | None = None
-        if self.is_first:
+        if self.is_rank0:
             try:
                 outcome = act()
             except UserError as error:
@@ -101,8 +101,8 @@ def join_world(deterministic: bool = False, hang_timeout: float | None = None) -
             raise UserError(
                 "more processes than GPUs on this node",
                 got=f"local rank {local_rank}",
-                allowed=f"{torch.cuda.device_count()} GPUs",
-                cure="start one process per GPU",
+                expected=f"{torch.cuda.device_count()} GPUs",
+                hint="start one process per GPU",
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

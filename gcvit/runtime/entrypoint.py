@@ -15,7 +15,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     A `UserError` that may pass exits with 1.
 
     Every rank of a job meets a bad config alike, so one of each node speaks: what is wrong may lie on one node
-    alone. What a single rank meets (a damaged sample, say) is said by that rank.
+    alone. What a single rank meets (a corrupt sample, say) is said by that rank.
     """
     try:
         main()

@@ -15,7 +15,7 @@ from gcvit.runtime import heartbeat
 
 FINISHED = 0
 CRASHED = 1
-USER_ERROR = 2  # a restart cannot cure it
+USER_ERROR = 2  # a restart cannot mend it
 PREEMPTED = 75  # EX_TEMPFAIL: saved, and a restart goes on
 HUNG = 76
 

@@ -70,6 +70,6 @@ def get_device(name: str) -> Device:
     """The row by its own name. Errors: UserError for an unknown one, with the nearest."""
     if name not in DEVICES:
         near = [known for known in DEVICES if known.startswith(name)] or difflib.get_close_matches(name, DEVICES, n=1)
-        cure = f"did you mean {near[0]}?" if near else None
-        raise UserError("unknown GPU", got=name, allowed=", ".join(DEVICES), cure=cure)
+        hint = f"did you mean {near[0]}?" if near else None
+        raise UserError("unknown GPU", got=name, expected=", ".join(DEVICES), hint=hint)
     return DEVICES[name]

@@ -61,7 +61,7 @@ class RunLock:
             self._file = self._acquire()
         except OSError as error:
             got = f"{self._run_dir} ({error.strerror})"
-            raise UserError("cannot write the run folder", got=got, cure="set output_dir") from None
+            raise UserError("cannot write the run folder", got=got, hint="set output_dir") from None
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
         return self
@@ -82,7 +82,7 @@ class RunLock:
             raise UserError(
                 "another run has taken this run's folder over",
                 got=f"{self._run_dir}, now held by {holder}",
-                cure="nothing: that one goes on; this one was too long without a sign of life",
+                hint="nothing: that one goes on; this one was too long without a sign of life",
             )
 
     def _acquire(self) -> IO[bytes]:
@@ -132,7 +132,7 @@ class RunLock:
         return UserError(
             "the run folder is in use by a live run",
             got=f"{self._run_dir}, held by {holder}",
-            cure="wait for it, stop it, or choose another --tag",
+            hint="wait for it, stop it, or choose another --tag",
         )
 
     def _sign(self, file: IO[bytes]) -> None:
@@ -162,7 +162,7 @@ def _lock(file: IO[bytes], run_dir: Path) -> bool:
         raise UserError(
             "the file system of the run folder has no locks",
             got=f"{run_dir} ({error.strerror})",
-            cure="mount it with flock, or set output_dir to one that has them",
+            hint="mount it with flock, or set output_dir to one that has them",
         ) from None
     return True
 

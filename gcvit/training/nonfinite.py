@@ -93,8 +93,8 @@ class BadSteps:
     def settle(self) -> None:
         """Tell of the steps that were refused since the last call; one read where there is none.
 
-        Errors: UserError, on all ranks alike, where the last `trainer.max_bad_steps` were all refused. They changed
-        nothing but the EMA and a loss scale, so that a checkpoint from before the first of them can still be left.
+        Errors: UserError, on all ranks alike, where the last `trainer.max_nonfinite_steps` were all refused. They
+        changed nothing but the EMA and a loss scale, so a checkpoint from before the first of them can still be left.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -107,7 +107,7 @@ class BadSteps:
             else:
                 self._row.append(step.number)
                 self._told += told.get(step.number, [])[: _NUM_LISTED - len(self._told)]
-        if len(self._row) >= self._run.config.trainer.max_bad_steps:
+        if len(self._row) >= self._run.config.trainer.max_nonfinite_steps:
             self._stop()
 
     def _watch(self, stem: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -145,15 +145,15 @@ class BadSteps:
         state.step = first - 1
         path = checkpoints_of(run.config.run_dir) / f"step_{state.step:08d}"
         run.saver.wait()
-        if not run.world.on_first(path.exists):
+        if not run.world.on_rank0(path.exists):
             save(run, prunes=False)  # newer ones may lie within the row
             run.saver.wait()
-        is_newest = run.world.on_first(lambda: latest(path.parent) == path)  # none was saved within the row
+        is_newest = run.world.on_rank0(lambda: latest(path.parent) == path)  # none was saved within the row
         raise UserError(
             f"{len(self._row)} updates in a row were refused: loss or gradient not finite",
             got=f"steps {first} to {self._row[-1]}" + "".join(f"; {line}" for line in self._told),
-            allowed=f"fewer than trainer.max_bad_steps={run.config.trainer.max_bad_steps}",
-            cure=f"the same command with --replay {first} shows where it begins; {path} is from before it"
+            expected=f"fewer than trainer.max_nonfinite_steps={run.config.trainer.max_nonfinite_steps}",
+            hint=f"the same command with --replay {first} shows where it begins; {path} is from before it"
             + (", and --resume auto goes on from there, at a lower optim.lr for example" if is_newest else ""),
         )
 
@@ -161,12 +161,12 @@ class BadSteps:
 def name_samples(run: Run, numbers: Sequence[int]) -> list[str]:
     """Where the samples lie that the run takes as these, counted from its beginning.
 
-    Every rank calls it, and rank 0 looks. A damaged sample is said to have been replaced.
+    Every rank calls it, and rank 0 looks. A corrupt sample is said to have been replaced.
     """
 
     def look() -> list[str]:
         samples = find_samples(run.train, run.config, np.array(numbers, dtype=np.int64)).tolist()
-        replaced = " (damaged: another stood in for it)"
-        return [run.train.name(sample) + replaced * (sample in run.damage.found) for sample in samples]
+        replaced = " (corrupt: another stood in for it)"
+        return [run.train.name(sample) + replaced * (sample in run.corruption.found) for sample in samples]
 
-    return run.world.on_first(look)
+    return run.world.on_rank0(look)

@@ -45,7 +45,7 @@ def overfit_one_batch(config: Config, world: World, sources: tuple[Source, Sourc
     Errors: UserError for more than one process, and as `open_sources` and `build_engine`.
     """
     if world.size > 1:
-        raise UserError("--overfit-one-batch is for one process", got=world.size, cure="start train.py by itself")
+        raise UserError("--overfit-one-batch is for one process", got=world.size, hint="start train.py by itself")
     config = simplify(config, sources[0])
     images, targets = load_batch(config, world, sources[0])
     floor = -torch.special.xlogy(targets, targets).sum(-1).mean().item()
@@ -54,13 +54,13 @@ def overfit_one_batch(config: Config, world: World, sources: tuple[Source, Sourc
     print(f"{config.model.name} on {world.device.type}, images {size}, {targets.shape[1]} classes", flush=True)
     print(f"no loss can be below {floor:.3f}: what targets are mixed and smoothed of is not to be known", flush=True)
     # In fp16 the loss scale may have to be halved a few times.
-    max_bad_steps = config.trainer.max_bad_steps if config.precision == "fp16" else 0
-    first, last = learn(engine, images, targets, floor, max_bad_steps)
+    max_nonfinite_steps = config.trainer.max_nonfinite_steps if config.precision == "fp16" else 0
+    first, last = learn(engine, images, targets, floor, max_nonfinite_steps)
     share = (first.loss - last.loss) / max(first.loss - floor, 1e-9)
     fell = f"in {last.step} updates the loss went from {first.loss:.3f} to {last.loss:.3f}, {share:.0%} of the way"
     if not last.is_finite:
-        cure = "" if config.precision == "fp32" else ". Try precision=fp32"
-        sys.exit(f"NOT LEARNED: the loss or its gradient is not finite; {fell}{cure}")
+        hint = "" if config.precision == "fp32" else ". Try precision=fp32"
+        sys.exit(f"NOT LEARNED: the loss or its gradient is not finite; {fell}{hint}")
     if share < ENOUGH:
         sys.exit(
             f"NOT LEARNED: {fell}; {ENOUGH:.0%} are wanted. Look at the images and their labels, at data.mean and "
@@ -96,7 +96,7 @@ def load_batch(config: Config, world: World, train: Source) -> tuple[Tensor, Ten
     return augment(batch, 0, world.device)
 
 
-def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float, max_bad_steps: int) -> tuple[Look, Look]:
+def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float, max_nonfinite_steps: int) -> tuple[Look, Look]:
     """Update until the batch is learned, or time is up, or more than so many updates in a row are not finite.
 
     Returns what was seen first and last.
@@ -113,7 +113,9 @@ def learn(engine: Engine, images: Tensor, targets: Tensor, floor: float, max_bad
         looks.append(look)
         num_bad = 0 if look.is_finite else num_bad + 1
         is_learned = looks[0].loss - look.loss >= ENOUGH * (looks[0].loss - floor)
-        is_over = is_learned or num_bad > max_bad_steps or time.monotonic() - start > MAX_SECONDS or step == MAX_STEPS
+        is_over = (
+            is_learned or num_bad > max_nonfinite_steps or time.monotonic() - start > MAX_SECONDS or step == MAX_STEPS
+        )
         if step % 10 == 0 or is_over:
             print(f"after {step} updates: loss {look.loss:.3f}, top-1 {top1:.0f} %", flush=True)
         if is_over:

@@ -44,22 +44,22 @@ def replay(
     Every rank calls it. `resume` "auto" is the run's newest checkpoint before the step. Errors: UserError where there
     is none, and as `start`.
     """
-    chosen = world.on_first(lambda: find_before(config.run_dir, step)) if resume == "auto" else resume
+    chosen = world.on_rank0(lambda: find_before(config.run_dir, step)) if resume == "auto" else resume
     notices = ["replay: torch.compile is off, so that every module can be looked at"] if config.compile else []
     if chosen != "none":
-        num_trained = world.on_first(lambda: store.open_checkpoint(find_checkpoint(Path(chosen))).info["world_size"])
+        num_trained = world.on_rank0(lambda: store.open_checkpoint(find_checkpoint(Path(chosen))).info["world_size"])
         if num_trained != world.size:
             told = f"replay: on {world.size} processes, where {num_trained} trained"
             notices.append(f"{told}: drop path falls otherwise, and sums differ in the last bits")
     with ExitStack() as stack:
-        folder = world.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
+        folder = world.on_rank0(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
         scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None, "wandb": False})
         run = stack.enter_context(start(scratch, world, sources, chosen, init_from, reset_head, notices))
         if not run.state.step < step <= run.schedule.total_steps:
             raise UserError(
                 "there is no such step to replay",
                 got=f"--replay {step}",
-                allowed=f"{1 if resume == 'auto' else run.state.step + 1} to {run.schedule.total_steps}",
+                expected=f"{1 if resume == 'auto' else run.state.step + 1} to {run.schedule.total_steps}",
             )
         for batches in islice(run.stream, step - 1 - run.state.step):
             take_step(run, batches)
@@ -71,20 +71,20 @@ def replay(
         lines = _describe_step(run, taken) + _describe_samples(run, batches, taken) + bad_weights
         for rank, found in enumerate(world.gather(watch.describe())):
             lines += [f"rank {rank}: {line}" for line in found]
-        if world.is_first:
+        if world.is_rank0:
             print("\n".join(lines), flush=True)
 
 
 def find_before(run_dir: Path, step: int) -> str:
     """The newest checkpoint of a run from before its step number `step`. Errors: UserError where there is none."""
-    there = [store.step_of(path) for path in store.complete_ones(checkpoints_of(run_dir))]
+    there = [store.step_of(path) for path in store.list_checkpoints(checkpoints_of(run_dir))]
     before = [number for number in there if number < step]
     if not before:
         raise UserError(
             "no checkpoint to replay from",
             got=f"--replay {step}, and checkpoints of steps {there} in {checkpoints_of(run_dir)}",
-            allowed=f"a step after {there[0]}" if there else None,
-            cure="--resume none replays from the beginning, with the --init-from of that time",
+            expected=f"a step after {there[0]}" if there else None,
+            hint="--resume none replays from the beginning, with the --init-from of that time",
         )
     return str(checkpoints_of(run_dir) / f"step_{before[-1]:08d}")
 
@@ -149,8 +149,8 @@ def _describe_step(run: Run, taken: Step) -> list[str]:
 
 def _describe_samples(run: Run, batches: Sequence[Batch], taken: Step) -> list[str]:
     """A line for each sample of the global batch, in the order of their positions."""
-    run.damage.add(batches)
-    run.damage.settle(run.world)
+    run.corruption.add(batches)
+    run.corruption.settle(run.world)
     is_mixed = run.config.augment.mix is not None
     here = []
     for batch, losses in zip(batches, taken.losses, strict=True):

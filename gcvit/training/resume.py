@@ -29,27 +29,27 @@ def restore(
         raise UserError(
             "the checkpoint was trained on other data",
             got=found.path,
-            cure="give that data, or start another run with --init-from",
+            hint="give that data, or start another run with --init-from",
         )
     if found.info["config"]["seed"] != config.seed:
         raise UserError(
-            "the checkpoint has another seed", got=config.seed, allowed=found.info["config"]["seed"], cure="set seed"
+            "the checkpoint has another seed", got=config.seed, expected=found.info["config"]["seed"], hint="set seed"
         )
     state = found.state
     was = found.info["config"]["data"]
-    order = {name: was[name] for name in ("lanes", "run_bytes", "open_runs")}
+    order = {name: was[name] for name in ("lanes", "chunk_bytes", "shuffle_chunks")}
     if state.samples % train.num_samples and any(getattr(config.data, name) != value for name, value in order.items()):
         raise UserError(
             "another order of samples in the middle of an epoch, of which some would be skipped and some repeated",
             got=", ".join(f"data.{name}={getattr(config.data, name)}" for name in order),
-            allowed=", ".join(f"data.{name}={value}" for name, value in order.items()),
-            cure="set them back, or start another run with --init-from",
+            expected=", ".join(f"data.{name}={value}" for name, value in order.items()),
+            hint="set them back, or start another run with --init-from",
         )
     if state.samples % config.global_batch_size:
         raise UserError(
             "global_batch_size does not divide the samples that the checkpoint has seen",
             got=config.global_batch_size,
-            allowed=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
+            expected=f"a divisor of {state.samples}, such as {found.info['config']['global_batch_size']}",
         )
     if found.path.parent.resolve() != resolve.checkpoints_of(config.run_dir).resolve():
         state.best_top1, state.best_step = -1.0, -1  # the best lies in the other run's folder
@@ -57,14 +57,14 @@ def restore(
         raise UserError(
             "another global batch would number the steps of this folder anew",
             got=config.global_batch_size,
-            allowed=found.info["config"]["global_batch_size"],
-            cure=f"go on in another run: --tag NAME --resume {found.path}",
+            expected=found.info["config"]["global_batch_size"],
+            hint=f"go on in another run: --tag NAME --resume {found.path}",
         )
     elif ema is None and store.has_kind(found, "ema"):
         raise UserError(
             "the run has an EMA, which would be lost",
             got="ema=null",
-            cure=f"keep ema (--model-ema), or go on in another run: --tag NAME --resume {found.path}",
+            hint=f"keep ema (--model-ema), or go on in another run: --tag NAME --resume {found.path}",
         )
     state.step = state.samples // config.global_batch_size
     kinds = all_fragments(engine, ema)
@@ -94,7 +94,7 @@ def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: in
     """
     module, change = engine.module, {"reset_head": reset_head, "resample": True}
     if Path(source).is_dir():
-        found = engine.world.on_first(lambda: store.open_checkpoint(resolve.find_checkpoint(Path(source))))
+        found = engine.world.on_rank0(lambda: store.open_checkpoint(resolve.find_checkpoint(Path(source))))
         found = store.check(found, engine.world)
         kind = "ema" if store.has_kind(found, "ema") else MODEL
         state, changes = fit(store.read_tensors(found, kind), module, found.path, **change)
@@ -118,5 +118,5 @@ def check_alike(path: str | Path, world: World) -> None:
         raise UserError(
             "processes find other weights under the same name",
             got=f"{path}, which for rank {differing[0]} is another file than for rank 0",
-            cure="copy one file to all nodes, or put it on a disk that they share",
+            hint="copy one file to all nodes, or put it on a disk that they share",
         )

@@ -9,7 +9,7 @@ from gcvit.checkpoint import resolve, store
 from gcvit.checkpoint.manager import Saver
 from gcvit.checkpoint.store import RunState
 from gcvit.config.schema import Config
-from gcvit.data.corruption_budget import DamageBudget
+from gcvit.data.corruption_budget import CorruptionBudget
 from gcvit.data.loader import Batch
 from gcvit.data.source import Source
 from gcvit.data.transforms import DeviceAugment
@@ -52,7 +52,7 @@ class Run:
     state: RunState
     saver: Saver
     metrics: Metrics
-    damage: DamageBudget
+    corruption: CorruptionBudget
     clock: StepClock
     samples: Samples
     norms: Norms
@@ -62,15 +62,15 @@ class Run:
 def log_step(run: Run, lr: float, result: StepResult) -> None:
     """A row of metrics, the samples that any rank had to replace, and now and then sample images and norms.
 
-    Errors: UserError, on all ranks alike, where more samples are damaged than the run may have.
+    Errors: UserError, on all ranks alike, where more samples are corrupt than the run may have.
     """
     step, seconds = run.state.step, run.clock.take(run.world.barrier)
-    damaged = run.damage.settle(run.world)
-    run.metrics.log_step(step, lr, result, seconds, len(run.damage.found))
-    run.metrics.log_damage(step, damaged, len(run.damage.found))
+    corrupt = run.corruption.settle(run.world)
+    run.metrics.log_step(step, lr, result, seconds, len(run.corruption.found))
+    run.metrics.log_corruption(step, corrupt, len(run.corruption.found))
     run.samples.write(run.metrics)
     run.norms.log(run.metrics)
-    run.damage.check()
+    run.corruption.check()
 
 
 def evaluate_all(run: Run, on_batch: Callable[[], None]) -> bool:
@@ -94,7 +94,7 @@ def evaluate_all(run: Run, on_batch: Callable[[], None]) -> bool:
                 run.world,
                 img_size=run.config.model.img_size,
                 batch_size=run.config.trainer.eval_batch_size,
-                skip_damaged=True,  # said and counted; an error here would throw away what was just trained
+                skip_corrupt=True,  # said and counted; an error here would throw away what was just trained
                 on_batch=on_batch,
             )
         seconds[name] = time.perf_counter() - begin
@@ -112,8 +112,8 @@ def evaluate_late(run: Run, on_batch: Callable[[], None]) -> None:
     """Do the evaluation that a preemption put off, and note it in the checkpoint that the run went on from."""
     is_best = evaluate_all(run, on_batch)
     path = resolve.checkpoints_of(run.config.run_dir) / f"step_{run.state.step:08d}"
-    if run.world.on_first(path.exists):
-        run.world.on_first(lambda: store.restate(path, run.state))
+    if run.world.on_rank0(path.exists):
+        run.world.on_rank0(lambda: store.restate(path, run.state))
     elif is_best:  # that one lies in another run's folder
         save(run)
 

@@ -10,7 +10,7 @@ from gcvit.checkpoint.manager import Saver
 from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.checkpoint.weights_source import describe_origin
 from gcvit.config.schema import Config
-from gcvit.data.corruption_budget import DamageBudget
+from gcvit.data.corruption_budget import CorruptionBudget
 from gcvit.data.epoch_order import holds_whole_lanes
 from gcvit.data.loader import check_world, num_micro_steps, train_stream
 from gcvit.data.source import Source, num_local_ranks
@@ -26,7 +26,7 @@ from gcvit.optim.adamw import MODEL
 from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Engine
-from gcvit.planning.micro_batch_finder import settle_micro_batch
+from gcvit.planning.micro_batch_finder import resolve_micro_batch
 from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
 from gcvit.training.ema import Ema
@@ -61,17 +61,17 @@ def start(
     profiler = Profiler(config, world, schedule.total_steps)
     with ExitStack() as stack:
         lock = RunLock(config.run_dir)
-        world.on_first(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
-        found, damaged = resolve.open_sound(config.run_dir, resume, world)
+        world.on_rank0(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
+        found, corrupt = resolve.open_latest_valid(config.run_dir, resume, world)
         check_weights(config, found, init_from, reset_head)
         said = list(notices)
-        config = settle_micro_batch(config, world, found.info if found else None, said)
-        micro_batch_size, paired = config.trainer.settled_micro_batch_size, config.augment.mix is not None
+        config = resolve_micro_batch(config, world, found.info if found else None, said)
+        micro_batch_size, paired = config.trainer.resolved_micro_batch_size, config.augment.mix is not None
         micro_steps = num_micro_steps(config.global_batch_size, world.size, micro_batch_size, paired)
         engine = build_engine(config, world, num_micro_steps=micro_steps, notices=said)
         ema = build_ema(config, engine, length)
         state, changes = load_state(found, init_from, reset_head, engine, ema, config, train)
-        said += [*changes, *world.on_first(lambda: resolve.set_aside(damaged))]
+        said += [*changes, *world.on_rank0(lambda: resolve.quarantine(corrupt))]
         check_length(state, schedule)
         stream = train_stream(
             train,
@@ -83,14 +83,14 @@ def start(
             pin_memory=world.device.type == "cuda",
         )
         augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
-        world.on_first(lambda: resolve.write_config(config))
+        world.on_rank0(lambda: resolve.write_config(config))
         surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
         costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
         stack.push(lambda error, *_: metrics.close(finished=error is None))
         for line in (*said, *describe(config, world, train, schedule, micro_steps, state.step)):
             metrics.say(line)
-        damage = DamageBudget(train.num_samples, config.data.max_damaged_fraction)
+        corruption = CorruptionBudget(train.num_samples, config.data.max_corrupt_fraction)
         folder = resolve.checkpoints_of(config.run_dir)
         saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints, check_lock=lock.check)
         metrics.say(saver.begin(state, all_fragments(engine, ema)))
@@ -101,22 +101,37 @@ def start(
         def is_shown(step: int) -> bool:
             return step == 1 or is_time(step, every.evaluate, schedule.total_steps)
 
-        samples = Samples(config, train, lambda step: world.is_first and is_shown(step))
+        samples = Samples(config, train, lambda step: world.is_rank0 and is_shown(step))
         norms = Norms(engine, config.optim, is_shown)
         yield Run(
-            *(config, world, train, val, schedule, every, stream, augment, engine, ema, state, saver, metrics, damage),
+            *(
+                config,
+                world,
+                train,
+                val,
+                schedule,
+                every,
+                stream,
+                augment,
+                engine,
+                ema,
+                state,
+                saver,
+                metrics,
+                corruption,
+            ),
             *(StepClock(world.device), samples, norms, profiler),
         )
 
 
 def check_weights(config: Config, found: Checkpoint | None, init_from: str | None, reset_head: bool) -> None:
-    """Errors: UserError for flags and knobs that ask for given weights where there are none."""
+    """Errors: UserError for flags and options that ask for given weights where there are none."""
     if reset_head and not init_from:
-        raise UserError("--reset-head without weights", cure="add --init-from, or leave it out: heads begin anew")
+        raise UserError("--reset-head without weights", hint="add --init-from, or leave it out: heads begin anew")
     if config.optim.frozen_backbone and not found and not init_from:
         raise UserError(
             "optim.frozen_backbone would freeze initial weights",
-            cure="give weights to fine-tune with --init-from, or set it to null",
+            hint="give weights to fine-tune with --init-from, or set it to null",
         )
 
 
@@ -126,8 +141,8 @@ def check_length(state: RunState, schedule: Schedule) -> None:
         raise UserError(
             "the checkpoint is past the schedule's end",
             got=f"step {state.step}",
-            allowed=f"at most {schedule.total_steps} steps",
-            cure="lengthen schedule.cosine or schedule.cooldown, or start another run with --init-from",
+            expected=f"at most {schedule.total_steps} steps",
+            hint="lengthen schedule.cosine or schedule.cooldown, or start another run with --init-from",
         )
 
 
@@ -162,7 +177,7 @@ def load_state(
     description = load_weights(engine, init_from, reset_head, config.seed)
     if ema:
         ema.restart()
-    state.initial_weights = engine.world.on_first(lambda: describe_origin(init_from))
+    state.initial_weights = engine.world.on_rank0(lambda: describe_origin(init_from))
     return state, [f"initial weights: {description}"]
 
 
@@ -176,7 +191,7 @@ def describe(
         f"{train.num_samples} images, {schedule.total_steps} steps of {config.global_batch_size} "
         f"in {micro_steps} micro-step(s), from step {first_step}"
     )
-    num_bytes = data.lanes * data.open_runs * data.run_bytes
+    num_bytes = data.lanes * data.shuffle_chunks * data.chunk_bytes
     if train.in_runs and num_bytes > _MUCH_MEMORY * world.size:
         yield f"the runs that are open take up to {num_bytes / world.size / 1e9:.1f} GB in each process"
     paired = config.augment.mix is not None

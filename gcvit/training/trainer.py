@@ -56,7 +56,7 @@ def take_steps(run: Run, preemption: Preemption) -> None:
     """The loop. Errors: Preempted, on all ranks alike, after a step, with or without its evaluation."""
     state, last = run.state, run.schedule.total_steps
     bad_steps = BadSteps(run)
-    with run.metrics.off_the_clock():
+    with run.metrics.paused():
         preemption.look()
         if state.evaluation_due:
             evaluate_late(run, preemption.look)
@@ -67,12 +67,12 @@ def take_steps(run: Run, preemption: Preemption) -> None:
             run.ema.update()
         run.clock.switch(None)
         run.metrics.add(step.loss_sum, step.num_correct, step.result)
-        run.damage.add(batches)
+        run.corruption.add(batches)
         bad_steps.add(batches, step.losses, step.result)
 
         state.step, state.samples = state.step + 1, state.samples + run.config.global_batch_size
         heartbeat.mark_step(state.step)
-        with run.metrics.off_the_clock():
+        with run.metrics.paused():
             run.profiler.look(state.step)
         evaluates, saves = (is_time(state.step, every, last) for every in (run.every.evaluate, run.every.save))
         leaves = preemption.is_agreed()
@@ -85,7 +85,7 @@ def take_steps(run: Run, preemption: Preemption) -> None:
         state.evaluation_due = evaluates
         if leaves:
             raise Preempted
-        with run.metrics.off_the_clock():
+        with run.metrics.paused():
             is_best = evaluates and evaluate_all(run, preemption.look)
             with run.clock.during("checkpoint"):
                 if is_best or saves:

@@ -41,5 +41,5 @@ def report_to_file(run_all: Callable[[World], dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     with join_world() as world:
         report = run_all(world)
-        if world.is_first:
+        if world.is_rank0:
             Path(sys.argv[1]).write_text(json.dumps(report))

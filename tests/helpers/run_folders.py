@@ -86,7 +86,7 @@ def make_rows(num_rows: int, batch_size: int, lr: float, seed: int) -> list[dict
                 "memory_bytes": int(21e9),
                 "seconds": 11.5,
                 "seconds_left": 12.0 * (num_rows - i),
-                "num_damaged": 0,
+                "num_corrupt": 0,
                 "data_wait": 0.04 + 0.01 * abs(noise[i, 2]),
                 "bound_by": "decoding" if i % 7 == 0 else "compute",
                 "bound_share": 0.6,
@@ -104,8 +104,8 @@ def make_rows(num_rows: int, batch_size: int, lr: float, seed: int) -> list[dict
                 rows.append({"step": step, "kind": kind, "time": time, **row, "num_skipped": 0, "seconds": 20.0})
             saved = {"bytes": 480e6, "stall_seconds": 0.4, "write_seconds": 3.1}
             rows.append({"step": step, "kind": "checkpoint", "time": time, **saved})
-    damage = {"sample": 77, "where": "train-000003.tar/a.jpg", "reason": "another checksum", "num_damaged": 1}
-    rows.append({"step": total, "kind": "damage", "time": time, **damage})
+    corruption = {"sample": 77, "where": "train-000003.tar/a.jpg", "reason": "another checksum", "num_corrupt": 1}
+    rows.append({"step": total, "kind": "corruption", "time": time, **corruption})
     rows.append({"step": total, "kind": "end", "time": time, "outcome": "finished", "samples": total * batch_size})
     return rows
 

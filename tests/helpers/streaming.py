@@ -23,7 +23,7 @@ def make_config(global_batch_size: int = 12, num_workers: int = 0, **sections) -
         "optim": {"lr": 1e-3},
         "schedule": {"cosine": "2 epochs"},
         "model": {"name": "any", "num_classes": 3, "img_size": 32},
-        "data": {"num_workers": num_workers, "lanes": 8, "run_bytes": 3000, "open_runs": 2},
+        "data": {"num_workers": num_workers, "lanes": 8, "chunk_bytes": 3000, "shuffle_chunks": 2},
     }
     return parse_config(tree | sections, "test")
 

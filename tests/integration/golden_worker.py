@@ -75,7 +75,7 @@ def run_all(spec: dict, world: World) -> None:
             before = digest_state(started)
             train(started)
             digests = {"start": before, "end": digest_state(started)}
-        if world.is_first:
+        if world.is_rank0:
             (Path(spec["out"]) / run["tag"] / "digests.json").write_text(json.dumps(digests))
 
 

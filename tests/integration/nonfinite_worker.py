@@ -39,7 +39,7 @@ ENGINES = {
 }
 PLAIN = [
     *("augment.scale=[1, 1]", "augment.ratio=[1, 1]", "augment.hflip=0", "augment.erase_prob=0", "augment.mix=null"),
-    *("schedule.cosine=6 steps", "trainer.log_every=3 steps", "trainer.max_bad_steps=3", "optim.lr=1e-3"),
+    *("schedule.cosine=6 steps", "trainer.log_every=3 steps", "trainer.max_nonfinite_steps=3", "optim.lr=1e-3"),
     *("trainer.eval_every=50 steps", "trainer.save_every=50 steps"),
 ]
 BAD_RANK, BAD_ROW = 1, 2
@@ -157,5 +157,5 @@ if __name__ == "__main__":
     data, out = sys.argv[1], Path(sys.argv[2])
     with join_world() as world, contextlib.redirect_stdout(sys.stderr):
         report = run_all(data, out, world)
-        if world.is_first:
+        if world.is_rank0:
             (out / "report.json").write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""Where the data lies and what is wrong with it, as train.py and evaluate.py meet it: damaged shards, a web server."""
+"""Where the data lies and what is wrong with it, as train.py and evaluate.py meet it: corrupt shards, a web server."""
 
 import functools
 import json
@@ -34,8 +34,8 @@ def shards(tmp_path_factory) -> Path:
 
 def train(num_processes: int, data: object, runs: Path, tag: str, *others: str):
     flags = ["train.py", "--config", CONFIG, "--data_dir", data, "--tag", tag, f"output_dir={runs}"]
-    knobs = ["schedule.cosine=6 steps", "trainer.log_every=2 steps", "trainer.eval_every=6 steps", *others]
-    return torchrun(num_processes, *flags, *knobs) if num_processes > 1 else python(*flags, *knobs)
+    options = ["schedule.cosine=6 steps", "trainer.log_every=2 steps", "trainer.eval_every=6 steps", *others]
+    return torchrun(num_processes, *flags, *options) if num_processes > 1 else python(*flags, *options)
 
 
 def rows(run_dir: Path, kind: str) -> list[dict]:
@@ -57,39 +57,39 @@ def flip(root: Path, split: str, samples: list[int]) -> list[str]:
 
 
 @pytest.fixture
-def damaged(shards, tmp_path) -> tuple[Path, list[str]]:
+def corrupt(shards, tmp_path) -> tuple[Path, list[str]]:
     root = shutil.copytree(shards, tmp_path / "copy")
     return root, flip(root, "train", [3, 50, 95])
 
 
-def test_damage_within_the_budget_is_replaced_counted_and_named(damaged, tmp_path):
-    root, names = damaged
+def test_corruption_within_the_budget_is_replaced_counted_and_named(corrupt, tmp_path):
+    root, names = corrupt
     flip(root, "val", [7])
-    # 6 steps of 32 are two epochs: each damaged sample is met twice, by either rank.
-    done = succeed(train(2, root, tmp_path, "some", "data.max_damaged_fraction=0.04", "data.num_workers=1"))
-    told = rows(tmp_path / "some", "damage")
+    # 6 steps of 32 are two epochs: each corrupt sample is met twice, by either rank.
+    done = succeed(train(2, root, tmp_path, "some", "data.max_corrupt_fraction=0.04", "data.num_workers=1"))
+    told = rows(tmp_path / "some", "corruption")
     assert sorted(row["where"] for row in told) == sorted(names)
     assert {row["reason"] for row in told} == {"another checksum"}
-    assert told[-1]["num_damaged"] == 3
-    assert all(done.stderr.count(f"DAMAGED, replaced: {name}") == 1 for name in names)
+    assert told[-1]["num_corrupt"] == 3
+    assert all(done.stderr.count(f"CORRUPT, replaced: {name}") == 1 for name in names)
     assert rows(tmp_path / "some", "train")[-1]["step"] == 6
     (evaluated,) = rows(tmp_path / "some", "val/weights")
     assert (evaluated["num_samples"], evaluated["num_skipped"]) == (NUM_VAL - 1, 1)
-    assert "without 1 DAMAGED samples" in done.stderr
+    assert "without 1 CORRUPT samples" in done.stderr
 
 
-def test_damage_beyond_the_budget_stops_all_ranks_with_the_list(damaged, tmp_path):
-    root, names = damaged
-    done = train(2, root, tmp_path, "many", "data.max_damaged_fraction=0.02")
+def test_corruption_beyond_the_budget_stops_all_ranks_with_the_list(corrupt, tmp_path):
+    root, names = corrupt
+    done = train(2, root, tmp_path, "many", "data.max_corrupt_fraction=0.02")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr.split("torch.distributed.run")[0] or "UserError" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "too many samples are damaged: got 3 of 96: " in line or "got 2 of 96" in line
+    assert "too many samples are corrupt: got 3 of 96: " in line or "got 2 of 96" in line
     assert any(name in line for name in names)
-    assert "allowed: 1 (data.max_damaged_fraction=0.02)" in line
+    assert "expected: 1 (data.max_corrupt_fraction=0.02)" in line
 
 
-def test_evaluation_refuses_damage_or_counts_it(shards, tmp_path):
+def test_evaluation_refuses_corruption_or_counts_it(shards, tmp_path):
     succeed(train(1, shards, tmp_path, "run"))
     root = shutil.copytree(shards, tmp_path / "copy")
     names = flip(root, "val", [7, 30])
@@ -98,8 +98,8 @@ def test_evaluation_refuses_damage_or_counts_it(shards, tmp_path):
     done = python("evaluate.py", tmp_path / "run", "--data_dir", root)
     assert done.returncode == 2
     assert names[0] in done.stderr
-    assert "--skip-damaged" in done.stderr
-    done = succeed(torchrun(2, "evaluate.py", tmp_path / "run", "--data_dir", root, "--skip-damaged"))
+    assert "--skip-corrupt" in done.stderr
+    done = succeed(torchrun(2, "evaluate.py", tmp_path / "run", "--data_dir", root, "--skip-corrupt"))
     some = json.loads(done.stdout.splitlines()[-1])
     assert (some["num_samples"], some["num_skipped"]) == (NUM_VAL - 2, 2)
     assert 0 <= whole["correct_top1"] - some["correct_top1"] <= 2
@@ -126,9 +126,9 @@ def test_a_run_from_a_web_server_is_the_run_from_the_disk(shards, tmp_path):
         server.shutdown()
         server.server_close()
     # Another order would repeat some samples of the epoch and skip others.
-    done = train(1, shards, tmp_path, "disk", "schedule.cosine=9 steps", "data.run_bytes=9999")
+    done = train(1, shards, tmp_path, "disk", "schedule.cosine=9 steps", "data.chunk_bytes=9999")
     assert done.returncode == 2
-    assert "got data.lanes=4, data.run_bytes=9999, data.open_runs=2; allowed: data.lanes=4" in done.stderr
+    assert "got data.lanes=4, data.chunk_bytes=9999, data.shuffle_chunks=2; expected: data.lanes=4" in done.stderr
     losses = [[row["loss"] for row in rows(tmp_path / tag, "train")] for tag in ("disk", "web")]
     assert losses[0] == losses[1]
     assert json.loads(result.stdout.splitlines()[-1])["num_samples"] == NUM_VAL

@@ -47,7 +47,7 @@ def read_page(name: str) -> str:
 
 
 def check(line: str) -> None:
-    """A command's words are known to what it starts, and its config has its knobs."""
+    """A command's words are known to what it starts, and its config has its options."""
     words = shlex.split(line)
     if words[0] not in TOOLS:
         assert OTHERS[words[0]](words), line

@@ -261,12 +261,12 @@ def test_the_benchmark_needs_no_data(run, call, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data_dir", "v3={sets}/v2"], "unknown label set: got v3; allowed: imagenet, real, v2"),
+        (["--data_dir", "v3={sets}/v2"], "unknown label set: got v3; expected: imagenet, real, v2"),
         (["--data_dir", "a={sets}/v2"], "5 classes of the data are not of the set a: got 0, 10, 100"),
         (["--data_dir", "real={sets}/a"], "labels of ImageNet ReaL go by the names of the images"),
         (["--data_dir", "a={sets}/a", "--data_dir", "a={sets}/a"], "the same set twice"),
         (["--data_dir", "{sets}/imagenet"], "another number of classes than the model: got 22 classes"),
-        (["--data_dir", "a={sets}/a", "--predictions", "{sets}/x.txt"], "allowed: *.csv or *.parquet"),
+        (["--data_dir", "a={sets}/a", "--predictions", "{sets}/x.txt"], "expected: *.csv or *.parquet"),
         (["--data_dir", "a={sets}/a", "--resize", "squash", "--tta", "ten-crop"], "ten crops of the whole image"),
         (["--data_dir", "a={sets}/a", "--out", "/proc/nowhere"], "cannot write to --out"),
     ],
@@ -275,7 +275,7 @@ def test_mistakes_are_told(words, message, run, sets, monkeypatch):
     assert message in refusal(evaluate.main, monkeypatch, run[0], *[word.format(sets=sets) for word in words])
 
 
-def test_a_damaged_checkpoint_is_told_by_all_ranks(run, sets, tmp_path):
+def test_a_corrupt_checkpoint_is_told_by_all_ranks(run, sets, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     part = next((folder / "checkpoints/step_00000008").glob("*.distcp"))
     content = bytearray(part.read_bytes())
@@ -285,4 +285,4 @@ def test_a_damaged_checkpoint_is_told_by_all_ranks(run, sets, tmp_path):
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1
-    assert "damaged checkpoint" in errors[0]
+    assert "corrupt checkpoint" in errors[0]

@@ -116,6 +116,6 @@ def test_what_cannot_be_exported_leaves_nothing(
     with pytest.raises(ZeroDivisionError):
         onnx_export.export_onnx(classifier, tmp_path / "new.onnx")
     monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "no_such_package"))
-    with pytest.raises(UserError, match=r"got no no_such_package; cure: pip install 'gcvit\[onnx\]'"):
+    with pytest.raises(UserError, match=r"got no no_such_package; hint: pip install 'gcvit\[onnx\]'"):
         onnx_export.export_onnx(classifier, tmp_path / "new.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]

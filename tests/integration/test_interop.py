@@ -191,7 +191,7 @@ def test_tars_of_tar_itself_are_indexed_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["index", "verify"])
-def test_damage_is_one_line_on_stderr_and_exit_code_2(tmp_path, shards, command):
+def test_corruption_is_one_line_on_stderr_and_exit_code_2(tmp_path, shards, command):
     for file in (shards / "val").iterdir():
         if command == "verify" or file.suffix == ".tar":
             (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcvit.checkpoint.store import complete_ones, has_kind, latest, open_checkpoint, read_tensors, step_of
+from gcvit.checkpoint.store import has_kind, latest, list_checkpoints, open_checkpoint, read_tensors, step_of
 from tests.helpers.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_noise
 
 STEPS = 6
@@ -65,7 +65,7 @@ class Sight:
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
-        self.before = complete_ones(self.folder)
+        self.before = list_checkpoints(self.folder)
         self.newest = self.step()
         self._rows = size_of(run_dir / "metrics.jsonl")
 
@@ -179,7 +179,7 @@ def kill_again_and_again(trainings: Trainings, root: Path, num_kills: int) -> Co
             if not train_and_kill(trainings, run_dir, ranks, moments.pop(), chance):
                 break
             left[describe(run_dir / "checkpoints")] += 1
-            for path in complete_ones(run_dir / "checkpoints"):
+            for path in list_checkpoints(run_dir / "checkpoints"):
                 found = open_checkpoint(path)
                 assert found.state.step == step_of(path)
                 for kind in KINDS:

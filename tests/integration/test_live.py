@@ -46,7 +46,7 @@ def words(place: Path, *others: str) -> list[str]:
 def run_dir(place) -> Path:
     """Four steps of two processes, whose output is a file; then the rest by one, in a terminal."""
     online = {"PYTHONPATH": f"{ROOT}:{FAKES}", "FAKE_WANDB_LOG": str(place / "calls"), "WANDB_API_KEY": KEY}
-    common = ["trainer.save_every=4 steps", "data.max_damaged_fraction=0.1"]
+    common = ["trainer.save_every=4 steps", "data.max_corrupt_fraction=0.1"]
     done = torchrun(2, *words(place, *common, f"trainer.profile={PROFILE}"), **online)
     (place / "log").write_text(succeed(done).stderr)
     # As a kill after the first save would have left it: rows and a checkpoint of four steps.
@@ -81,11 +81,13 @@ def calls(place: Path, kind: str) -> list[dict]:
 def test_rows_are_those_of_the_schema(run_dir):
     rows = read_rows(run_dir)
     assert [fault for row in rows for fault in find_faults(row)] == []
-    steps = {kind: [row["step"] for row in rows if row["kind"] == kind] for kind in ("start", "train", "damage", "end")}
+    steps = {
+        kind: [row["step"] for row in rows if row["kind"] == kind] for kind in ("start", "train", "corruption", "end")
+    }
     assert steps["start"] == [0, 4]
     assert steps["train"] == list(range(1, NUM_STEPS + 1))
     assert steps["end"] == [NUM_STEPS]
-    assert steps["damage"]
+    assert steps["corruption"]
     starts = [row for row in rows if row["kind"] == "start"]
     assert [(row["world_size"], row["samples"]) for row in starts] == [(2, 0), (1, 128)]
     assert (rows[-1]["outcome"], rows[-1]["samples"]) == ("finished", 256)
@@ -103,7 +105,7 @@ def test_a_line_has_all_that_one_wants_to_know(place, run_dir):
     ):
         assert part in line, part
     assert sum(line.startswith("step 3/8  loss") for line in lines) == 1, "more than one rank tells"
-    assert any("1 damaged" in line for line in lines if "  loss " in line)
+    assert any("1 corrupt" in line for line in lines if "  loss " in line)
 
 
 def test_a_file_has_no_control_characters(place, run_dir):
@@ -180,6 +182,6 @@ def test_no_secret_is_written(place, run_dir):
 def test_a_missing_wandb_stops_all_ranks(place):
     done = torchrun(2, *words(place, "--tag", "missing"), timeout=120)
     assert done.returncode != 0
-    assert "wandb=true, and it is not installed; cure: pip install wandb, or set wandb=false" in done.stderr
+    assert "wandb=true, and it is not installed; hint: pip install wandb, or set wandb=false" in done.stderr
     assert "exitcode  : 2" in done.stderr  # of the first to stop: torchrun ends the other
     assert not (place / "missing").exists()

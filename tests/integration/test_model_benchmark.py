@@ -89,7 +89,7 @@ def test_it_runs(tmp_path) -> None:
     words = ["--quick", "--models", "gc_vit_xxtiny", "--json", file, "--profile", trace]
     done = succeed(python("-m", "benchmarks.model", *words, timeout=250))
     assert "sdpa in float32: right" in done.stdout
-    assert "the ten dearest operations" in done.stdout
+    assert "the ten most expensive operations" in done.stdout
     (found,) = json.loads(file.read_text())["contests"]
     assert not found["failed"]
     for mode in ("forward", "training"):

@@ -51,15 +51,15 @@ def test_a_model_whose_drop_path_skips_images_is_planned_as_if_it_did_not():
 
 
 def test_a_plan_that_does_not_fit_names_one_that_does():
-    """The cure is words for the command line."""
+    """The hint is words for the command line."""
     huge = ["--gpu", "l4", "model.overrides={}", "model.img_size=224", "model.name=gc_vit_xxtiny", "ema=null"]
     huge += ["global_batch_size=4096"]
     refused = plan(*huge)
     assert refused.returncode == 2
     assert "error: the training does not fit on 4 x l4" in refused.stderr
-    cure = re.search(r"cure: (.*), which takes", refused.stderr)
-    assert cure, refused.stderr
-    words = cure[1].split()
+    hint = re.search(r"hint: (.*), which takes", refused.stderr)
+    assert hint, refused.stderr
+    words = hint[1].split()
     assert words[-1].startswith("trainer.micro_batch_size=")
     assert "memory" in succeed(plan(*huge, *words)).stdout
 
@@ -68,10 +68,10 @@ def test_a_plan_that_does_not_fit_names_one_that_does():
     ("words", "told"),
     [
         (["--gpu", "h100-81"], "did you mean h100-80?"),
-        (["--data_dir", "/nowhere"], "no directory: got /nowhere (missing); cure: check --data_dir, or"),
+        (["--data_dir", "/nowhere"], "no directory: got /nowhere (missing); hint: check --data_dir, or"),
         (["engine=zero", "zero.extra={zero_optimization: {reduce_bucket_size: big}}"], "DeepSpeed refuses zero.extra"),
         (["engine=zero", "zero.extra={zero_optimization: {reduce_bucket_sizes: 5}}"], "DeepSpeed refuses zero.extra"),
-        (["engine=fsdp", "fsdp.shard_size=3"], "cure: set fsdp.shard_size=2, or null"),
+        (["engine=fsdp", "fsdp.shard_size=3"], "hint: set fsdp.shard_size=2, or null"),
         (["model.num_classes=5", "--data_dir", "DATA"], "another number of classes"),
     ],
 )

@@ -109,6 +109,6 @@ def test_a_server_that_is_away_or_breaks_off_is_the_users_error(tmp_path: Path) 
             assert process.returncode == 2, said
             assert said[-1].startswith(f"error: cannot fetch the published weights of {NAME}: got "), kind
             assert said[-1].endswith(
-                "cure: download gcvit_1k_xxtiny.pth.tar of nvidia/GCViT yourself, and give its path"
+                "hint: download gcvit_1k_xxtiny.pth.tar of nvidia/GCViT yourself, and give its path"
             )
         assert cutting.asked[f"GET {FILE}"] > 1  # it was tried again

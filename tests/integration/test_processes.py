@@ -44,7 +44,7 @@ with join_world() as world:
     metrics.say("a word")
     for step in range(6, 21):
         metrics.add(torch.tensor(64.0), torch.tensor(8), result)
-    metrics.log_step(20, 1e-3, result, Seconds({"compute": 1.0}), num_damaged=0)
+    metrics.log_step(20, 1e-3, result, Seconds({"compute": 1.0}), num_corrupt=0)
     metrics.close()
 """
 
@@ -63,7 +63,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
         assert (second.returncode, second.stdout) == (2, "")
         assert second.stderr.startswith("error: the run folder is in use by a live run: got ")
         assert str(first.pid) in second.stderr
-        assert "cure: " in second.stderr
+        assert "hint: " in second.stderr
         assert len(second.stderr.splitlines()) == 1
         assert json.loads((run_dir / "lock").read_text()) == holder, "the loser must not sign the winner's lock"
 

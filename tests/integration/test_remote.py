@@ -103,7 +103,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path, monkeypatch, failure, re
 def test_a_failure_for_ever_is_told_after_the_last_try(server, tmp_path, failure):
     cache = open_cache(server.url, tmp_path, say=lambda _: None)
     server.forever["train/train-000001.tar"] = failure
-    message = rf"{server.url}/train/train-000001.tar \(5 tries, the last: .*({RETRIED[failure]}).*cure"
+    message = rf"{server.url}/train/train-000001.tar \(5 tries, the last: .*({RETRIED[failure]}).*hint"
     with pytest.raises(UserError, match=message):
         cache.open(1)
     assert server.gets["train/train-000001.tar"] == 5
@@ -114,7 +114,7 @@ def test_a_failure_for_ever_is_told_after_the_last_try(server, tmp_path, failure
 def test_a_refusal_is_told_at_once(server, tmp_path, status):
     cache = open_cache(server.url, tmp_path)
     server.forever["train/train-000001.tar"] = status
-    with pytest.raises(Absent, match=r"train-000001.tar \(.*cure: check the URL"):
+    with pytest.raises(Absent, match=r"train-000001.tar \(.*hint: check the URL"):
         cache.open(1)
     assert server.gets["train/train-000001.tar"] == 1
 

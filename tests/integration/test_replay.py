@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 PLAIN = [
     *("augment.scale=[1, 1]", "augment.ratio=[1, 1]", "augment.hflip=0", "augment.erase_prob=0", "augment.mix=null"),
     *("schedule.cosine=5 steps", "global_batch_size=8", "trainer.micro_batch_size=2", "model.num_classes=3"),
-    *("trainer.eval_every=50 steps", "trainer.save_every=2 steps", "trainer.max_bad_steps=1"),
+    *("trainer.eval_every=50 steps", "trainer.save_every=2 steps", "trainer.max_nonfinite_steps=1"),
 ]
 ENGINES = {
     "ddp": ["engine=ddp"],

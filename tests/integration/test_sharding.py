@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_line_and_what_is_complete_stays(source, shards, tmp_
     assert done.returncode == 2, done
     assert len(done.stderr.splitlines()) == 1
     assert "error: cannot write a shard" in done.stderr
-    assert "(File too large); cure: " in done.stderr
+    assert "(File too large); hint: " in done.stderr
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     assert 0 < len(kept) < len(sizes)
     assert not list((tmp_path / "out").glob("*.tmp"))
@@ -234,8 +234,8 @@ def test_bad_input_is_one_line_and_exit_code_2(shards, tmp_path):
     for i in range(8):
         (tmp_path / f"tree/a/{i}.jpg").write_bytes(buffer.getvalue())
     (tmp_path / "tree/a/9.jpg").write_bytes(b"text")
-    shutil.copytree(shards / "val", tmp_path / "damaged")
-    path = tmp_path / "damaged/val-000000.tar"
+    shutil.copytree(shards / "val", tmp_path / "corrupt")
+    path = tmp_path / "corrupt/val-000000.tar"
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
@@ -246,7 +246,7 @@ def test_bad_input_is_one_line_and_exit_code_2(shards, tmp_path):
             "a/9.jpg",
         ),
         (data_prep("shard", tmp_path / "tree", shards), "out"),
-        (data_prep("verify", tmp_path / "damaged"), "damaged"),
+        (data_prep("verify", tmp_path / "corrupt"), "corrupt"),
         (data_prep("verify", tmp_path / "tree"), "no shards here"),
     ]
     for done, words in cases:
@@ -254,7 +254,7 @@ def test_bad_input_is_one_line_and_exit_code_2(shards, tmp_path):
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("error: ")
         assert words in done.stderr
-        assert "cure: " in done.stderr
+        assert "hint: " in done.stderr
     assert not (tmp_path / "out/manifest.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""docs/config.md is what the code says: every knob, its sentence, what it may be, and what the shipped files set."""
+"""docs/config.md is what the code says: every option, its sentence, what it may be, and what the shipped files set."""
 
 import re
 from typing import Literal
@@ -15,26 +15,26 @@ PAGE_TEXT = PAGE.read_text()
 
 
 def test_the_page_is_up_to_date():
-    assert write_page() == PAGE_TEXT, "a knob has changed: python -m docs.config_page"
+    assert write_page() == PAGE_TEXT, "an option has changed: python -m docs.config_page"
 
 
 def test_every_knob_is_there_once():
     named = re.findall(r"^\| `([\w.]+)` \|", PAGE_TEXT, flags=re.MULTILINE)
-    # Of an empty tree every knob is missing; of sections their names, so those are opened one by one.
-    knobs = find_knobs("", Config)
-    assert len(knobs) > 80
-    assert set(find_missing({}, Config)) <= set(knobs)
-    assert sorted(named) == sorted(knobs)
+    # Of an empty tree every option is missing; of sections their names, so those are opened one by one.
+    options = find_options("", Config)
+    assert len(options) > 80
+    assert set(find_missing({}, Config)) <= set(options)
+    assert sorted(named) == sorted(options)
 
 
-def find_knobs(prefix: str, section: type[BaseModel]) -> list[str]:
-    knobs = []
+def find_options(prefix: str, section: type[BaseModel]) -> list[str]:
+    options = []
     for name, field in section.model_fields.items():
-        knobs.append(prefix + name)
+        options.append(prefix + name)
         kinds = re.findall(r"\w+Config", str(field.annotation))
         for kind in kinds:
-            knobs += find_knobs(f"{prefix}{name}.", getattr(schema, kind))
-    return knobs
+            options += find_options(f"{prefix}{name}.", getattr(schema, kind))
+    return options
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from gcvit.errors import UserError
 from tests.helpers.launching import python
 
 
-def test_the_message_has_what_got_allowed_cure():
-    error = UserError("unknown key", got="lrr", allowed="lr", cure="write lr")
-    assert str(error) == "unknown key: got lrr; allowed: lr; cure: write lr"
+def test_the_message_has_what_got_expected_hint():
+    error = UserError("unknown key", got="lrr", expected="lr", hint="write lr")
+    assert str(error) == "unknown key: got lrr; expected: lr; hint: write lr"
     assert str(UserError("no data")) == "no data"
     assert str(UserError("too few", got=0)) == "too few: got 0"
     assert isinstance(error, ValueError)

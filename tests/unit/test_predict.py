@@ -152,7 +152,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same(world: World, tmp_path
 def test_a_name_fetches_the_published_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = create_model("gc_vit_xtiny", img_size=32)
     torch.save({"state_dict": weights.to_official_state(model.state_dict())}, tmp_path / "w.pth.tar")
-    monkeypatch.setattr(predict, "fetch_weights", lambda name: str(tmp_path / "w.pth.tar") if name else "")
+    monkeypatch.setattr(weights_source, "fetch_weights", lambda name: str(tmp_path / "w.pth.tar") if name else "")
     monkeypatch.chdir(tmp_path)
     found = open_classifier("gc_vit_xtiny")
     assert torch.equal(found.model.head.fc.weight, model.head.fc.weight)
@@ -165,7 +165,7 @@ def test_what_cannot_predict(tmp_path: Path) -> None:
         (tmp_path / "headless.pth", "no head"),
         (
             "gc_vit_tny",
-            "no such checkpoint: got gc_vit_tny; allowed: a run, an export, a weights file, or one of gc_vit",
+            "no such checkpoint: got gc_vit_tny; expected: a run, an export, a weights file, or one of gc_vit",
         ),
         (tmp_path, "no checkpoint here"),
     ):

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from gcvit.errors import UserError
 from gcvit.model.kernels import CAPABILITY, DTYPES, HEAD_DIMS
 
-CURE = "model.attention=sdpa"
+HINT = "model.attention=sdpa"
 
 # Tokens of a tile and warps of a program, by the bytes of a number. In half precision, tensor cores want 64 rows for
 # four warps; larger tiles would leave the registers. In fp32 ordinary arithmetic does the products, and has room for
@@ -139,22 +139,22 @@ class Problem:
         """window_kernels, loaded on first use: the model runs without Triton. Refuses what it cannot serve."""
         dtype, device = self.parts.dtype, self.parts.device
         if dtype not in DTYPES:
-            raise UserError("attention=triton cannot compute in this dtype", got=dtype, allowed=DTYPES, cure=CURE)
+            raise UserError("attention=triton cannot compute in this dtype", got=dtype, expected=DTYPES, hint=HINT)
         head_dim = self.num_channels / self.num_heads
         if head_dim not in HEAD_DIMS:
-            raise UserError("attention=triton lacks this width of a head", got=head_dim, allowed=HEAD_DIMS, cure=CURE)
+            raise UserError("attention=triton lacks this width of a head", got=head_dim, expected=HEAD_DIMS, hint=HINT)
         try:
             from gcvit.model.kernels import window_kernels
         except ImportError as error:
-            raise UserError("attention=triton needs the package triton", got=str(error), cure=CURE) from None
+            raise UserError("attention=triton needs the package triton", got=str(error), hint=HINT) from None
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
             if capability < CAPABILITY:
                 what = "attention=triton needs a GPU of a newer compute capability"
-                raise UserError(what, got=capability, allowed=f"{CAPABILITY} or above", cure=CURE)
+                raise UserError(what, got=capability, expected=f"{CAPABILITY} or above", hint=HINT)
         elif not window_kernels.IS_INTERPRETED.value:
             what = "attention=triton needs a GPU, or TRITON_INTERPRET=1 in the environment from the start"
-            raise UserError(what, got=f"tensors on {device}", cure=CURE)
+            raise UserError(what, got=f"tensors on {device}", hint=HINT)
         return window_kernels
 
     def expand_bias(self, table: Tensor) -> Tensor:

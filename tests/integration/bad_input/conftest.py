@@ -1,4 +1,4 @@
-"""Good data and a finished run, which the tests of mistakes damage copies of."""
+"""Good data and a finished run, which the tests of mistakes corruption copies of."""
 
 from pathlib import Path
 

@@ -135,7 +135,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = [
+CORRUPTIONS = [
     ("__0_0.distcp", flip),
     ("__0_0.distcp", Path.unlink),
     (".metadata", flip),
@@ -145,29 +145,31 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("file", "damage"), DAMAGES)
-def test_auto_alone_passes_over_a_damaged_checkpoint(file, damage, saved_twice, images, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("file", "corruption"), CORRUPTIONS)
+def test_auto_alone_passes_over_a_corrupt_checkpoint(
+    file, corruption, saved_twice, images, tmp_path, monkeypatch, capsys
+):
     run_dir = tmp_path / "old"
     shutil.copytree(saved_twice, run_dir)
     newest = run_dir / "checkpoints/step_00000002"
-    damage(newest / file)
+    corruption(newest / file)
     before = hashes(run_dir)
     if (newest / "state.json").exists():
         words = go_on(tmp_path / "new", images)
         message = refusal(train.main, monkeypatch, *words, "--resume", newest)
-        assert f"damaged checkpoint: {newest / file}" in message
+        assert f"corrupt checkpoint: {newest / file}" in message
         assert hashes(run_dir) == before
 
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, go_on(run_dir, images))])
     train.main()
     said = capsys.readouterr().err
-    assert f"WARNING: damaged checkpoint: {newest / file}" in said
+    assert f"WARNING: corrupt checkpoint: {newest / file}" in said
     assert "from step 1\n" in said
-    aside = newest.with_name("step_00000002.damaged")
+    aside = newest.with_name("step_00000002.corrupt")
     assert str(aside) in said
-    damaged = {name.replace(str(newest), str(aside)): digest for name, digest in before.items() if str(newest) in name}
-    assert hashes(aside) == damaged, "what is damaged is the user's to look at"
+    corrupt = {name.replace(str(newest), str(aside)): digest for name, digest in before.items() if str(newest) in name}
+    assert hashes(aside) == corrupt, "what is corrupt is the user's to look at"
     again, first = open_checkpoint(newest), open_checkpoint(saved_twice / "checkpoints/step_00000002")
     assert again.state == first.state
     for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
@@ -183,7 +185,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_sound(saved_twice, images, tm
         flip(run_dir / f"checkpoints/step_0000000{step}/.metadata")
     before = hashes(run_dir)
     message = refusal(train.main, monkeypatch, *go_on(run_dir, images))
-    assert f"damaged checkpoint: {run_dir / 'checkpoints/step_00000002/.metadata'}" in message
+    assert f"corrupt checkpoint: {run_dir / 'checkpoints/step_00000002/.metadata'}" in message
     assert hashes(run_dir) == before
 
 
@@ -280,7 +282,7 @@ def test_a_run_folder_in_use_by_a_live_run(images, finished):
                 f"output_dir={finished.parent}",
             ]
             done = python("train.py", *words, *SHORT)
-            expect_line(done, "in use by a live run", str(finished), str(first.pid), "cure: ")
+            expect_line(done, "in use by a live run", str(finished), str(first.pid), "hint: ")
             assert hashes(finished) == before
         finally:
             first.kill()

@@ -71,7 +71,7 @@ def test_a_missing_or_empty_data_directory(monkeypatch, finished, tmp_path):
         for message in both(monkeypatch, tmp_path / name, finished, tmp_path):
             assert str(tmp_path / name) in message
             assert word in message
-            assert "cure: check --data_dir" in message
+            assert "hint: check --data_dir" in message
 
 
 def test_no_data_directory(monkeypatch, tmp_path):
@@ -99,7 +99,7 @@ def lengthen(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("corruption", "words"),
     [
         (lambda split: (split / "manifest.json").unlink(), ["shards without a manifest"]),
         (lambda split: truncate(next(split.glob("*.tar"))), [".tar", "truncated"]),
@@ -110,10 +110,10 @@ def lengthen(path: Path) -> None:
         (lambda split: (split / "manifest.label.npy").unlink(), ["manifest.label.npy"]),
     ],
 )
-def test_damaged_shards(damage, words, monkeypatch, shards, finished, tmp_path):
+def test_corrupt_shards(corruption, words, monkeypatch, shards, finished, tmp_path):
     shutil.copytree(shards, tmp_path / "data")
     for split in ("train", "val"):
-        damage(tmp_path / "data" / split)
+        corruption(tmp_path / "data" / split)
     for message in both(monkeypatch, tmp_path / "data", finished, tmp_path):
         assert str(tmp_path / "data") in message
         for word in words:
@@ -126,7 +126,7 @@ def test_compressed_shards(monkeypatch, shards, finished, tmp_path):
         (tmp_path / "data" / split / f"{split}-000000.tar.gz").write_bytes(b"\x1f\x8b")
     for message in both(monkeypatch, tmp_path / "data", finished, tmp_path):
         assert ".tar.gz" in message
-        assert "allowed: .tar" in message
+        assert "expected: .tar" in message
 
 
 def test_a_manifest_that_was_edited(monkeypatch, shards, finished, tmp_path):
@@ -168,7 +168,7 @@ def test_a_sample_that_is_no_image_ends_all_ranks_and_loaders(images, tmp_path):
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1, done.stderr
-    assert "too many samples are damaged" in errors[0]
+    assert "too many samples are corrupt" in errors[0]
     assert "bee/0.jpg" in errors[0]
 
 

@@ -14,7 +14,7 @@ from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from tests.integration.slurm.cluster import Cluster, Job, losses, wait_for
 
 STEPS = 20
-KNOBS = [
+OPTIONS = [
     *("data.num_workers=0", "data.lanes=4", "global_batch_size=24", f"schedule.cosine={STEPS} steps"),
     *("trainer.log_every=1 step", "trainer.save_every=4 steps", "trainer.eval_every=20 steps", "model.num_classes=10"),
 ]
@@ -26,9 +26,18 @@ class Runs:
     def __init__(self, cluster: Cluster, data: str):
         self.cluster, self.data, self.folder = cluster, data, cluster.root / "disturbed"
 
-    def submit(self, tag: str, engine: str, *options: str, knobs: tuple[str, ...] = (), **variables: str) -> Job:
-        words = ["--data_dir", self.data, "--tag", tag, f"output_dir={self.folder}", *KNOBS, *ENGINES[engine], *knobs]
-        command = [*(options or ("--nodes=2",)), "launch/train.sbatch", "tests/helpers/golden.yaml", *words]
+    def submit(self, tag: str, engine: str, *flags: str, overrides: tuple[str, ...] = (), **variables: str) -> Job:
+        words = [
+            "--data_dir",
+            self.data,
+            "--tag",
+            tag,
+            f"output_dir={self.folder}",
+            *OPTIONS,
+            *ENGINES[engine],
+            *overrides,
+        ]
+        command = [*(flags or ("--nodes=2",)), "launch/train.sbatch", "tests/helpers/golden.yaml", *words]
         return self.cluster.submit(*command, **{"STEP_SECONDS": "0.3", **variables})
 
     def is_saving(self, tag: str) -> bool:
@@ -161,7 +170,7 @@ def test_a_power_cut(runs, whole, node):
 
 def test_a_rank_that_raises_is_named_and_the_job_starts_again(runs, whole):
     """With the shards staged to each node's own /dev/shm, where the second start finds them."""
-    stage = {"knobs": ("--stage", runs.data), "SCRATCH": "/dev/shm"}
+    stage = {"overrides": ("--stage", runs.data), "SCRATCH": "/dev/shm"}
     job = runs.submit("raised", "fsdp", RAISE="1:6:0", **stage).complete(restarts=1)
     assert re.search(r"crashed: rank 1 on node2, after step 6: ArithmeticError: a step that cannot be done", job.log)
     runs.check_equal("raised", "fsdp")
@@ -176,7 +185,7 @@ def test_a_rank_that_is_killed_is_named_and_so_is_one_that_hangs(runs):
     """One of two on its node, as by the system for its memory; stopped, it says nothing itself. After two restarts
     there is no third."""
     settings = {"MAX_RESTARTS": "2", "STEP_SECONDS": "0.6", "TASKS_PER_NODE": "2"}
-    job = runs.submit("killed", "fsdp", knobs=("trainer.hang_timeout=8",), **settings)
+    job = runs.submit("killed", "fsdp", overrides=("trainer.hang_timeout=8",), **settings)
     job.wait_for_log(rf"step 5/{STEPS} +loss")
     job.signal_rank("node2", "KILL", 3)
     job.wait_for_log(r"killed by SIGKILL: rank 3 on node2; out of memory")
@@ -194,8 +203,8 @@ def test_a_rank_that_is_killed_is_named_and_so_is_one_that_hangs(runs):
     assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "2", "1:0")
 
 
-def test_what_a_restart_cannot_cure_is_not_tried_again(runs):
-    job = runs.submit("mistaken", "fsdp", knobs=("optim.lrr=1",))
+def test_what_a_restart_cannot_mend_is_not_tried_again(runs):
+    job = runs.submit("mistaken", "fsdp", overrides=("optim.lrr=1",))
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "0", "2:0")
     assert "optim.lrr" in job.log.splitlines()[-1]

@@ -14,7 +14,7 @@ from tests.integration.slurm.cluster import Cluster, Job, losses, wait_for
 
 STEPS = 20
 CONFIG = "configs/digits_demo.yaml"
-KNOBS = [
+OPTIONS = [
     # Drop path is drawn by each rank.
     *("model.drop_path=0.0", "data.num_workers=0"),
     *("global_batch_size=24", f"schedule.cosine={STEPS} steps", "schedule.warmup=5 steps"),
@@ -25,7 +25,15 @@ ZERO = ["engine=zero", "zero.stage=2"]
 
 
 def words(cluster: Cluster, digits: Path, tag: str, *others: str) -> list[str]:
-    return ["--data_dir", str(digits / "shards"), "--tag", tag, f"output_dir={cluster.root / 'runs'}", *KNOBS, *others]
+    return [
+        "--data_dir",
+        str(digits / "shards"),
+        "--tag",
+        tag,
+        f"output_dir={cluster.root / 'runs'}",
+        *OPTIONS,
+        *others,
+    ]
 
 
 def top1(run_dir: Path) -> float:

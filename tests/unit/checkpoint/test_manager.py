@@ -12,7 +12,7 @@ import torch
 
 from gcvit.checkpoint import manager, store
 from gcvit.checkpoint.manager import Saver
-from gcvit.checkpoint.store import RunState, complete_ones, open_checkpoint, read_tensors, step_of
+from gcvit.checkpoint.store import RunState, list_checkpoints, open_checkpoint, read_tensors, step_of
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World, join_world
@@ -74,7 +74,7 @@ class Gate:
 
 
 def steps_in(tmp_path: Path) -> list[int]:
-    return [step_of(path) for path in complete_ones(tmp_path / "checkpoints")]
+    return [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")]
 
 
 def test_what_is_written_is_what_was_there_at_the_call(started, tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_write_that_failed_is_told_at_the_next_look(failing, heard, tmp_path, 
     with pytest.raises(UserError, match="cannot write the checkpoint") as caught:
         look(failing)
     assert str(tmp_path / "checkpoints") in str(caught.value)
-    assert "cure: " in str(caught.value)
+    assert "hint: " in str(caught.value)
     assert heard.rows == []
     failing.poll()  # once
 
@@ -202,8 +202,8 @@ def test_a_bug_in_the_writer_is_not_swallowed(started, monkeypatch):
 
 
 def test_nothing_is_written_where_replicas_differ(started, tmp_path, monkeypatch):
-    monkeypatch.setattr(manager, "check_replicas", lambda *_: (_ for _ in ()).throw(UserError("come apart")))
-    with pytest.raises(UserError, match="come apart"):
+    monkeypatch.setattr(manager, "check_replicas", lambda *_: (_ for _ in ()).throw(UserError("diverge")))
+    with pytest.raises(UserError, match="diverge"):
         started.save(RunState(step=1), tensors_of(1.0), INFO)
     started.wait()
     assert steps_in(tmp_path) == []
@@ -219,10 +219,10 @@ def test_what_a_killed_run_left_is_cleared(started, tmp_path):
         started.wait()
     os.rename(folder / "step_00000003", folder / "step_00000003.tmp")
     (folder / "step_00000005.tmp").mkdir()
-    (folder / "step_00000002.damaged").mkdir()
+    (folder / "step_00000002.corrupt").mkdir()
     started.begin(RunState(step=4, best_step=1), tensors_of(1.0))
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("step_00000001", "step_00000002.damaged", "step_00000004")
+        *("step_00000001", "step_00000002.corrupt", "step_00000004")
     ]
 
 

@@ -130,11 +130,9 @@ def test_a_bit_on_one_rank_stops_all():
     said = check_all(tensors_of, 3)
     assert len(set(said)) == 1
     message = said[0] or ""
-    assert message.startswith(
-        "replicas of the model have come apart: got other bits on rank 2 than on rank 0 in exp_avg"
-    )
+    assert message.startswith("replicas of the model have diverged: got other bits on rank 2 than on rank 0 in exp_avg")
     assert "exp_avg.head.weight;" in message
-    assert "cure: nothing was written" in message
+    assert "hint: nothing was written" in message
 
 
 def test_shards_differ_but_their_replicas_do_not():

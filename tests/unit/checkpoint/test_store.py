@@ -1,4 +1,4 @@
-"""Checkpoints: any cut to any other, to the bit; nothing half, damaged, foreign or malicious is loaded."""
+"""Checkpoints: any cut to any other, to the bit; nothing half, corrupt, foreign or malicious is loaded."""
 
 import hashlib
 import json
@@ -158,7 +158,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "notes.txt"])
 
 
-# ---- damaged, foreign ----------------------------------------------------------------------------
+# ---- corrupt, foreign ----------------------------------------------------------------------------
 
 
 def change_state(path: Path, **changes: object) -> None:
@@ -184,14 +184,14 @@ def refusal(path: Path, world: World, tensors: dict[str, Fragments] | None = Non
 def test_a_truncated_file(world, saved):
     os.truncate(data_file(saved), data_file(saved).stat().st_size - 1)
     message = refusal(saved, world)
-    assert message.startswith(f"damaged checkpoint: {data_file(saved)}: got ")
-    assert "cure: " in message
+    assert message.startswith(f"corrupt checkpoint: {data_file(saved)}: got ")
+    assert "hint: " in message
 
 
 def test_a_missing_file(world, saved):
     path = data_file(saved)
     path.unlink()
-    assert f"damaged checkpoint: {path}: got no such file" in refusal(saved, world)
+    assert f"corrupt checkpoint: {path}: got no such file" in refusal(saved, world)
 
 
 def test_a_missing_folder(world, tmp_path):
@@ -203,7 +203,7 @@ def test_a_missing_folder(world, tmp_path):
 )
 def test_a_state_file_that_cannot_be_read(world, saved, content):
     (saved / "state.json").write_text(content)
-    assert f"damaged checkpoint: {saved / 'state.json'}" in refusal(saved, world)
+    assert f"corrupt checkpoint: {saved / 'state.json'}" in refusal(saved, world)
 
 
 def test_flipped_bits_in_the_state_file(world, saved):
@@ -220,7 +220,7 @@ def test_flipped_bits_in_the_state_file(world, saved):
 
 def test_a_state_file_that_is_missing(world, saved):
     (saved / "state.json").unlink()
-    assert f"damaged checkpoint: {saved / 'state.json'}: got no such file" in refusal(saved, world)
+    assert f"corrupt checkpoint: {saved / 'state.json'}: got no such file" in refusal(saved, world)
 
 
 def test_another_format(world, saved):
@@ -250,7 +250,7 @@ def test_a_tensor_of_another_shape(world, saved):
     assert "checkpoint of another model" in message
     assert "model.head.weight of shape (5, 7)" in message
     assert "(3, 7)" in message
-    assert "cure: " in message
+    assert "hint: " in message
 
 
 def test_the_same_size_in_another_shape(world, saved):
@@ -337,15 +337,15 @@ def test_other_programs_read_the_tensors(saved):
     assert_equal(read, tensors)
 
 
-def test_no_damage_to_the_metadata_gives_a_traceback(world, saved, tmp_path):
+def test_no_corruption_to_the_metadata_gives_a_traceback(world, saved, tmp_path):
     """Cut anywhere, or with a byte changed anywhere: refused in words, also where nothing but the pickle
     tells."""
     content = (saved / ".metadata").read_bytes()
     places = range(0, len(content), max(1, len(content) // 40))
-    damaged = [content[:place] for place in places]
+    corrupt = [content[:place] for place in places]
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
-    for version in damaged:
+    for version in corrupt:
         plant(copy, ".metadata", version)
         refusal(copy, world)
 

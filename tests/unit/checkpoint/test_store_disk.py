@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcvit.checkpoint.store import RunState, complete_ones, open_checkpoint, prepare, prune, read_tensors, restate, save
+from gcvit.checkpoint.store import (
+    RunState,
+    list_checkpoints,
+    open_checkpoint,
+    prepare,
+    prune,
+    read_tensors,
+    restate,
+    save,
+)
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World, join_world
 from tests.unit.checkpoint.test_store import INFO, STATE, draw_tensors, whole
@@ -67,7 +76,7 @@ def test_a_full_disk(world, saved, limit):
     with file_size_limit(limit):
         message = refused_save(saved.parent, world)
     place = saved.with_name("step_00000020.tmp") / "__0_0.distcp"
-    assert message.startswith(f"cannot write the checkpoint: got {place} (File too large); cure: ")
+    assert message.startswith(f"cannot write the checkpoint: got {place} (File too large); hint: ")
 
 
 @pytest.mark.parametrize("file", [*FILES, "step_00000020.tmp"])
@@ -119,7 +128,7 @@ def test_a_checkpoint_that_cannot_be_deleted_yet(world, saved, monkeypatch):
     monkeypatch.setattr(os, "rmdir", rmdir)
     prune(saved.parent, keep=1, best_step=-1)
     newest = save(saved.parent, RunState(step=30), whole(draw_tensors(3)), INFO, world)
-    assert complete_ones(saved.parent) == [newer, newest]
+    assert list_checkpoints(saved.parent) == [newer, newest]
     assert saved.with_name(f"{saved.name}.tmp").exists()
     monkeypatch.undo()
     prepare(saved.parent)
@@ -172,6 +181,6 @@ def test_a_writer_that_was_outbid_touches_nothing_more(world, saved, num_checks)
 
     with pytest.raises(UserError, match="taken over"):
         save(saved.parent, RunState(step=20), whole(draw_tensors(2)), INFO, world, check_lock=check_lock)
-    assert complete_ones(saved.parent) == [saved]
+    assert list_checkpoints(saved.parent) == [saved]
     assert other.exists()
     assert saved.with_name("step_00000020.tmp").exists()

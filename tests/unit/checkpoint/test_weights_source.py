@@ -94,7 +94,7 @@ def file(tmp_path_factory) -> str:
 
 def test_a_file_in_the_place_of_a_run_is_told_what_it_needs(tmp_path):
     (tmp_path / "w.pth").touch()
-    with pytest.raises(UserError, match=r"needs its variant: got .*; cure: --model NAME --checkpoint .*w\.pth"):
+    with pytest.raises(UserError, match=r"needs its variant: got .*; hint: --model NAME --checkpoint .*w\.pth"):
         find_candidate(str(tmp_path / "w.pth"))
 
 

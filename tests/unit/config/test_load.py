@@ -9,7 +9,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gcvit.config.load import dump_config, load_config, parse_config, parse_yaml
+from gcvit.config.load import RENAMED, dump_config, load_config, parse_config, parse_yaml
 from gcvit.config.schema import Config, MixConfig, Section
 from gcvit.errors import UserError
 
@@ -120,8 +120,8 @@ def test_an_unknown_key_names_the_nearest(path, override, nearest):
     key = override.partition("=")[0]
     assert message.startswith("unknown config key: got the command line: ")
     assert key in message
-    assert "allowed: " in message
-    assert f"cure: did you mean {nearest}" in message
+    assert "expected: " in message
+    assert f"hint: did you mean {nearest}" in message
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_an_unknown_key_names_the_nearest(path, override, nearest):
         ("data=[1]", "[1]"),
     ],
 )
-def test_a_wrong_value_says_what_got_allowed(path, override, got):
+def test_a_wrong_value_says_what_got_expected(path, override, got):
     engine = ["engine=zero"] if override.startswith("zero") else []
     message = refusal(path, *engine, override)
     assert override.partition("=")[0] in message
     assert f"got {got}" in message
-    assert "; allowed: " in message
+    assert "; expected: " in message
     assert "\n" not in message
 
 
@@ -234,7 +234,7 @@ def test_overrides_are_yaml(path):
     assert config.model.overrides.depths == (1, 1, 1, 1)
 
 
-def test_an_absent_section_springs_up_with_its_first_knob(path):
+def test_an_absent_section_springs_up_with_its_first_option(path):
     assert load_config(path)[0].ema is None
     config, _ = load_config(path, ["ema.half_life=5 steps", "engine=zero", "zero.stage=3"])
     assert config.ema is not None
@@ -268,9 +268,9 @@ def test_an_unchanged_batch_scales_nothing_and_says_so_where_it_was_asked_to(pat
 def test_a_rate_that_is_scaled_below_its_floor_is_refused(path):
     assert "optim.min_lr" in refusal(path, "optim.lr_scaling=linear", "global_batch_size=32", "optim.min_lr=6e-4")
     assert load_config(path, ["optim.lr_scaling=sqrt", "global_batch_size=32", "optim.min_lr=6e-4"])[1]
-    for scaling, floor, cure in (("linear", "6e-4", "sqrt"), ("linear", "9e-4", "none"), ("sqrt", "9e-4", "none")):
+    for scaling, floor, hint in (("linear", "6e-4", "sqrt"), ("linear", "9e-4", "none"), ("sqrt", "9e-4", "none")):
         told = refusal(path, f"optim.lr_scaling={scaling}", "global_batch_size=32", f"optim.min_lr={floor}")
-        assert told.endswith(f"or take optim.lr_scaling={cure}")
+        assert told.endswith(f"or take optim.lr_scaling={hint}")
 
 
 def test_a_bad_batch_in_the_file_may_be_overridden(tmp_path):
@@ -302,3 +302,10 @@ def test_a_dump_reads_back_to_an_equal_config(tmp_path_factory, lr, seed, tag, d
     assert load_config(file) == (config, [])
     # And as a checkpoint keeps it.
     assert parse_config(json.loads(json.dumps(config.model_dump(mode="json"))), source="here") == config
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_option_is_refused_with_its_new_name(path, old, new):
+    with pytest.raises(UserError, match=rf"renamed: got the command line: {old}; expected: {new}"):
+        load_config(path, [f"{old}=1"])
+    assert load_config(path, [f"{new}=1"])

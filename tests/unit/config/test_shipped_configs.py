@@ -36,13 +36,13 @@ def read_head(path: Path) -> str:
 
 
 def find_missing(tree: dict, section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Knobs that `tree` leaves to their defaults, by dotted key; null sections need no knobs."""
+    """Options that `tree` leaves to their defaults, by dotted key; null sections need no options."""
     missing = []
     for name, field in section.model_fields.items():
         options = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
         inner = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
         if inner is OverridesConfig:
-            inner = None  # what is absent there is the variant's, and is no knob with a default
+            inner = None  # what is absent there is the variant's, and is no option with a default
         if name not in tree:
             missing.append(prefix + name)
         elif inner is not None and tree[name] is not None:
@@ -149,7 +149,10 @@ def test_recipes_differ_only_where_they_say(name):
         for key in ("tag", "engine", "fsdp", "zero", "activation_checkpointing", "model", "trainer"):
             del tree[key]
         del tree["global_batch_size"], tree["ema"]  # these two: 4096 or 1024, checked above
-        del tree["data"]["crop_pct"], tree["data"]["open_runs"]  # more samples of a lane in a batch: more runs open
+        del (
+            tree["data"]["crop_pct"],
+            tree["data"]["shuffle_chunks"],
+        )  # more samples of a lane in a batch: more runs open
         return tree
 
     assert common(name) == common("gc_vit_large")

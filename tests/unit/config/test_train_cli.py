@@ -1,4 +1,4 @@
-"""The flags of train.py and evaluate.py: every spelling is read alike, and reaches the config where it sets a knob."""
+"""The flags of train.py and evaluate.py: every spelling is read alike, and sets its option of the config."""
 
 import sys
 from argparse import Namespace
@@ -67,7 +67,8 @@ def configure(monkeypatch) -> Callable[..., Config]:
 
     def make_config(*words: str) -> Config:
         monkeypatch.setattr(sys, "argv", [train.__file__, "--config", CONFIG, *words])
-        monkeypatch.setitem(sys.modules, "gcvit.training.setup", SimpleNamespace(open_sources=open_sources, start=None))
+        monkeypatch.setattr("gcvit.data.source.open_sources", open_sources)
+        monkeypatch.setitem(sys.modules, "gcvit.training.setup", SimpleNamespace(start=None))
         monkeypatch.setitem(sys.modules, "gcvit.training.trainer", SimpleNamespace(train=None))
         monkeypatch.setitem(sys.modules, "gcvit.training.replay", SimpleNamespace(replay=None))
         with pytest.raises(Stop) as stopped:
@@ -148,7 +149,7 @@ def test_what_a_plan_is_for(parse, capsys):
         (["--overfit-one-batch", "--batch-size", "auto"], "--batch-size has no effect on --overfit-one-batch"),
         (["--overfit-one-batch", "--model-ema"], "--model-ema has no effect on --overfit-one-batch"),
         (["--overfit-one-batch", "--tag", "a"], "--tag has no effect on --overfit-one-batch"),
-        (["--data_dir", ""], "--data_dir is empty; cure: give a folder"),
+        (["--data_dir", ""], "--data_dir is empty; hint: give a folder"),
     ],
 )
 def test_a_flag_without_effect_is_refused(parse, words, told):
@@ -187,7 +188,7 @@ def test_what_is_no_flag_is_refused(parse, words, capsys):
         (("--data_dir", "--data-dir"), "2012", "data.dir='2012'"),
     ],
 )
-def test_a_flag_sets_its_knob(configure, spellings, value, override):
+def test_a_flag_sets_its_option(configure, spellings, value, override):
     wanted = load_config(CONFIG, [override])[0]
     assert wanted != load_config(CONFIG)[0]
     for spelling in spellings:
@@ -205,7 +206,7 @@ def test_model_ema_switches_the_average_on_and_leaves_one_alone(configure, spell
 @pytest.mark.parametrize(
     "words", [["--resume", "none"], ["--init-from", "a.pth"], ["--init_from", "a.pth"], ["--local_rank", "1"], []]
 )
-def test_the_other_flags_change_no_knob(configure, words):
+def test_the_other_flags_change_no_option(configure, words):
     assert configure(*words) == load_config(CONFIG)[0]
 
 

@@ -57,6 +57,6 @@ def image_tree(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def shard_dir(image_tree, tmp_path) -> Path:
-    """DATA_DIR with the same train images in 4 shards, for tests to damage."""
+    """DATA_DIR with the same train images in 4 shards, for tests to corruption."""
     write_shards(image_tree / "train", tmp_path / "shards" / "train", "train", num_shards=4)
     return tmp_path / "shards"

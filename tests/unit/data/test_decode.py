@@ -194,7 +194,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_truncated_image_is_damaged(name):
+def test_a_truncated_image_is_corrupt(name):
     content = FILES[name]
     for length in range(0, len(content) - 40, max(1, len(content) // 150)):
         if name == "animation" and length > len(content) // 3:
@@ -230,7 +230,7 @@ def test_flipped_bytes_raise_nothing_else(name, data):
                 assert transform(bytes(content)).shape == (3, 16, 16)
 
 
-def test_what_pillow_reads_is_no_damage():
+def test_what_pillow_reads_is_no_corruption():
     """libjpeg-turbo warns of rubbish before the end marker; Pillow, and so the published recipe, reads on."""
     content = FILES["JPEG"]
     odd = content[:-2] + b"rubbish" + content[-2:]
@@ -239,7 +239,7 @@ def test_what_pillow_reads_is_no_damage():
     assert np.array_equal(read_whole(odd), np.asarray(decode(odd)))
 
 
-def test_want_of_memory_is_no_damage(monkeypatch):
+def test_want_of_memory_is_no_corruption(monkeypatch):
     """It would be replaced and charged to the budget, though the image is sound."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")

@@ -1,4 +1,4 @@
-"""URLs are joined and printed as they must be; a file is made by one process at a time; mistakes have their cure."""
+"""URLs are joined and printed as they must be; a file is made by one process at a time; mistakes have their hint."""
 
 import io
 import sys
@@ -90,11 +90,11 @@ def test_anything_can_be_redacted(protocol, url):
 @pytest.mark.parametrize(
     ("url", "hidden", "message"),
     [
-        ("https://host/a", "aiohttp", "https:// needs the package aiohttp; cure: pip install aiohttp"),
+        ("https://host/a", "aiohttp", "https:// needs the package aiohttp; hint: pip install aiohttp"),
         ("s3://bucket/a", "s3fs", "pip install s3fs"),
         ("gs://bucket/a", "gcsfs", "pip install gcsfs"),
         ("hf://datasets/o/n/a", "huggingface_hub", "pip install huggingface_hub"),
-        ("ftp://host/a", "none", "unknown protocol: got ftp://; allowed: http://, https://, s3://, gs://, hf://"),
+        ("ftp://host/a", "none", "unknown protocol: got ftp://; expected: http://, https://, s3://, gs://, hf://"),
     ],
 )
 def test_what_a_protocol_needs(tmp_path, monkeypatch, url, hidden, message):
@@ -117,7 +117,7 @@ def test_a_wrong_size_is_tried_again_and_then_told(tmp_path, num_bytes, reason):
     said: list[str] = []
     with (
         open(tmp_path / "out", "w+b") as file,
-        pytest.raises(UserError, match=rf"{tmp_path}/a \(5 tries, the last: {reason}\).*cure"),
+        pytest.raises(UserError, match=rf"{tmp_path}/a \(5 tries, the last: {reason}\).*hint"),
     ):
         download(f"file://{tmp_path}/a", file, num_bytes=num_bytes, check=good, say=said.append)
     assert len(said) == 4
@@ -126,7 +126,7 @@ def test_a_wrong_size_is_tried_again_and_then_told(tmp_path, num_bytes, reason):
 
 def test_what_is_not_there_is_told_at_once(tmp_path):
     said: list[str] = []
-    with open(tmp_path / "out", "w+b") as file, pytest.raises(Absent, match=r"not there.*/a .*cure"):
+    with open(tmp_path / "out", "w+b") as file, pytest.raises(Absent, match=r"not there.*/a .*hint"):
         download(f"file://{tmp_path}/a", file, check=good, say=said.append)
     assert not said
 

@@ -15,7 +15,7 @@ from gcvit.data.epoch_order import (
 from gcvit.errors import UserError
 from tests.helpers.streaming import order_epoch
 
-SIZES = {"lanes": 8, "run_bytes": 1000, "open_runs": 3}
+SIZES = {"lanes": 8, "chunk_bytes": 1000, "shuffle_chunks": 3}
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=9)
 worlds = st.integers(1, 64)
 GOLDEN_ORDER = [14, 1, 8, 13, 0, 7, 15, 4, 9, 12, 3, 6, 10, 2, 5, 11]
@@ -34,19 +34,19 @@ def random_lengths(num_samples: int, seed: int = 0) -> np.ndarray:
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 1000),
     lanes=st.integers(1, 70),
-    run_bytes=st.integers(1, 5000),
-    open_runs=st.integers(1, 6),
+    chunk_bytes=st.integers(1, 5000),
+    shuffle_chunks=st.integers(1, 6),
 )
 @settings(max_examples=200, deadline=None)
-def test_order_is_a_permutation(sizes, seed, epoch, lanes, run_bytes, open_runs):
+def test_order_is_a_permutation(sizes, seed, epoch, lanes, chunk_bytes, shuffle_chunks):
     order = order_epoch(
         first_of(sizes),
         random_lengths(sum(sizes)),
         seed=seed,
         epoch=epoch,
         lanes=lanes,
-        run_bytes=run_bytes,
-        open_runs=open_runs,
+        chunk_bytes=chunk_bytes,
+        shuffle_chunks=shuffle_chunks,
     )
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(sum(sizes)))
@@ -63,18 +63,20 @@ def test_order_is_pure_and_changes_with_seed_and_epoch():
 
 def test_order_is_the_same_on_every_machine():
     """A changed order makes a resumed run repeat and skip samples: this list may change only on purpose."""
-    order = order_epoch(first_of([5, 4, 7]), np.full(16, 10), seed=1, epoch=2, lanes=3, run_bytes=20, open_runs=2)
+    order = order_epoch(
+        first_of([5, 4, 7]), np.full(16, 10), seed=1, epoch=2, lanes=3, chunk_bytes=20, shuffle_chunks=2
+    )
     assert order.tolist() == GOLDEN_ORDER
 
 
 @given(
     num_samples=st.integers(1, 400),
     lanes=st.integers(1, 8),
-    run_bytes=st.integers(200, 5000),
-    open_runs=st.integers(1, 5),
+    chunk_bytes=st.integers(200, 5000),
+    shuffle_chunks=st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_lanes_are_stretches_of_the_line_with_few_open_runs(num_samples, lanes, run_bytes, open_runs):
+def test_lanes_are_stretches_of_the_line_with_few_open_runs(num_samples, lanes, chunk_bytes, shuffle_chunks):
     length = random_lengths(num_samples)
     order = order_epoch(
         first_of([num_samples]),
@@ -82,18 +84,18 @@ def test_lanes_are_stretches_of_the_line_with_few_open_runs(num_samples, lanes, 
         seed=0,
         epoch=0,
         lanes=lanes,
-        run_bytes=run_bytes,
-        open_runs=open_runs,
+        chunk_bytes=chunk_bytes,
+        shuffle_chunks=shuffle_chunks,
     )
     for lane in range(min(lanes, num_samples)):
         samples = order[lane::lanes].astype(np.int64)
         low, high = samples.min(), samples.max()
         assert high - low + 1 == len(samples)  # one shard: a lane is a range of samples
-        run_of = np.concatenate([[0], np.cumsum(length[low:high])]) // run_bytes
+        run_of = np.concatenate([[0], np.cumsum(length[low:high])]) // chunk_bytes
         runs = run_of[samples - low]
         spans = [np.flatnonzero(runs == run)[[0, -1]] for run in np.unique(runs)]
         num_open = [sum(begin <= slot <= end for begin, end in spans) for slot, _ in enumerate(samples)]
-        assert max(num_open) <= open_runs
+        assert max(num_open) <= shuffle_chunks
 
 
 @st.composite
@@ -106,8 +108,8 @@ def orders(draw):
         "seed": draw(st.integers(0, 99)),
         "epoch": draw(st.integers(0, 9)),
         "lanes": draw(st.integers(1, 12)),
-        "run_bytes": draw(st.integers(1, 5000)),
-        "open_runs": draw(st.integers(1, 5)),
+        "chunk_bytes": draw(st.integers(1, 5000)),
+        "shuffle_chunks": draw(st.integers(1, 5)),
     }, sum(sizes)
 
 
@@ -143,13 +145,13 @@ def test_runs_are_read_once_and_dropped_after_their_last_sample(arguments):
         assert sorted(picks.samples[of_run]) == list(range(begin, end))
         assert picks.last[of_run].tolist() == [False] * (end - begin - 1) + [True]
         bytes_of_run = arguments["length"][begin:end].sum()
-        assert bytes_of_run < arguments["run_bytes"] + arguments["length"][begin:end].max()
+        assert bytes_of_run < arguments["chunk_bytes"] + arguments["length"][begin:end].max()
     for lane in range(min(arguments["lanes"], num_samples)):
         opened = picks.opened[lanes == lane] - lane
         assert sorted(set(opened.tolist())) == list(range(opened.max() + 1))
-        # A run is opened only when all before it are open or done: at most open_runs at once.
+        # A run is opened only when all before it are open or done: at most shuffle_chunks at once.
         newest = np.maximum.accumulate(opened)
-        assert (newest - opened < arguments["open_runs"]).all()
+        assert (newest - opened < arguments["shuffle_chunks"]).all()
 
 
 @given(arguments=orders(), data=st.data())
@@ -176,8 +178,8 @@ def test_a_lane_uses_few_shards_at_a_time():
         seed=0,
         epoch=0,
         lanes=4,
-        run_bytes=500,  # 40 runs a shard: 6.4 shards in 256 runs, 50 in a lane
-        open_runs=3,
+        chunk_bytes=500,  # 40 runs a shard: 6.4 shards in 256 runs, 50 in a lane
+        shuffle_chunks=3,
     )
     for lane in range(4):
         shards = order.take(np.arange(lane, num_samples, 4)).samples // shard
@@ -189,7 +191,7 @@ def test_a_lane_uses_few_shards_at_a_time():
 
 def test_a_resumed_epoch_brings_the_shards_that_it_needs():
     first, length = np.arange(0, 40_001, 100), random_lengths(40_000)
-    order = EpochOrder(first, length, seed=0, epoch=0, lanes=4, run_bytes=500, open_runs=3)
+    order = EpochOrder(first, length, seed=0, epoch=0, lanes=4, chunk_bytes=500, shuffle_chunks=3)
     lane = order.take(np.arange(2, 40_000, 4)).samples // 100
     for start_entry in (0, 3000, 9000):
         listed = order.shards(np.array([2]), start_entry)
@@ -211,7 +213,7 @@ def chi_square_failures(order: np.ndarray, label: np.ndarray, batch_size: int) -
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "num_shards", "lanes", "open_runs", "batch_size"),
+    ("num_samples", "num_shards", "lanes", "shuffle_chunks", "batch_size"),
     [
         (1437, 1, 1024, 2, 256),
         (1437, 10, 1024, 2, 64),
@@ -223,12 +225,12 @@ def chi_square_failures(order: np.ndarray, label: np.ndarray, batch_size: int) -
         (400_000, 400, 256, 2, 250),
     ],
 )
-def test_batches_of_a_source_sorted_by_class_are_fair(num_samples, num_shards, lanes, open_runs, batch_size):
+def test_batches_of_a_source_sorted_by_class_are_fair(num_samples, num_shards, lanes, shuffle_chunks, batch_size):
     num_classes = 10 if num_samples < 10_000 else 50
     label = np.arange(num_samples) * num_classes // num_samples
     first = np.linspace(0, num_samples, num_shards + 1).astype(np.int64)
     length = np.full(num_samples, 110_000 if num_samples > 10_000 else 1500)
-    sizes = {"lanes": lanes, "run_bytes": 2_000_000, "open_runs": open_runs}
+    sizes = {"lanes": lanes, "chunk_bytes": 2_000_000, "shuffle_chunks": shuffle_chunks}
     failures = [
         chi_square_failures(order_epoch(first, length, seed=0, epoch=epoch, **sizes), label, batch_size)
         for epoch in range(3)
@@ -246,8 +248,8 @@ def test_mixup_partners_of_a_source_sorted_by_class_are_strangers():
         seed=0,
         epoch=0,
         lanes=1024,
-        run_bytes=2_000_000,
-        open_runs=2,
+        chunk_bytes=2_000_000,
+        shuffle_chunks=2,
     )
     pairs = label[order].reshape(-1, 2)
     # 100 classes: one pair in a hundred by chance; the same 512 pairs of lanes last all epoch: a wide spread.

@@ -117,7 +117,7 @@ def test_each_epoch_takes_each_sample_once(
     orders = [[seen[epoch, place] for place in range(NUM_TRAIN)] for epoch in range(3)]
     assert all(sorted(order) == list(range(NUM_TRAIN)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
-    whole = order_epoch(source.first, source.length, seed=7, epoch=1, lanes=8, run_bytes=3000, open_runs=2)
+    whole = order_epoch(source.first, source.length, seed=7, epoch=1, lanes=8, chunk_bytes=3000, shuffle_chunks=2)
     assert orders[1] == whole.tolist()
 
 
@@ -154,7 +154,7 @@ def test_a_rank_reads_its_share_once_in_runs(shard_dir, monkeypatch, world_size,
                 loaders[number % num_workers]._stored(int(task.epochs[row]), sample, *run, bool(task.last[row]))
             most_open = max(most_open, sum(len(loader._runs) for loader in loaders))
         assert wanted == 6 * 16 // world_size
-        assert most_open <= 8 // world_size * 2 + 8  # lanes * open_runs, and the next epoch's first
+        assert most_open <= 8 // world_size * 2 + 8  # lanes * shuffle_chunks, and the next epoch's first
         still_open = sum(len(loader._runs) for loader in loaders)
         num_read += sum(end - begin for begin, end in fetched)
         assert len(fetched) < wanted / 1.5

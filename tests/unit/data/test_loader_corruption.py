@@ -1,4 +1,4 @@
-"""Damage in the stream: replaced in training, an error or left out in evaluation, and always told."""
+"""Corruption in the stream: replaced in training, an error or left out in evaluation, and always told."""
 
 import itertools
 import multiprocessing
@@ -18,7 +18,7 @@ from tests.helpers.streaming import NUM_TRAIN, PLAIN, assert_equal_rows, by_posi
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_sample_is_replaced_and_told(image_tree, tmp_path, num_workers):
+def test_a_corrupt_sample_is_replaced_and_told(image_tree, tmp_path, num_workers):
     root = shutil.copytree(image_tree, tmp_path / "copy")
     (root / "train" / "bee" / "001.jpg").write_text("I am no image")
     source = open_source(root, "train")
@@ -26,15 +26,15 @@ def test_a_damaged_sample_is_replaced_and_told(image_tree, tmp_path, num_workers
     # Sizes make runs: give the old one, so that the order is the reference's.
     source.length[bad] = (image_tree / "train" / "bee" / "001.jpg").stat().st_size
     steps = take_steps(source, make_config(num_workers=num_workers), 4)  # an epoch and a sample
-    damaged = [damage for step in steps for batch in step for damage in batch.damaged]
-    assert {(damage.sample, damage.where) for damage in damaged} == {(bad, "bee/001.jpg")}
-    assert all(damage.reason for damage in damaged)
+    corrupt = [corruption for step in steps for batch in step for corruption in batch.corrupt]
+    assert {(corruption.sample, corruption.where) for corruption in corrupt} == {(bad, "bee/001.jpg")}
+    assert all(corruption.reason for corruption in corrupt)
     replaced = []
     intact = take_steps(open_source(image_tree, "train"), make_config(), 4)
     for step, other in zip(steps, intact, strict=True):
         rows, expected = by_position(step), by_position(other)
         replaced += [rows[position] for position in rows if not torch.equal(rows[position][0], expected[position][0])]
-    assert len(replaced) == len(damaged) in (1, 2)
+    assert len(replaced) == len(corrupt) in (1, 2)
     again = take_steps(source, make_config(), 4)
     for one, other in zip(steps, again, strict=True):
         assert_equal_rows(by_position(one), by_position(other))
@@ -45,15 +45,15 @@ def test_evaluation_names_the_cure_for_a_file(image_tree, tmp_path):
     root = shutil.copytree(image_tree, tmp_path / "copy")
     (root / "train" / "bee" / "001.jpg").write_text("I am no image")
     sizes = {"img_size": 32, "batch_size": 7, "world_size": 1, "rank": 0}
-    with pytest.raises(UserError, match=r"damaged: got bee/001\.jpg .*cure: replace the file; --skip-damaged"):
+    with pytest.raises(UserError, match=r"corrupt: got bee/001\.jpg .*hint: replace the file; --skip-corrupt"):
         list(eval_stream(open_source(root, "train"), make_config(augment=PLAIN).data, **sizes))
 
 
-def test_nothing_but_damage_ends_with_an_error(image_tree, tmp_path):
+def test_nothing_but_corruption_ends_with_an_error(image_tree, tmp_path):
     root = shutil.copytree(image_tree, tmp_path / "copy")
     for file in (root / "train").rglob("*.jpg"):
         file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"100 samples in a row are damaged: got .*\.jpg \(") as caught:
+    with pytest.raises(UserError, match=r"100 samples in a row are corrupt: got .*\.jpg \(") as caught:
         take_steps(open_source(root, "train"), make_config(num_workers=1), 1)
     assert caught.value.rank_local
     assert not multiprocessing.active_children()  # though the error is still held
@@ -69,9 +69,9 @@ def test_a_missing_shard_is_an_error_at_once(shard_dir):
 
 @given(data=st.data())
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_damage_told_is_the_damage_done(shard_dir, tmp_path_factory, data):
-    """Bytes of images flipped, and shards cut at any block: each damaged sample is told, and no other."""
-    root = shutil.copytree(shard_dir, tmp_path_factory.mktemp("damage") / "copy")
+def test_the_corruption_told_is_the_corruption_done(shard_dir, tmp_path_factory, data):
+    """Bytes of images flipped, and shards cut at any block: each corrupt sample is told, and no other."""
+    root = shutil.copytree(shard_dir, tmp_path_factory.mktemp("corruption") / "copy")
     source = open_source(root, "train")
     offset, length = source._manifest.offset.astype(int), source.length.astype(int)
     shard_of = np.searchsorted(source.first, np.arange(NUM_TRAIN), side="right") - 1
@@ -89,15 +89,15 @@ def test_the_damage_told_is_the_damage_done(shard_dir, tmp_path_factory, data):
         os.truncate(path, size)
         bad |= set(np.flatnonzero((shard_of == cut) & (offset + length > size)).tolist())
     batches = itertools.chain(*take_steps(source, make_config(NUM_TRAIN, augment=PLAIN), 1))
-    damaged = [damage.sample for batch in batches for damage in batch.damaged]
-    assert set(damaged) == bad
-    assert len(damaged) >= len(bad)  # a damaged one may be drawn as a replacement as well
+    corrupt = [corruption.sample for batch in batches for corruption in batch.corrupt]
+    assert set(corrupt) == bad
+    assert len(corrupt) >= len(bad)  # a corrupt one may be drawn as a replacement as well
     config = make_config(augment=PLAIN)
     sizes = {"img_size": 32, "batch_size": 7, "world_size": 1, "rank": 0}
-    evaluated = list(eval_stream(source, config.data, **sizes, skip_damaged=True))
-    assert sorted(damage.sample for batch in evaluated for damage in batch.damaged) == sorted(bad)
+    evaluated = list(eval_stream(source, config.data, **sizes, skip_corrupt=True))
+    assert sorted(corruption.sample for batch in evaluated for corruption in batch.corrupt) == sorted(bad)
     counted = torch.cat([batch.indices[batch.valid] for batch in evaluated]).tolist()
     assert sorted(counted) == sorted(set(range(NUM_TRAIN)) - bad)
     if bad:
-        with pytest.raises(UserError, match=r"a sample is damaged.*--skip-damaged"):
+        with pytest.raises(UserError, match=r"a sample is corrupt.*--skip-corrupt"):
             list(eval_stream(source, config.data, **sizes))

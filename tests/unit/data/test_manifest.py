@@ -65,7 +65,7 @@ def test_round_trip(tmp_path):
     assert not list((tmp_path / "train").glob("*.tmp"))
 
 
-def test_member_names_come_from_the_tars_and_survive_damage(folder):
+def test_member_names_come_from_the_tars_and_survive_corruption(folder):
     manifest = read_manifest(folder)
     names = [manifest.member_name(i) for i in range(5)]
     assert names[2:4] == ["train-000000.tar: cat/02.jpg", "train-000001.tar: cat/10.jpg"]
@@ -91,26 +91,28 @@ def test_the_digest_names_the_data(folder):
 
 
 @pytest.mark.parametrize("name", list(COLUMNS))
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped", "longer", "float", "pickled", "zip"])
-def test_a_damaged_column_is_refused_by_name(folder, name, damage):
+@pytest.mark.parametrize(
+    "corruption", ["missing", "empty", "truncated", "flipped", "longer", "float", "pickled", "zip"]
+)
+def test_a_corrupt_column_is_refused_by_name(folder, name, corruption):
     path = column_path(folder, name)
     data = path.read_bytes()
     column = np.load(path)
-    if damage == "missing":
+    if corruption == "missing":
         path.unlink()
-    elif damage == "longer":
+    elif corruption == "longer":
         np.save(path, np.concatenate([column, column[:1]]))
-    elif damage == "float":
+    elif corruption == "float":
         np.save(path, column.astype(np.float32))
-    elif damage == "pickled":
+    elif corruption == "pickled":
         np.save(path, np.array([{}] * 5, object), allow_pickle=True)
-    elif damage == "zip":
+    elif corruption == "zip":
         np.savez(path.with_suffix(".npz"), column)
         path.with_suffix(".npz").rename(path)
     else:
         changed = {"empty": b"", "truncated": data[:-1], "flipped": data[:-1] + bytes([data[-1] ^ 1])}
-        path.write_bytes(changed[damage])
-    with pytest.raises(UserError, match=rf"column of the manifest is .*{path.name}.*cure"):
+        path.write_bytes(changed[corruption])
+    with pytest.raises(UserError, match=rf"column of the manifest is .*{path.name}.*hint"):
         read_manifest(folder)
 
 
@@ -156,7 +158,7 @@ def test_missing_and_truncated_shards_are_named(folder):
     with pytest.raises(UserError, match=rf"train-000001.tar is truncated: {len(data) - 512} bytes instead of"):
         read_manifest(folder)
     path.unlink()
-    with pytest.raises(UserError, match=r"train-000001.tar: No such file.*cure"):
+    with pytest.raises(UserError, match=r"train-000001.tar: No such file.*hint"):
         read_manifest(folder)
     (folder / "train-000000.tar").unlink()
     with pytest.raises(UserError, match="and 1 more shards"):
@@ -165,10 +167,10 @@ def test_missing_and_truncated_shards_are_named(folder):
 
 def test_shards_without_a_manifest_and_compressed_ones_are_refused(folder):
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"without a manifest.*2 tars.*cure.*data_prep\.index"):
+    with pytest.raises(UserError, match=r"without a manifest.*2 tars.*hint.*data_prep\.index"):
         read_manifest(folder)
     (folder / "train-000001.tar").rename(folder / "train-000001.tar.gz")
-    with pytest.raises(UserError, match=r"compressed.*train-000001\.tar\.gz.*allowed: \.tar;"):
+    with pytest.raises(UserError, match=r"compressed.*train-000001\.tar\.gz.*expected: \.tar;"):
         read_manifest(folder)
     with pytest.raises(UserError, match="no shards here"):
         read_manifest(folder.parent)

@@ -191,7 +191,7 @@ def test_a_name_that_is_no_plain_tar_is_refused(tmp_path, name):
 
 
 def test_a_budget_below_a_shard_is_refused(tmp_path):
-    with pytest.raises(UserError, match="smaller than a shard: got 999; allowed: 1000 or more"):
+    with pytest.raises(UserError, match="smaller than a shard: got 999; expected: 1000 or more"):
         open_cache(tmp_path, max_bytes=SIZE - 1)
 
 
@@ -211,7 +211,7 @@ def test_columns_stay_and_are_mended(tmp_path):
     _, folder = fetch_manifest(*fetch)
     before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("*.npy")}
     assert len(before) == len(COLUMNS)
-    (folder / "manifest.label.npy").write_bytes(b"damaged")
+    (folder / "manifest.label.npy").write_bytes(b"corrupt")
     (folder / "manifest.offset.npy").unlink()
     assert fetch_manifest(*fetch) == (fetch[0], folder)
     after = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("*.npy")}
@@ -228,9 +228,9 @@ def test_a_changed_manifest_is_noticed_and_its_shards_are_not_mixed_up(tmp_path)
     assert read(ShardCache(url, folder, shards, None), 0) != old
 
 
-def test_a_damaged_column_there_is_told(tmp_path):
+def test_a_corrupt_column_there_is_told(tmp_path):
     write_remote(tmp_path / "far")
-    (tmp_path / "far/manifest.label.npy").write_bytes(b"damaged")
+    (tmp_path / "far/manifest.label.npy").write_bytes(b"corrupt")
     with pytest.raises(UserError, match=r"manifest.label.npy \(5 tries, the last: no column of numbers"):
         fetch_manifest(f"file://{tmp_path}/far", "train", tmp_path / "near", lambda _: None)
 

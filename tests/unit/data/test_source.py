@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gcvit.data import source as source_module
 from gcvit.data.manifest import write_manifest
-from gcvit.data.source import DamagedSample, ShardSource, Source, open_source
+from gcvit.data.source import CorruptSample, ShardSource, Source, open_source
 from gcvit.errors import UserError
 
 CLASSES = ("ape", "bee", "cat")
@@ -107,7 +107,7 @@ def test_data_directory_errors(image_tree, tmp_path):
     (tmp_path / "imagenet").mkdir()
     for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz"):
         (tmp_path / "imagenet" / f"ILSVRC2012_{name}").touch()
-    with pytest.raises(UserError, match=r"ImageNet's archives, not shards: got .*cure: python -m data_prep\.shard"):
+    with pytest.raises(UserError, match=r"ImageNet's archives, not shards: got .*hint: python -m data_prep\.shard"):
         open_source(tmp_path / "imagenet", "train")
     root = shutil.copytree(image_tree, tmp_path / "copy")
     (root / "train" / "dog").mkdir()
@@ -124,12 +124,12 @@ def test_shard_errors(shard_dir):
     os.truncate(tar, 4096)
     with pytest.raises(UserError, match=r"train-000002.tar is truncated"):
         open_source(shard_dir, "train")
-    with pytest.raises(DamagedSample, match=r"^0 of \d+ bytes"):
+    with pytest.raises(CorruptSample, match=r"^0 of \d+ bytes"):
         read(source, 34)
     content[int(source._manifest.offset[30]) + 99] ^= 1
     tar.write_bytes(content)
     read(source, 29)
-    with pytest.raises(DamagedSample, match=r"^another checksum"):
+    with pytest.raises(CorruptSample, match=r"^another checksum"):
         read(source, 30)
     tar.unlink()
     fresh = pickle.loads(pickle.dumps(source))  # noqa: S301
@@ -181,9 +181,9 @@ def test_without_checksums_only_lengths_are_checked(shard_dir):
     content = bytearray(read(plain, 3))
     content[50] ^= 1
     plain.check(3, memoryview(content))
-    with pytest.raises(DamagedSample):
+    with pytest.raises(CorruptSample):
         source.check(3, memoryview(content))
-    with pytest.raises(DamagedSample, match="of"):
+    with pytest.raises(CorruptSample, match="of"):
         plain.check(3, memoryview(content)[:-1])
     write_manifest(shard_dir / "train", "train", plain.classes, plain._manifest.shards, plain._manifest.columns)
     again = pickle.loads(pickle.dumps(open_source(shard_dir, "train")))  # noqa: S301

@@ -81,7 +81,7 @@ def test_strange_folder_is_refused_and_left_alone(tmp_path, files, name):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"not overwritten.*got .*allowed: .*cure: ") as caught:
+    with pytest.raises(UserError, match=r"not overwritten.*got .*expected: .*hint: ") as caught:
         digits.write_tree(tmp_path, files)
     assert name in str(caught.value)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
@@ -96,7 +96,7 @@ def test_file_in_the_way_is_refused(tmp_path, files):
     assert path.read_bytes() == b"mine"
 
 
-def test_missing_scikit_learn_names_its_cure(monkeypatch):
+def test_missing_scikit_learn_names_its_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match="cure: pip install scikit-learn"):
+    with pytest.raises(UserError, match="hint: pip install scikit-learn"):
         digits.load_scans()

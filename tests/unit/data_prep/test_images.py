@@ -1,4 +1,4 @@
-"""Formats are told by content, bombs and damage refused, and only large images are re-encoded."""
+"""Formats are told by content, bombs and corruption refused, and only large images are re-encoded."""
 
 import io
 import struct
@@ -62,9 +62,9 @@ def test_a_jpeg_with_a_second_picture_is_a_jpeg():
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x1f\x8b\x08" + bytes(99), b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_is_refused(data):
-    with pytest.raises(ValueError, match=r"empty file|no known image|damaged"):
+    with pytest.raises(ValueError, match=r"empty file|no known image|corrupt"):
         image_extension(data)
-    with pytest.raises(ValueError, match=r"empty file|no known image|damaged"):
+    with pytest.raises(ValueError, match=r"empty file|no known image|corrupt"):
         reduce_image(data, Reduction(8, 90))
 
 
@@ -72,13 +72,13 @@ def test_what_is_no_image_is_refused(data):
 def test_a_jpeg_cut_within_its_headers_is_refused(name):
     data = JPEGS[name]
     for length in range(data.index(b"\xff\xda")):
-        with pytest.raises(ValueError, match=r"empty|no known|damaged"):
+        with pytest.raises(ValueError, match=r"empty|no known|corrupt"):
             image_extension(data[:length])
 
 
 @given(st.sampled_from(sorted(JPEGS)), st.data())
 def test_what_passes_without_pillow_has_the_size_that_pillow_reads(name, draw):
-    """Damage up to the pixels: either Pillow judges it, or it reads the same."""
+    """Corruption up to the pixels: either Pillow judges it, or it reads the same."""
     data = bytearray(JPEGS[name])
     for _ in range(draw.draw(st.integers(1, 3))):
         data[draw.draw(st.integers(0, data.index(b"\xff\xda") + 3))] = draw.draw(st.integers(0, 255))
@@ -184,5 +184,5 @@ def test_quality_counts():
 
 def test_a_truncated_image_cannot_be_re_encoded():
     data = encode(gradient(320, 240))
-    with pytest.raises(ValueError, match=r"damaged: .*truncated"):
+    with pytest.raises(ValueError, match=r"corrupt: .*truncated"):
         reduce_image(data[: len(data) // 2], Reduction(60, 90))

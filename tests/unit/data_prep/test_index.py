@@ -175,7 +175,7 @@ def test_classes_have_names_where_somebody_knows_them(tmp_path, make_image):
     features = {"label": {"names": ["x", "y", "z"], "_type": "ClassLabel"}}
     assert classes_of("info", info={"default": {"features": features}}) == ("x", "y", "z")
     assert classes_of("no-names", info={"splits": {"train": {"filenames": ["a.tar"]}}}) == ("0000", "0001")
-    with pytest.raises(UserError, match="label 1; allowed: 0 to 0"):
+    with pytest.raises(UserError, match="label 1; expected: 0 to 0"):
         classes_of("few", info={"classes": ["x"]})
     (tmp_path / "few/_info.json").write_text("{")
     with pytest.raises(UserError, match="cannot read what is said about the tars"):
@@ -195,7 +195,7 @@ def test_samples_without_a_label_are_refused_or_skipped(tmp_path, make_image, ca
     verify.main([str(tmp_path), "--workers", "1"])
 
 
-def test_what_cannot_be_indexed_is_refused_with_the_cure(tmp_path, make_image):
+def test_what_cannot_be_indexed_is_refused_with_the_hint(tmp_path, make_image):
     def refuse(words: str, *options: object) -> None:
         with pytest.raises(UserError, match=words):
             run(tmp_path / "x", *options)
@@ -210,14 +210,14 @@ def test_what_cannot_be_indexed_is_refused_with_the_cure(tmp_path, make_image):
     refuse("the names of some tars tell no split")
     (tmp_path / "x/b.tar").unlink()
     (tmp_path / "x/c.tar.gz").write_bytes(b"")
-    refuse(r"a compressed tar cannot be read at an offset.*cure: gunzip it")
+    refuse(r"a compressed tar cannot be read at an offset.*hint: gunzip it")
     (tmp_path / "x/c.tar.gz").rename(tmp_path / "x/c-train-1.tar")
     refuse(r"a tar cannot be indexed: got .*c-train-1\.tar: no tar")
     (tmp_path / "x/c-train-1.tar").write_bytes(b"\x1f\x8b\x08" + bytes(700))
-    refuse("compressed with gzip.*cure: unpack it")
+    refuse("compressed with gzip.*hint: unpack it")
     content = path.read_bytes()
     (tmp_path / "x/c-train-1.tar").write_bytes(content[:2000])
-    refuse(r"truncated.*cure: copy it again", "--skip-unusable")
+    refuse(r"truncated.*hint: copy it again", "--skip-unusable")
     path.unlink()
     (tmp_path / "x/c-train-1.tar").unlink()
     refuse("no tars of split train or val here")

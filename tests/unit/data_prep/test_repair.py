@@ -1,4 +1,4 @@
-"""--repair leaves shards that verify passes: without the damaged samples, or with these as they were."""
+"""--repair leaves shards that verify passes: without the corrupt samples, or with these as they were."""
 
 import errno
 import json
@@ -33,8 +33,8 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def damage(out: Path) -> set[int]:
-    """Damage an image, a header of an image, a label and all of a shard; return the samples."""
+def corruption(out: Path) -> set[int]:
+    """Corruption an image, a header of an image, a label and all of a shard; return the samples."""
     manifest = read_manifest(out)
     flip(out / "train-000000.tar", int(manifest.offset[1]) + int(manifest.length[1]) // 2)
     flip(out / "train-000000.tar", int(manifest.offset[3]) - 500)
@@ -62,10 +62,10 @@ def run(out: Path, *options: object) -> None:
     verify.main([str(out), "--workers", "1", *map(str, options)])
 
 
-def test_damaged_samples_are_left_out(out, capsys):
+def test_corrupt_samples_are_left_out(out, capsys):
     before = images_of(read_manifest(out))
     digest = read_manifest(out).digest
-    lost = damage(out)
+    lost = corruption(out)
     run(out, "--repair")
     said = capsys.readouterr().out
     assert "3 shards rewritten, 0 samples taken from the source again, 5 left out, 7 remain" in said
@@ -85,24 +85,24 @@ def test_damaged_samples_are_left_out(out, capsys):
 
 def test_the_source_restores_every_byte(tree, out, capsys):
     sound = contents(out)
-    damage(out)
+    corruption(out)
     run(out, "--repair", "--source", tree)
     assert "5 samples taken from the source again, 0 left out" in (said := capsys.readouterr().out)
     assert "the manifest is as it was" in said
     assert contents(out) == sound
 
 
-def test_a_source_that_lacks_damaged_samples_is_refused(tree, out, make_image):
+def test_a_source_that_lacks_corrupt_samples_is_refused(tree, out, make_image):
     manifest = read_manifest(out)
     names = [manifest.member_name(i).split(": ")[1] for i in range(12)]
-    lost = damage(out)
-    damaged = contents(out)
+    lost = corruption(out)
+    corrupt = contents(out)
     (tree / names[1]).write_bytes(make_image(999))
     (tree / f"{os.path.splitext(names[10])[0]}.jpg").unlink()  # a PNG is named .jpg in the tree
     key = os.path.splitext(names[1])[0]
-    with pytest.raises(UserError, match=f"the source lacks 2 of the damaged samples: got {key}, sample 10;"):
+    with pytest.raises(UserError, match=f"the source lacks 2 of the corrupt samples: got {key}, sample 10;"):
         run(out, "--repair", "--source", tree)
-    assert contents(out) == damaged
+    assert contents(out) == corrupt
     run(out, "--repair")
     run(out)
     assert read_manifest(out).num_samples == 12 - len(lost)
@@ -113,10 +113,10 @@ def test_what_was_encoded_again_is_in_no_source(tree, tmp_path, make_image):
     shard.main([str(tree), str(out), "--workers", "1", "--short-side", "6"])
     manifest = read_manifest(out)
     flip(out / "train-000000.tar", int(manifest.offset[3]) + int(manifest.length[3]) // 2)
-    damaged = contents(out)
-    with pytest.raises(UserError, match="the source lacks 1 of the damaged samples"):
+    corrupt = contents(out)
+    with pytest.raises(UserError, match="the source lacks 1 of the corrupt samples"):
         run(out, "--repair", "--source", tree)
-    assert contents(out) == damaged
+    assert contents(out) == corrupt
 
 
 def test_the_class_map_finds_a_source_without_train(tree, tmp_path, capsys):
@@ -160,7 +160,7 @@ def test_a_truncated_shard_keeps_its_beginning(out, capsys):
     run(out)
 
 
-def test_damage_between_samples_costs_none(out, capsys):
+def test_corruption_between_samples_costs_none(out, capsys):
     sound = contents(out)
     path = out / "train-000002.tar"
     flip(path, path.stat().st_size - 5)  # in the empty blocks at the end
@@ -192,11 +192,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
 
 
 def test_a_repair_is_finished_after_a_kill_at_any_step(out, tmp_path, monkeypatch, capsys):
-    lost = damage(out)
+    lost = corruption(out)
     shutil.copytree(out, tmp_path / "undisturbed")
     run(tmp_path / "undisturbed", "--repair")
     expected = contents(tmp_path / "undisturbed")
-    damaged = contents(out)
+    corrupt = contents(out)
     states = set()
     for step in range(100):
         here = tmp_path / f"step-{step}"
@@ -214,7 +214,7 @@ def test_a_repair_is_finished_after_a_kill_at_any_step(out, tmp_path, monkeypatc
                 run(here)
         else:  # what was to be renamed may lie there still: a killed process clears nothing up
             found = {name: data for name, data in contents(here).items() if ".tmp" not in name}
-            assert found in (damaged, expected, expected | {"_info.json": damaged["_info.json"]})
+            assert found in (corrupt, expected, expected | {"_info.json": corrupt["_info.json"]})
         (here / UNREADY).mkdir(exist_ok=True)
         (here / UNREADY / "train-000000.tar").write_bytes(b"half a shard")
         run(here, "--repair")
@@ -226,8 +226,8 @@ def test_a_repair_is_finished_after_a_kill_at_any_step(out, tmp_path, monkeypatc
 
 
 def test_what_cannot_be_repaired_is_left_alone(tree, out, tmp_path, monkeypatch):
-    damage(out)
-    damaged = contents(out)
+    corruption(out)
+    corrupt = contents(out)
     with pytest.raises(UserError, match="--source has no effect without"):
         run(out, "--source", tree)
     (tmp_path / "other/x").mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_what_cannot_be_repaired_is_left_alone(tree, out, tmp_path, monkeypatch)
         patch.setattr(os, "fsync", fail)
         with pytest.raises(UserError, match="No space left on device"):
             run(out, "--repair")
-    assert contents(out) == damaged
+    assert contents(out) == corrupt
     for path in out.glob("*.tar"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no sample would be left"):
@@ -252,7 +252,7 @@ def test_what_cannot_be_repaired_is_left_alone(tree, out, tmp_path, monkeypatch)
 
 
 def test_a_stray_tar_is_left_and_told(out):
-    damage(out)
+    corruption(out)
     (out / "stray.tar").write_bytes(b"x")
     with pytest.raises(UserError, match="tars without a manifest are left"):
         run(out, "--repair")
@@ -273,7 +273,7 @@ def test_tars_of_others_are_repaired_behind_their_links(out, tmp_path, options):
     before = images_of(read_manifest(there / "train"))
     manifest = read_manifest(there / "train")
     flip(there / "x-train-1.tar", int(manifest.offset[6]) + 2)  # the image's marks: no checksum is needed
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         run(there)
     run(there, "--repair")
     run(there)
@@ -328,13 +328,13 @@ def test_a_link_to_another_disk_is_refused(out, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", other_device)
-        refuse(out, r"train-000000.tar -> .*/disk/0.tar; allowed: tars on the disk of")
+        refuse(out, r"train-000000.tar -> .*/disk/0.tar; expected: tars on the disk of")
     assert not is_interrupted(out)
     run(out, "--repair")
 
 
 def test_a_repair_that_cannot_be_finished_says_so(out, monkeypatch):
-    damage(out)
+    corruption(out)
 
     replace = os.replace
 
@@ -353,7 +353,7 @@ def test_a_repair_that_cannot_be_finished_says_so(out, monkeypatch):
 
 
 def test_labels_keep_their_meaning(out):
-    damage(out)
+    corruption(out)
     run(out, "--repair")
     manifest = read_manifest(out)
     for i in range(manifest.num_samples):
@@ -370,11 +370,11 @@ cuts = st.lists(cut, min_size=1, max_size=4).filter(lambda cuts: len({cut[0] for
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts)
-def test_whatever_the_damage_a_repair_leaves_sound_shards(out, tree, damages):
+def test_whatever_the_corruption_a_repair_leaves_sound_shards(out, tree, corruptions):
     """Bytes cut out of shards and others put in: what is left afterwards is sound, and as it was."""
     before = images_of(read_manifest(out))
     sound = contents(out)
-    for i, block, num_blocks, data in damages:
+    for i, block, num_blocks, data in corruptions:
         path = out / f"train-{i:06d}.tar"
         content = path.read_bytes()
         path.write_bytes(content[: 512 * block] + data + content[512 * (block + num_blocks) :])

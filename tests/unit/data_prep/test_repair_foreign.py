@@ -1,4 +1,4 @@
-"""--repair takes damaged samples out of the tars of others, and nothing else that lies in them."""
+"""--repair takes corrupt samples out of the tars of others, and nothing else that lies in them."""
 
 import io
 import tarfile

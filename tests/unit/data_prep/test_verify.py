@@ -29,7 +29,7 @@ def out(tree: Path, tmp_path: Path) -> Path:
 
 def problems_of(out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         verify.main([str(out), "--workers", "1"])
     return capsys.readouterr().out.splitlines()[:-1]
 
@@ -134,7 +134,7 @@ def test_problems_are_written_as_json(out, tmp_path, capsys):
     assert json.loads(file.read_bytes()) == []
     manifest = read_manifest(out)
     replace(out / "train-000001.tar", int(manifest.offset[6]) + 30, b"\xff\x00\xff")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         verify.main([str(out), "--workers", "1", "--json", str(file)])
     shard_problem, *problems = json.loads(file.read_bytes())
     assert shard_problem["sample"] is None
@@ -185,15 +185,15 @@ def check_flips(manifest: Manifest, step: int) -> None:
         problems = verify.verify_shard(task)
         assert problems[0].sample is None
         assert problems[0].problem.startswith("SHA-256")
-        damaged = {problem.sample for problem in problems[1:]} - {None}
+        corrupt = {problem.sample for problem in problems[1:]} - {None}
         # Padding and a path in a .json say nothing that is needed: there the shard's hash alone tells.
-        assert damaged <= {sample}
+        assert corrupt <= {sample}
         is_image = any(0 <= place - int(task.offset[row]) < int(task.length[row]) for row in range(5))
         is_header = sound[place // 512 * 512 :][257:262] == b"ustar" and place % 512 not in (
             154,
             155,
         )  # a checksum's end
-        assert damaged == {sample} or not (is_image or is_header)
+        assert corrupt == {sample} or not (is_image or is_header)
     path.write_bytes(sound)
 
 
@@ -207,7 +207,7 @@ def test_every_flipped_byte_is_found_to_the_sample(out):
 
 
 @pytest.mark.parametrize("options", [[], ["--checksums"]])
-def test_damage_in_tars_of_others_is_found_to_the_sample(tmp_path, make_image, options):
+def test_corruption_in_tars_of_others_is_found_to_the_sample(tmp_path, make_image, options):
     """timm's style, where the label comes first: all of a tar's bytes in turn, in steps."""
     images = [make_image(seed) for seed in range(4)]
     with tarfile.open(tmp_path / "x-train-0.tar", "w") as tar:
@@ -228,28 +228,28 @@ def test_damage_in_tars_of_others_is_found_to_the_sample(tmp_path, make_image, o
         data[place] ^= 1 + place % 255
         path.write_bytes(data)
         problems = verify.verify_shard(task)
-        damaged = {problem.sample for problem in problems} - {None}
-        assert damaged <= {sample}
+        corrupt = {problem.sample for problem in problems} - {None}
+        assert corrupt <= {sample}
         if options:
             assert problems[0].problem.startswith("SHA-256")
         block, byte = sound[place // 512 * 512 :][:512], place % 512
         is_header = block[257:262] == b"ustar" and byte not in (154, 155)
         is_image = any(0 <= place - int(task.offset[row]) < int(task.length[row]) for row in range(4))
-        assert damaged == {sample} or not (is_header or (is_image and options))
+        assert corrupt == {sample} or not (is_header or (is_image and options))
     for size in range(0, len(sound), 512):
         path.write_bytes(sound[:size])
         problems = verify.verify_shard(task)
         assert problems[0].problem.startswith("is truncated")
-        damaged = {problem.sample for problem in problems} - {None}
+        corrupt = {problem.sample for problem in problems} - {None}
         whole = {row for row in range(4) if ends[row] <= size}
-        assert damaged == set(range(4)) - whole
+        assert corrupt == set(range(4)) - whole
     path.write_bytes(sound)
     assert verify.verify_shard(task) == []
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_damage_makes_verify_or_index_crash(out, data):
+def test_no_corruption_makes_verify_or_index_crash(out, data):
     """Blocks overwritten, moved and cut out: problems and refusals, never a traceback."""
     task = verify.tasks_of(read_manifest(out))[0]
     path = out / task.shard.name
@@ -293,7 +293,7 @@ def test_a_manifest_out_of_order_is_found(out, capsys):
     verify.main([str(out), "--workers", "1"])
 
 
-def test_no_memory_is_no_damage(out, monkeypatch):
+def test_no_memory_is_no_corruption(out, monkeypatch):
     def fail(data: bytes) -> None:
         raise MemoryError
 

@@ -65,5 +65,5 @@ def test_a_tasks_error_is_the_callers(num_workers):
 
 
 def test_a_worker_that_was_killed_is_the_users_to_know():
-    with pytest.raises(UserError, match=r"worker process was killed; cure: .*fewer --workers"):
+    with pytest.raises(UserError, match=r"worker process was killed; hint: .*fewer --workers"):
         list(run_tasks(die_at_three, range(10), 2))

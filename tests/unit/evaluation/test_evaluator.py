@@ -76,7 +76,7 @@ def test_padding_does_not_count(monkeypatch):
     labels = torch.tensor([0, 1, 0, 2, 0, 0])
     valid = torch.tensor([True] * 5 + [False])
 
-    def stream(source, data, *, img_size, batch_size, world_size, rank, pin_memory, skip_damaged, five_crop):
+    def stream(source, data, *, img_size, batch_size, world_size, rank, pin_memory, skip_corrupt, five_crop):
         assert (img_size, batch_size, world_size, rank, five_crop) == (2, 3, 1, 0, False)
         for part in (slice(0, 3), slice(3, 6)):
             yield EvalBatch(images[part], labels[part], valid[part], torch.arange(6)[part])

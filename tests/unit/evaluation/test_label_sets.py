@@ -87,10 +87,10 @@ def test_a_model_with_more_classes_in_another_order():
     [
         ("a", ["n01440764/x.jpg"], None, 1000, "1 classes of the data are not of the set a: got n01440764"),
         ("a", ["7/x.jpg"], None, 1000, "got 7"),
-        ("v2", ["1000/x.jpg"], None, 1000, "got 1000; allowed: folders named n01440764 and the like, or 0 to 999"),
+        ("v2", ["1000/x.jpg"], None, 1000, "got 1000; expected: folders named n01440764 and the like, or 0 to 999"),
         ("r", ["n01443537/x.jpg"], ["cat", "dog"], 2, "lacks 200 of the 200 classes of the set r"),
         ("r", ["n01443537/x.jpg"], None, 10, "among the 10 outputs of runs/x"),
-        (None, ["a/x.jpg", "b/x.jpg"], None, 3, "got 2 classes; allowed: the 3 of runs/x"),
+        (None, ["a/x.jpg", "b/x.jpg"], None, 3, "got 2 classes; expected: the 3 of runs/x"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, samples, outputs, num, words):
@@ -151,7 +151,7 @@ def test_a_set_lies_in_its_folder_or_in_a_split_of_it(tmp_path):
     assert (split.dir, split.split, split.source.num_samples) == (f"{tmp_path}/split", "val", 1)
     plain = open_set(f"{tmp_path}/split", "val")
     assert (plain.name, plain.label_set) == ("val", None)
-    with pytest.raises(UserError, match="unknown label set: got imagenet-a; allowed: imagenet, real"):
+    with pytest.raises(UserError, match="unknown label set: got imagenet-a; expected: imagenet, real"):
         open_set(f"imagenet-a={tmp_path}/split", "val")
     with pytest.raises(UserError, match="no split 'val'"):
         open_set(f"{tmp_path}/bare=1", "val")

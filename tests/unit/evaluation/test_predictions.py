@@ -132,7 +132,7 @@ def test_keys():
 
 
 def test_files_that_cannot_be_written(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"allowed: \*.csv or \*.parquet"):
+    with pytest.raises(UserError, match=r"expected: \*.csv or \*.parquet"):
         check_path(tmp_path / "all.txt")
     with pytest.raises(UserError, match="no such folder"):
         check_path(tmp_path / "nowhere" / "all.csv")

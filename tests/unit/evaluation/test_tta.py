@@ -89,6 +89,6 @@ def test_options_say_how_images_are_prepared():
 
 
 def test_tags_name_what_is_not_the_default():
-    assert Options(batch_size=3, skip_damaged=True).tags == []
+    assert Options(batch_size=3, skip_corrupt=True).tags == []
     options = Options(img_size=(224, 256), crop_pct=0.95, resize="squash", tta="flip", precision="bf16")
     assert options.tags == ["224+256", "crop0.95", "squash", "flip", "bf16"]

@@ -31,7 +31,7 @@ CASES = [
     ([LEFT] * 4, 75, "preempted: rank 3 on n2, after step 7: told"),
     ([LEFT, LEFT, LEFT, None], 75, "preempted: rank 2 on n2, after step 7: told; no report of rank 3 on n2"),
     ([LEFT, FINISHED, None, None], 75, "preempted: rank 0 on n1"),
-    ([BROKE, ("user error", "bad key: got x"), BROKE, BROKE], 2, "not to be cured by a restart: rank 1 on n1"),
+    ([BROKE, ("user error", "bad key: got x"), BROKE, BROKE], 2, "a restart cannot mend it: rank 1 on n1"),
     ([BROKE, BROKE, BROKE, ("failed", "ValueError: 3")], 1, "crashed: rank 3 on n2, after step 7: ValueError: 3"),
     ([BROKE, None, BROKE, BROKE], 1, "killed without a word: rank 1 on n1; out of memory"),
     ([LEFT, BROKE, LEFT, None], 1, "killed without a word: rank 3 on n2; out of memory"),

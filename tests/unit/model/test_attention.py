@@ -170,7 +170,7 @@ def test_every_path_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_unknown_path_is_refused() -> None:
-    with pytest.raises(UserError, match=r"got flash; allowed: auto, reference, sdpa, triton"):
+    with pytest.raises(UserError, match=r"got flash; expected: auto, reference, sdpa, triton"):
         make_attention(2, False, "flash")
 
 

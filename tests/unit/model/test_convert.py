@@ -98,7 +98,9 @@ def test_of_the_sizes_with_the_same_windows_it_is_the_largest(img_size: Any, fou
 def test_an_architecture_that_is_no_variant(name: str | None, tmp_path: Path) -> None:
     model = create_model("gc_vit_xxtiny", num_classes=3, img_size=64, width=8)
     torch.save(model.state_dict(), tmp_path / "narrow.pth")
-    message = "is of another model" if name else "is of no known variant: got width 8, depths [2, 2, 3, 2]; allowed: gc"
+    message = (
+        "is of another model" if name else "is of no known variant: got width 8, depths [2, 2, 3, 2]; expected: gc"
+    )
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         weights.convert(tmp_path / "narrow.pth", tmp_path / "out.pth", "timm", name)
     assert name or "--model NAME" in str(caught.value)
@@ -123,7 +125,7 @@ def write_flat(path: Path) -> None:
         (lambda folder: write_flat(folder / "in.pth"), "out.pth", "holds no GC ViT"),
         (lambda folder: (folder / "out.pth").touch(), "out.pth", "something is there already"),
         (lambda folder: write_resnet(folder / "in.pth"), "in.pth", "something is there already"),
-        (lambda folder: None, "out.onnx", "allowed: *.safetensors, *.pth, *.pth.tar, *.pt"),
+        (lambda folder: None, "out.onnx", "expected: *.safetensors, *.pth, *.pth.tar, *.pt"),
     ],
 )
 def test_what_cannot_be_converted_leaves_nothing(

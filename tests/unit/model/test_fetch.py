@@ -47,7 +47,7 @@ def test_a_hub_out_of_reach_is_the_users_error(error, monkeypatch):
     text = str(caught.value)
     assert text.startswith("cannot fetch the published weights of gc_vit_tiny: got no route to host")
     file = VARIANTS["gc_vit_tiny"].weights_file
-    assert text.endswith(f"cure: download {file} of nvidia/GCViT yourself, and give its path")
+    assert text.endswith(f"hint: download {file} of nvidia/GCViT yourself, and give its path")
     assert "\n" not in text
 
 

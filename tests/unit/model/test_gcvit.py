@@ -58,7 +58,7 @@ def batch_dependence() -> float:
 
 
 def test_wrong_input_size_is_refused() -> None:
-    with pytest.raises(UserError, match=r"got \(1, 3, 32, 32\); allowed: \(batch, 3, 64, 64\)"):
+    with pytest.raises(UserError, match=r"got \(1, 3, 32, 32\); expected: \(batch, 3, 64, 64\)"):
         build_model()(torch.zeros(1, 3, 32, 32))
 
 

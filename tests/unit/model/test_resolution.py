@@ -98,7 +98,7 @@ def test_other_sizes_are_refused_unless_all_are_taken() -> None:
     for sides in ((64, 96), (47, 200), (32, 32)):
         images = torch.randn(1, 3, *sides)
         assert dynamic(images).isfinite().all()
-        with pytest.raises(UserError, match=r"allowed: \(batch, 3, 64, 64\); cure: .*dynamic_img_size"):
+        with pytest.raises(UserError, match=r"expected: \(batch, 3, 64, 64\); hint: .*dynamic_img_size"):
             fixed(images)
     for shape in ((1, 3, 31, 64), (1, 4, 64, 64)):
         with pytest.raises(UserError, match="wrong size"):

@@ -117,7 +117,7 @@ def test_another_class_count_is_said_and_can_be_waived(tmp_path: Path) -> None:
     path = tmp_path / "five.pth"
     torch.save(weights.to_official_state(source.state_dict()), path)
     head = target.head.fc.weight.clone()
-    with pytest.raises(UserError, match="another number of classes than the model: got 5; allowed: 7"):
+    with pytest.raises(UserError, match="another number of classes than the model: got 5; expected: 7"):
         weights.load(target, path)
     assert weights.load(target, path, reset_head=True).endswith("without its head")
     assert torch.equal(target.head.fc.weight, head)
@@ -152,18 +152,18 @@ def test_another_model_is_refused_and_nothing_is_changed(
     [
         (
             {"img_size": 128},
-            "has other windows than the model: got [2, 2, 4, 2]; allowed: [4, 4, 8, 4]; cure: build the model with "
+            "has other windows than the model: got [2, 2, 4, 2]; expected: [4, 4, 8, 4]; hint: build the model with "
             "those windows, or let the bias tables be resampled (resample)",
         ),
         (
             {"img_size": 128, "windows": [2, 2, 4, 2]},
             "pools its global queries another number of times than the model: got [3, 2, 1, 1] fused blocks; "
-            "allowed: [4, 3, 1, 1]; cure: let the windows grow",
+            "expected: [4, 3, 1, 1]; hint: let the windows grow",
         ),
         (
             {"windows": [4, 2, 4, 1]},
             "pools its global queries another number of times than the model: got [3, 2, 1, 1] fused blocks; "
-            "allowed: [2, 2, 1, 1]; cure: let the windows grow",
+            "expected: [2, 2, 1, 1]; hint: let the windows grow",
         ),
         ({"num_heads": [2, 2, 4, 8]}, "is of another model: got stages.0.blocks.0.attention.bias_table is (9, 1)"),
     ],

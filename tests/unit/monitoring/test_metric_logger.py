@@ -63,7 +63,7 @@ SECONDS = Seconds({"data": 2.0, "compute": 6.0}, {"storage": 0.5, "decoding": 1.
 
 
 def log(metrics: Metrics, step: int, lr: float, result: StepResult) -> None:
-    metrics.log_step(step, lr, result, SECONDS, num_damaged=0)
+    metrics.log_step(step, lr, result, SECONDS, num_corrupt=0)
 
 
 def rows(config: Config) -> list[dict]:
@@ -84,7 +84,7 @@ def test_a_row_holds_the_mean_over_its_interval(config, world, clock):
             log(metrics, step, 1e-3 * step, result)
     metrics.close()
     speed = pytest.approx(BATCH_SIZE / 2)
-    common = {"kind": "train", "train_top1": 25.0, "grad_norm": 0.5, "refused_steps": 0, "num_damaged": 0}
+    common = {"kind": "train", "train_top1": 25.0, "grad_norm": 0.5, "refused_steps": 0, "num_corrupt": 0}
     common |= {"images_per_second": speed, "images_per_second_per_device": speed, "mfu": pytest.approx(0.32)}
     common |= {"data_wait": 0.25, "bound_by": "compute", "bound_share": 0.75, "slowest_rank": 0}
     # Of the 2 s that were waited for data, the loader needed a quarter for its storage.
@@ -136,12 +136,12 @@ def test_a_checkpoint_is_a_row_with_its_stall(config, world, capsys):
 def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, clock):
     metrics = begin(config, world)
     clock.now += 4
-    with metrics.off_the_clock():  # an evaluation in the middle of an interval
+    with metrics.paused():  # an evaluation in the middle of an interval
         clock.now += 500
     result = add(metrics, world, 1.0)
     clock.now += 4
     log(metrics, 1, 1e-3, result)
-    with metrics.off_the_clock():  # and one right behind a row
+    with metrics.paused():  # and one right behind a row
         clock.now += 500
     clock.now += 16
     log(metrics, 2, 1e-3, add(metrics, world, 1.0))

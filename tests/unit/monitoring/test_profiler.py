@@ -67,7 +67,7 @@ def test_nothing_is_seen_where_nothing_is_asked_for(tmp_path, world):
 
 def test_a_profile_past_the_end_is_refused(tmp_path, world):
     Profiler(configure(tmp_path, "9:5"), world, 10)
-    with pytest.raises(UserError, match="where the run has ended: got 10:5; allowed: START below 10"):
+    with pytest.raises(UserError, match="where the run has ended: got 10:5; expected: START below 10"):
         Profiler(configure(tmp_path, "10:5"), world, 10)
 
 

@@ -134,7 +134,7 @@ def test_a_missing_package_is_told_by_the_check(online, monkeypatch):
     check_wandb(online)
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_wandb(online.model_copy(update={"wandb": False}))
-    with pytest.raises(UserError, match="not installed; cure: pip install wandb"):
+    with pytest.raises(UserError, match="not installed; hint: pip install wandb"):
         check_wandb(online)
 
 
@@ -148,7 +148,7 @@ def test_a_folder_of_that_name_is_no_package(config, tmp_path, monkeypatch):
 
 def test_a_refusal_of_wandb_is_the_users_to_mend(online, monkeypatch):
     monkeypatch.setenv("FAKE_WANDB_REFUSES", "1")
-    with pytest.raises(UserError, match="no such account; cure: wandb login"):
+    with pytest.raises(UserError, match="no such account; hint: wandb login"):
         Events(online, 0)
 
 

@@ -77,7 +77,7 @@ def test_durations_in_words():
 
 
 def test_a_run_of_nothing_is_refused():
-    with pytest.raises(UserError, match=r"shorter than one step: got 1 epoch of 10 samples .* 32; cure"):
+    with pytest.raises(UserError, match=r"shorter than one step: got 1 epoch of 10 samples .* 32; hint"):
         build(cosine="1 epoch", warmup="0 steps", batch=32, samples=10)
 
 

@@ -226,7 +226,7 @@ def test_a_budget_takes_the_best_parts_first_and_no_more_than_it_needs(monkeypat
 def test_a_budget_below_all_parts_is_refused_with_the_numbers():
     model = build(on_meta=True)
     least = activation_bytes(model, model.cut_points(), FP32, NUM_IMAGES)
-    with pytest.raises(UserError, match=f"got {least:,} bytes; allowed: activation_budget_bytes={least - 1};"):
+    with pytest.raises(UserError, match=f"got {least:,} bytes; expected: activation_budget_bytes={least - 1};"):
         choose_parts(model, FP32, NUM_IMAGES, least - 1)
 
 

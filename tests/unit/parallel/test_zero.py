@@ -31,7 +31,7 @@ def test_sizes_may_be_set_and_what_is_decided_may_be_said_again():
 
 
 @pytest.mark.parametrize(
-    ("extra", "cure"),
+    ("extra", "hint"),
     [
         ({"zero_optimization": {"stage": 3}}, "zero.stage"),
         ({"gradient_clipping": 1.0}, "optim.clip_norm"),
@@ -58,10 +58,10 @@ def test_sizes_may_be_set_and_what_is_decided_may_be_said_again():
         ({"nebula": {}}, "remove"),
     ],
 )
-def test_a_key_that_contradicts_ours_is_refused_with_its_cure(extra, cure):
+def test_a_key_that_contradicts_ours_is_refused_with_its_hint(extra, hint):
     with pytest.raises(UserError) as error:
         settings(extra)
-    assert cure in str(error.value).split("cure: ")[1]
+    assert hint in str(error.value).split("hint: ")[1]
     assert "got" in str(error.value)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gcvit.config.load import load_config
 from gcvit.errors import UserError
 from gcvit.planning.memory_predictor import share_of
-from gcvit.planning.micro_batch_finder import find_largest, settle_micro_batch
+from gcvit.planning.micro_batch_finder import find_largest, resolve_micro_batch
 from gcvit.runtime.distributed import World
 from tests.helpers.launching import ROOT
 
@@ -55,12 +55,12 @@ def test_all_ranks_take_the_smallest_answer(monkeypatch):
     )
     for others, wanted in (((8, 8), 8), ((4, 8), 4), ((), 8)):
         notices: list[str] = []
-        config = settle_micro_batch(AUTO, world_of(*others), None, notices)
-        assert config.trainer.settled_micro_batch_size == wanted
+        config = resolve_micro_batch(AUTO, world_of(*others), None, notices)
+        assert config.trainer.resolved_micro_batch_size == wanted
         assert config.global_batch_size == AUTO.global_batch_size
         assert f"auto: {wanted} of" in notices[0]
     with pytest.raises(UserError, match="not even the smallest micro-batch fits"):
-        settle_micro_batch(AUTO, world_of(0), None, [])
+        resolve_micro_batch(AUTO, world_of(0), None, [])
 
 
 def test_a_number_is_left_alone_and_a_resumed_run_keeps_what_it_had(monkeypatch):
@@ -68,14 +68,14 @@ def test_a_number_is_left_alone_and_a_resumed_run_keeps_what_it_had(monkeypatch)
         "gcvit.planning.micro_batch_finder.Trial", lambda *_: SimpleNamespace(fits=lambda n: n <= 8, end=lambda: None)
     )
     given = load_config(ROOT / "tests/helpers/golden.yaml", ["trainer.micro_batch_size=4"])[0]
-    assert settle_micro_batch(given, world_of(), None, []) is given
+    assert resolve_micro_batch(given, world_of(), None, []) is given
     tree = AUTO.model_dump(mode="json")
     tree["trainer"]["micro_batch_size"] = 6
     for world, wanted in ((world_of(), 6), (world_of(8), 6), (world_of(8, 8), 8)):
         notices: list[str] = []
         trained = {"world_size": min(world.size, 2), "config": tree}
-        config = settle_micro_batch(AUTO, world, trained, notices)
-        assert config.trainer.settled_micro_batch_size == wanted
+        config = resolve_micro_batch(AUTO, world, trained, notices)
+        assert config.trainer.resolved_micro_batch_size == wanted
         assert len(notices) == 1
 
 

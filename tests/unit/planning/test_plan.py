@@ -57,8 +57,8 @@ def refusal(*overrides: str, **options) -> str:
 
 
 def proposed(text: str) -> list[str]:
-    """The overrides of a cure."""
-    return shlex.split(text.partition("cure: ")[2].partition(", which takes")[0]) if ", which takes" in text else []
+    """The overrides of a hint."""
+    return shlex.split(text.partition("hint: ")[2].partition(", which takes")[0]) if ", which takes" in text else []
 
 
 def test_every_engine_and_mode_is_compared():
@@ -270,7 +270,7 @@ def test_what_would_go_badly_is_noted():
     assert "some have nothing to do" in notes(num_gpus=20)
     assert "the GPUs would wait" in notes("data.num_workers=0")
     assert "takes less than is predicted" in notes("compile=true")
-    assert "GB of the host's memory" in notes("data.run_bytes=1000000000")
+    assert "GB of the host's memory" in notes("data.chunk_bytes=1000000000")
     assert "skips images takes less" in notes("model.drop_path_skips=true", "model.drop_path=0.1")
-    found = plan(*well, "data.run_bytes=1000000000", mfu=0.9)
+    found = plan(*well, "data.chunk_bytes=1000000000", mfu=0.9)
     assert not list(plan_text.find_doubts(replace(found, data=replace(found.data, in_runs=False))))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gcvit.checkpoint import store
 from gcvit.config.load import load_config
-from gcvit.data.batch import Damage
+from gcvit.data.batch import Corruption
 from gcvit.data.source import open_sources
 from gcvit.errors import UserError
 from gcvit.optim.adamw import StepResult
@@ -96,9 +96,9 @@ def test_a_loss_that_is_not_finite_has_such_a_gradient_and_others_keep_every_bit
 
 def test_the_first_samples_are_named_and_all_are_counted(images, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nonfinite, "_NUM_NAMED", 2)
-    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "data.max_damaged_fraction=1") as run:
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "data.max_corrupt_fraction=1") as run:
         break_losses(monkeypatch, run, {3, 6}, num_rows=3)
-        run.damage.found.update((sample, Damage(sample, "", "")) for sample in range(8))
+        run.corruption.found.update((sample, Corruption(sample, "", "")) for sample in range(8))
         trainer.train(run)
     found = rows(run, "bad_step")
     assert [(row["step"], row["rank"], row["what"], row["num_samples"]) for row in found] == [
@@ -108,7 +108,7 @@ def test_the_first_samples_are_named_and_all_are_counted(images, world, tmp_path
     for row in found:
         assert len(set(row["samples"])) == 2
         for name in row["samples"]:
-            path, is_replaced, _ = name.partition(" (damaged: another stood in for it)")
+            path, is_replaced, _ = name.partition(" (corrupt: another stood in for it)")
             assert (images / "train" / path).is_file()
             assert bool(is_replaced) == path.startswith(("class_0", "class_1"))
     said = capsys.readouterr().err
@@ -143,8 +143,8 @@ def test_where_every_sample_is_well_that_is_said(images, world, tmp_path, monkey
 def test_a_row_of_bad_steps_ends_the_run(
     images, world, tmp_path, monkeypatch, bad, log_every, save_every, first, saved
 ):
-    knobs = [f"trainer.log_every={log_every} steps", f"trainer.save_every={save_every} steps"]
-    with begin(images, tmp_path, world, *knobs, "trainer.max_bad_steps=3", "trainer.keep_checkpoints=1") as run:
+    options = [f"trainer.log_every={log_every} steps", f"trainer.save_every={save_every} steps"]
+    with begin(images, tmp_path, world, *options, "trainer.max_nonfinite_steps=3", "trainer.keep_checkpoints=1") as run:
         break_losses(monkeypatch, run, bad, num_rows=1)
         if first is None:
             trainer.train(run)
@@ -155,7 +155,7 @@ def test_a_row_of_bad_steps_ends_the_run(
             assert ("--resume auto" in str(stopped.value)) == (max(saved) < first)
         run.saver.wait()
     assert [row["step"] for row in rows(run, "bad_step")] == sorted(bad)
-    there = store.complete_ones(run.config.run_dir / "checkpoints")
+    there = store.list_checkpoints(run.config.run_dir / "checkpoints")
     assert [store.step_of(path) for path in there] == saved
     assert [store.open_checkpoint(path).state.samples for path in there] == [4 * step for step in saved]
 
@@ -164,8 +164,8 @@ def test_a_hopeless_run_is_not_evaluated(images, world, tmp_path, monkeypatch):
     """Else its best would be one whose checkpoint is never written, and the real best would be pruned."""
     evaluated = []
     monkeypatch.setattr(trainer, "evaluate_all", lambda run, on_batch: evaluated.append(run.state.step) or True)
-    knobs = ["trainer.log_every=8 steps", "trainer.eval_every=2 steps", "trainer.save_every=90 steps"]
-    with begin(images, tmp_path, world, *knobs, "trainer.max_bad_steps=3") as run:
+    options = ["trainer.log_every=8 steps", "trainer.eval_every=2 steps", "trainer.save_every=90 steps"]
+    with begin(images, tmp_path, world, *options, "trainer.max_nonfinite_steps=3") as run:
         break_losses(monkeypatch, run, {4, 5, 6}, num_rows=1)
         with pytest.raises(UserError, match="--replay 4 "):
             trainer.train(run)

@@ -64,26 +64,26 @@ def test_what_was_written_is_read(tmp_path):
         np.testing.assert_array_equal(found.columns[name], column)
 
 
-def damage_size(path: Path) -> None:
+def corruption_size(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def damage_text(path: Path) -> None:
+def corruption_text(path: Path) -> None:
     sidecar_path(path).write_text(sidecar_path(path).read_text()[:-9])
 
 
-def damage_column(path: Path) -> None:
+def corruption_column(path: Path) -> None:
     content = json.loads(sidecar_path(path).read_bytes())
     content["columns"]["label"].pop()
     sidecar_path(path).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "corruption",
     [
-        damage_size,
-        damage_text,
-        damage_column,
+        corruption_size,
+        corruption_text,
+        corruption_column,
         Path.unlink,
         lambda path: sidecar_path(path).unlink(),
         lambda path: sidecar_path(path).write_text("[]"),
@@ -91,12 +91,12 @@ def damage_column(path: Path) -> None:
         lambda path: write_shard(path.parent, 1, "another plan"),
     ],
 )
-def test_a_shard_that_is_not_complete_is_named(folder, damage):
+def test_a_shard_that_is_not_complete_is_named(folder, corruption):
     path = folder / "train-000001.tar"
-    damage(path)
+    corruption(path)
     assert read_sidecar(path, "plan") is None
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"1 of 3 shards are not complete: .*got train-000001\.tar; cure: start"):
+    with pytest.raises(UserError, match=r"1 of 3 shards are not complete: .*got train-000001\.tar; hint: start"):
         merge(folder)
     assert snapshot(folder) == before
 
@@ -206,6 +206,6 @@ def test_a_full_disk_is_one_error(folder, monkeypatch):
 
     monkeypatch.setattr(sidecar, "write_manifest", full)
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"cannot write the manifest: .*No space left.*cure"):
+    with pytest.raises(UserError, match=r"cannot write the manifest: .*No space left.*hint"):
         merge(folder)
     assert snapshot(folder) == before

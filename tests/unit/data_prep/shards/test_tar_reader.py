@@ -1,4 +1,4 @@
-"""tar_reader agrees with tarfile on every sound tar, and names the place of damage in every other."""
+"""tar_reader agrees with tarfile on every sound tar, and names the place of corruption in every other."""
 
 import io
 import tarfile
@@ -86,14 +86,14 @@ def test_every_truncation_and_flipped_header_is_found(tmp_path, tar_format):
             assert error.position <= place  # noqa: PT017
 
 
-def test_a_sound_header_is_found_behind_a_damaged_one(tmp_path):
+def test_a_sound_header_is_found_behind_a_corrupt_one(tmp_path):
     path = tmp_path / "x.tar"
     write_tar(path, [("1.jpg", b"a" * 5000), ("2.jpg", b"b" * 600), ("3.jpg", b"c")])
     data, (_, second, third) = bytearray(path.read_bytes()), read_tar(path)
     data[second[1] - 512] ^= 1
     path.write_bytes(data)
     with TarReader(path) as tar:
-        with pytest.raises(BrokenTar, match="damaged header") as caught:
+        with pytest.raises(BrokenTar, match="corrupt header") as caught:
             list(tar.members())
         assert caught.value.position == second[1] - 512
         place = tar.find_header(caught.value.position + 512)
@@ -165,7 +165,7 @@ def test_sparse_members_and_absurd_headers_are_refused(tmp_path):
     for bad in (b"99 path=x\n", b"x path=x\n", b"-5 path=x\n", b"0 path=x\n", b"7 size=\n", b"9 size=-\n"):
         info = tarfile.TarInfo("pax")
         info.type, info.size = tarfile.XHDTYPE, len(bad)
-        refuse(info.tobuf() + bad + bytes(-len(bad) % 512), "damaged pax header")
+        refuse(info.tobuf() + bad + bytes(-len(bad) % 512), "corrupt pax header")
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, 1 << 40
     refuse(info.tobuf(tarfile.GNU_FORMAT), "extended header of")

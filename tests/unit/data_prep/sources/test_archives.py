@@ -206,7 +206,7 @@ def test_sparse_files_in_pax_headers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("compress", ["gzip", "bz2", "lzma"])
-def test_compressed_class_tars_are_refused_with_the_cure(tmp_path, compress):
+def test_compressed_class_tars_are_refused_with_the_hint(tmp_path, compress):
     data = pack(tmp_path / "a.tar", {"x.jpg": b"x"})
     (tmp_path / "a.tar").write_bytes(importlib.import_module(compress).compress(data))
     with pytest.raises(UserError, match=r"compressed archive.*a\.tar.*unpack it to a plain tar: (gzip|bzip2|xz) -d"):
@@ -216,7 +216,7 @@ def test_compressed_class_tars_are_refused_with_the_cure(tmp_path, compress):
         find_sources(tmp_path / "whole.tar", None)
 
 
-def test_truncated_and_damaged_tars_are_refused_wherever_it_is(tmp_path):
+def test_truncated_and_corrupt_tars_are_refused_wherever_it_is(tmp_path):
     sound = pack(tmp_path / "a.tar", {"1.jpg": b"1" * 700, "2" * 120 + ".jpg": b"2" * 600})
     end = sound.rindex(b"2" * 600) + 600
     for length in (*range(1, end, 100), 1536, -(-end // 512) * 512):
@@ -230,7 +230,7 @@ def test_truncated_and_damaged_tars_are_refused_wherever_it_is(tmp_path):
         data = bytearray(sound)
         data[place] ^= 0x41
         (tmp_path / "a.tar").write_bytes(data)
-        with pytest.raises(UserError, match="no tar, or a damaged one"):
+        with pytest.raises(UserError, match="no tar, or a corrupt one"):
             find_sources(tmp_path, None)
     pack(tmp_path / "a.tar", {})
     with pytest.raises(UserError, match="holds no images"):
@@ -278,10 +278,10 @@ def test_kits_that_do_not_fit_are_refused(ilsvrc, truth, synsets, message):
         find_sources(ilsvrc, None)
 
 
-def test_a_missing_or_damaged_kit_is_refused(ilsvrc):
+def test_a_missing_or_corrupt_kit_is_refused(ilsvrc):
     data = (ilsvrc / KIT).read_bytes()
-    for damaged in (data[: len(data) // 2], data[:60], b"", b"no tar", gzip.compress(b"no tar")):
-        (ilsvrc / KIT).write_bytes(damaged)
+    for corrupt in (data[: len(data) // 2], data[:60], b"", b"no tar", gzip.compress(b"no tar")):
+        (ilsvrc / KIT).write_bytes(corrupt)
         with pytest.raises(UserError, match=r"kit cannot be read: got .*devkit.*fetch it again"):
             read_kit(ilsvrc / KIT)
     (ilsvrc / KIT).unlink()
@@ -291,7 +291,7 @@ def test_a_missing_or_damaged_kit_is_refused(ilsvrc):
 
 def test_without_scipy_the_cure_is_named(ilsvrc, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(UserError, match=r"needs SciPy, which is missing; cure: pip install scipy"):
+    with pytest.raises(UserError, match=r"needs SciPy, which is missing; hint: pip install scipy"):
         find_sources(ilsvrc, None)
 
 

@@ -102,7 +102,7 @@ def write(path: Path, data: bytes = b"x") -> Path:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "missing.*cure"),
+        ([], "missing.*hint"),
         (["notes.txt"], "no class folders"),
         (["train.tar.gz"], "archive.*train.tar.gz.*unpack"),
         (["a/0.jpg", "b.tar"], "archive in place of a class folder.*b.tar"),
@@ -180,7 +180,7 @@ def test_a_class_map_makes_train_dispensable(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\nb\n", "train has 1 classes that the class map lacks: got .*tree: c; allowed: the 2 classes"),
+        ("a\nb\n", "train has 1 classes that the class map lacks: got .*tree: c; expected: the 2 classes"),
         ("a\nb\nc\na 2\n", "names a class twice: got a on lines 1 and 4"),
         (" \n", "class map is empty"),
         ("a\nb/c\n", "no class folder can be called this: got 'b/c'"),

@@ -133,7 +133,7 @@ def test_classes_are_called_as_metadata_or_the_class_map_say(tmp_path):
     (tmp_path / "map.txt").write_text("_._x_\nn1\n")
     [source] = find_sources(tmp_path / "b", None, classes=tmp_path / "map.txt")
     assert list(zip(source.paths, source.labels, strict=True)) == [("_._x_/2.jpg", 0), ("n1/1.jpg", 1)]
-    with pytest.raises(UserError, match=r"a label has no name: got .*label 2; allowed: the 2 classes"):
+    with pytest.raises(UserError, match=r"a label has no name: got .*label 2; expected: the 2 classes"):
         find_sources(tmp_path / "a", None, classes=tmp_path / "map.txt")
 
 
@@ -175,11 +175,11 @@ def test_rows_without_sense_are_refused(tmp_path, rows, names, message):
 )
 def test_other_columns_are_refused(tmp_path, columns):
     parquet.write_table(pa.table(columns), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=r"has other columns: got .*train\.parquet with .*allowed: image: struct"):
+    with pytest.raises(UserError, match=r"has other columns: got .*train\.parquet with .*expected: image: struct"):
         find_sources(tmp_path, None)
 
 
-def test_files_that_disagree_or_are_damaged_are_refused(tmp_path):
+def test_files_that_disagree_or_are_corrupt_are_refused(tmp_path):
     write(tmp_path / "train-0.parquet", [(b"1" * 5000, "1.jpg", 0)], ["a", "b"])
     write(tmp_path / "train-1.parquet", [(b"2", "2.jpg", 1)], ["b", "a"])
     with pytest.raises(UserError, match=r"disagree on the names of the classes: got .*train-0\.parquet and .*train-1"):
@@ -192,7 +192,7 @@ def test_files_that_disagree_or_are_damaged_are_refused(tmp_path):
     data = (tmp_path / "train-0.parquet").read_bytes()
     (tmp_path / "train-0.parquet").write_bytes(data[:-100])
     for fails in (lambda: find_sources(tmp_path, None), lambda: contents(source, tmp_path / "spool")):
-        with pytest.raises(UserError, match=r"cannot read a parquet file: got .*train-0\.parquet.*cure"):
+        with pytest.raises(UserError, match=r"cannot read a parquet file: got .*train-0\.parquet.*hint"):
             fails()
     assert list((tmp_path / "spool").iterdir()) == []
 
@@ -200,7 +200,7 @@ def test_files_that_disagree_or_are_damaged_are_refused(tmp_path):
 def test_a_row_without_bytes_is_refused_when_it_is_read(tmp_path):
     write(tmp_path / "train.parquet", [(b"1", "1.jpg", 0), (None, "/etc/passwd", 0)])
     [source] = find_sources(tmp_path, None)
-    with pytest.raises(UserError, match=r"a row holds no image: got .*train\.parquet: row 1; cure: write the bytes"):
+    with pytest.raises(UserError, match=r"a row holds no image: got .*train\.parquet: row 1; hint: write the bytes"):
         contents(source, tmp_path / "spool")
     assert list((tmp_path / "spool").iterdir()) == []
     assert contents(source, tmp_path / "spool", np.array([0])) == {"0/1.jpg": (0, b"1")}
@@ -215,7 +215,7 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
     made = str(tmp_path / "spool")
     Path(made).touch()
     with (
-        pytest.raises(UserError, match=r"cannot write the images.*No space left.*cure: free"),
+        pytest.raises(UserError, match=r"cannot write the images.*No space left.*hint: free"),
         spooled(source, np.arange(1), tmp_path),
     ):
         pass
@@ -275,7 +275,7 @@ def test_where_locks_are_a_host_s_own_no_other_host_s_spool_is_removed(tmp_path,
 def test_without_pyarrow_the_cure_is_named(tmp_path, monkeypatch):
     write(tmp_path / "train.parquet", [(b"1", "1.jpg", 0)])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"pyarrow, which is missing; cure: pip install pyarrow"):
+    with pytest.raises(UserError, match=r"pyarrow, which is missing; hint: pip install pyarrow"):
         find_sources(tmp_path, None)
 
 

@@ -46,12 +46,12 @@ def call(dtype: torch.dtype = torch.float32, num_heads: int = 1) -> Tensor:
 
 
 def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"dtype: got torch.float64; .*bfloat16.*; cure: model.attention=sdpa"):
+    with pytest.raises(UserError, match=r"dtype: got torch.float64; .*bfloat16.*; hint: model.attention=sdpa"):
         call(torch.float64)
-    with pytest.raises(UserError, match=r"width of a head: got 8.0; allowed: .*32.*; cure: model.attention=sdpa"):
+    with pytest.raises(UserError, match=r"width of a head: got 8.0; expected: .*32.*; hint: model.attention=sdpa"):
         call(num_heads=2)
     monkeypatch.setitem(sys.modules, "gcvit.model.kernels.window_kernels", None)  # as where Triton is not installed
-    with pytest.raises(UserError, match=r"needs the package triton.*; cure: model.attention=sdpa"):
+    with pytest.raises(UserError, match=r"needs the package triton.*; hint: model.attention=sdpa"):
         call()
 
 
@@ -67,7 +67,7 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode():
         parts = torch.empty(1, 2, 2, 48, device="cuda")
-    with pytest.raises(UserError, match=r"got \(7, 5\); allowed: \(8, 0\) or above; cure: model.attention=sdpa"):
+    with pytest.raises(UserError, match=r"got \(7, 5\); expected: \(8, 0\) or above; hint: model.attention=sdpa"):
         Problem(parts, None, window=2, num_heads=1).kernels  # noqa: B018
 
 
