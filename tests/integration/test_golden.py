@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from gcvit.config.load import load_config
@@ -21,23 +20,9 @@ from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.model.from_config import build_model
 from gcvit.optim.lr_schedule import build_schedule
-from tests.helpers.launching import succeed, torchrun
+from tests.helpers.golden_runs import CASES, CONFIG, ENGINES, make_images, overrides, train_all
 
-HERE = Path(__file__).parent
-CONFIG = HERE.parent / "helpers/golden.yaml"
 STEPS = 20
-CASES = {
-    "a": [],
-    "b": ["optim.weight_decay=50"],
-    "c": ["optim.clip_norm=1e6"],  # with two micro-steps: see `overrides`
-}
-ENGINES = {
-    "ddp": ["engine=ddp"],
-    "fsdp": ["engine=fsdp", "fsdp.unit_parameters=10000"],
-    "zero1": ["engine=zero", "zero.stage=1"],
-    "zero2": ["engine=zero", "zero.stage=2"],
-    "zero3": ["engine=zero", "zero.stage=3"],
-}
 
 
 @dataclass(frozen=True)
@@ -53,20 +38,8 @@ class Run:
 def images(tmp_path_factory) -> Path:
     """train/ and val/ of four classes of noisy colours."""
     root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, per_class in (("train", 25), ("val", 5)):
-        for label in range(4):
-            folder = root / split / f"class_{label}"
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                pixels = rng.integers(0, 120, (36, 36, 3)) + np.array([40 * label, 120 - 40 * label, 60])
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    make_images(root)
     return root
-
-
-def overrides(case: str, world_size: int) -> list[str]:
-    halves = [f"trainer.micro_batch_size={-(-32 // world_size // 2) + 1}"] if case == "c" else []
-    return CASES[case] + halves
 
 
 def read_run(folder: Path) -> Run:
@@ -142,12 +115,6 @@ def check_equal(got: Run, wanted: Run) -> str:
             worst = max(worst, float(distance / size))
     loss, norm = (np.abs(x / y - 1).max() for x, y in ((got.losses, wanted.losses), (got.norms, wanted.norms)))
     return f"largest differences: loss {loss:.1e}, norm {norm:.1e}, weights {worst:.1e}"
-
-
-def train_all(runs: list[dict], world_size: int, images: Path, out: Path) -> None:
-    spec = out / f"spec-{world_size}.json"
-    spec.write_text(json.dumps({"config": str(CONFIG), "data": str(images), "out": str(out), "runs": runs}))
-    succeed(torchrun(world_size, HERE / "golden_worker.py", spec, timeout=600))
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from gcvit.checkpoint.store import open_checkpoint, read_tensors
+from tests.helpers.golden_runs import ENGINES, train_all
 from tests.integration.golden_worker import digest_tensors
-from tests.integration.test_golden import ENGINES, images, read_run, train_all  # noqa: F401  (images is a fixture)
+from tests.integration.test_golden import images, read_run  # noqa: F401  (images is a fixture)
 
 HSDP = [*ENGINES["fsdp"], "fsdp.shard_size=2"]
 CHOICES = ENGINES | {"hsdp": HSDP}
