@@ -7,11 +7,13 @@ from types import UnionType
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from gcvit.config.load import load_config, parse_yaml
 from gcvit.config.schema import Config, OverridesConfig, Section
 from gcvit.optim.lr_schedule import build_schedule, to_samples
+from tests.helpers.resolved_configs import RESOLVED, resolve_configs
 
 FOLDER = Path(__file__).parents[3] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -63,6 +65,14 @@ def test_loads_without_notices(path):
     config, notices = load_config(path)
     assert notices == []
     assert config.tag == path.stem
+
+
+def test_no_recipe_changes_silently():
+    expected = yaml.safe_load(RESOLVED.read_text())
+    resolved = resolve_configs()
+    assert resolved.keys() == expected.keys()
+    for name in expected:
+        assert resolved[name] == expected[name], "meant so? python -m tests.helpers.resolved_configs"
 
 
 @each_file
