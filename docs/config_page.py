@@ -25,17 +25,19 @@ PAGE = ROOT / "docs/config.md"
 INTRODUCTION = """\
 # Every option
 
-This page is made from `gcvit/config/schema.py` by `python -m docs.config_page`, and a test compares the two.
+A config is one YAML file that holds only what differs from the defaults; `configs/` has examples. The command line
+changes any option of it: `optim.lr=1e-3`, `ema=null`, `"schedule.cosine=90 epochs"`. The command line replaces the
+file's value, and the file's value replaces the default. `runs/TAG/config.yaml` has the resolved config of a run, with
+every option.
 
-A config is one complete YAML file; those in `configs/` list all options. Any of them may follow a command as
-`section.option=value`: `optim.lr=1e-3`, `ema=null`, `"schedule.cosine=90 epochs"`. The command line goes over the file,
-and the file over the defaults. An unknown option, a wrong type and an option without effect are refused, with the
-nearest valid name or with a hint. `runs/TAG/config.yaml` is what a run was started with, all of it.
+An unknown option is refused with the nearest valid name. A wrong type and an option without effect are refused too.
 
-- **null** is "absent" or "off"; the option's sentence says which.
-- A **duration** is a number and its unit: `20 epochs`, `500 steps`, `1e6 samples`. It is turned into steps once, at the
+- **null** means "absent" or "off"; the option's sentence says which.
+- A **duration** is a number and a unit: `20 epochs`, `500 steps`, `1e6 samples`. It is converted to steps once, at the
   start, so it means the same on any number of GPUs.
-- **In configs/**: the value in most of these files, then what others have, whose names are told without `gc_vit_`.
+- **In configs/** gives the value of most files first, then the other values with their files, without `gc_vit_`.
+
+`python -m docs.config_page` writes this page from `gcvit/config/schema.py`, and a test compares the two.
 """
 MAX_VALUES = 6
 # Kinds that are said better than by their bounds, by the check that makes them.
@@ -92,7 +94,7 @@ def _write_section(name: str, section: type[BaseModel], shipped: dict[str, dict[
     for option, field in section.model_fields.items():
         key = f"{name}.{option}".strip(".")
         values = describe_values(field.rebuild_annotation())
-        default, is_section = _describe_default(field), _inner_section(field) is not None
+        default, is_section = _describe_default(option, field, section), _inner_section(field) is not None
         if is_section:
             values = values.replace("section", f"[section](#{key.replace('.', '')})")
         in_configs = "" if is_section else _describe_shipped(key, shipped)
@@ -144,9 +146,11 @@ def _describe_bounds(checks: Iterable[Any]) -> str:
     return ", ".join(words)
 
 
-def _describe_default(field: FieldInfo) -> str:
+def _describe_default(option: str, field: FieldInfo, section: type[BaseModel]) -> str:
     if field.is_required():
         return "must be given"
+    if field.default_factory is not None:  # it follows from the section's other options
+        return _code(getattr(section(), option))
     return "its own" if isinstance(field.default, BaseModel) else _code(field.default)
 
 

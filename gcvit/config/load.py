@@ -176,7 +176,7 @@ def _explain(error: ValidationError, source: str, typed: Collection[str]) -> Use
         hint = f"did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])}?" if near else None
         return UserError("unknown config key", got=where + more, expected=", ".join(names), hint=hint)
     if first["type"] == "missing":
-        return UserError(f"a config key is missing: {where}{more}", hint="add it, or see configs/ for complete files")
+        return UserError(f"a config key is missing: {where}{more}", hint="add it, or see configs/ for examples")
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "string_pattern_mismatch":
         expected = _PATTERNS.get(key, expected)

@@ -147,7 +147,9 @@ class MixConfig(Section):
     """Alpha of cutmix's Beta distribution; 0 is off."""
     prob: Share = 1.0
     """Probability that a group of samples is mixed at all."""
-    switch_prob: Share | None = None
+    switch_prob: Share | None = Field(
+        default_factory=lambda section: 0.5 if section.get("mixup") and section.get("cutmix") else None
+    )
     """Probability of cutmix where both are on; null is 0.5."""
     group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 32
     """Consecutive samples of the global batch that share one draw of lambda, switch and box."""
@@ -173,6 +175,7 @@ class AugmentConfig(Section):
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's RandAugment policy; null is off."""
     color_jitter: NotNegative | None = None
+    # The published recipe has 0.4, without effect beside its RandAugment.
     """Strength of brightness, contrast and saturation jitter; without effect beside RandAugment, so refused there."""
     affine: AffineConfig | None = None
     """Random affine map after the crop; null is off."""
@@ -224,9 +227,9 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     cosine: Duration
     """Length of the cosine, whose index counts from the first step of the run."""
-    warmup: Duration = "0 steps"
+    warmup: Duration = "0 epochs"
     """The first steps of the cosine are replaced by a linear rise of this length."""
-    cooldown: Duration = "0 steps"
+    cooldown: Duration = "0 epochs"
     """Steps at min_lr after the cosine; the run's length is cosine + cooldown."""
 
 
