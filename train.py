@@ -26,13 +26,13 @@ def main() -> None:
     arguments = parse_arguments()
     train_cli.check(arguments)
     options = {"data.dir": arguments.data_dir, "trainer.micro_batch_size": arguments.batch_size, "tag": arguments.tag}
-    config, notices = load_config(arguments.config, arguments.overrides, options)
+    config, messages = load_config(arguments.config, arguments.overrides, options)
     if arguments.model_ema:
         config = config.model_copy(update={"ema": config.ema or EmaConfig()})
     if arguments.plan:
         from gcvit.planning.format_plan import print_plan
 
-        return print_plan(config, notices, num_gpus=arguments.gpus, gpu=arguments.gpu, mfu=arguments.mfu)
+        return print_plan(config, messages, num_gpus=arguments.gpus, gpu=arguments.gpu, mfu=arguments.mfu)
     if arguments.replay is None and not arguments.overfit_one_batch:
         signals.heed()
     if config.data.num_workers:
@@ -42,18 +42,18 @@ def main() -> None:
     from gcvit.runtime.distributed import join_world  # loads torch: a misspelt key is told before that
     from gcvit.training.overfit import overfit_one_batch
     from gcvit.training.replay import replay
-    from gcvit.training.setup import start
-    from gcvit.training.trainer import train
+    from gcvit.training.setup import build_trainer
 
     check_wandb(config)
-    sources, start_from = open_sources(config), (arguments.resume, arguments.init_from, arguments.reset_head)
+    sources = open_sources(config)
+    start_from = {"resume": arguments.resume, "init_from": arguments.init_from, "reset_head": arguments.reset_head}
     with join_world(config.trainer.deterministic, config.trainer.hang_timeout) as world:
         if arguments.overfit_one_batch:
             return overfit_one_batch(config, world, sources)
         if arguments.replay is not None:
-            return replay(config, world, sources, arguments.replay, *start_from)
-        with start(config, world, sources, *start_from, notices) as run:
-            train(run)
+            return replay(config, world, sources, arguments.replay, **start_from)
+        with build_trainer(config, world, sources, **start_from, messages=messages) as trainer:
+            trainer.train()
 
 
 if __name__ == "__main__":

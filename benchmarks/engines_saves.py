@@ -52,8 +52,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     from gcvit.data.source import open_sources
     from gcvit.optim.loss import soft_target_loss
     from gcvit.runtime.distributed import join_world
-    from gcvit.training.run import save
-    from gcvit.training.setup import start
+    from gcvit.training.setup import build_trainer
 
     torch.set_num_threads(1)
     words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", "ema={half_life: 9 steps}"]
@@ -64,21 +63,21 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     targets = torch.full((IMAGES_PER_RANK, 4), 0.25)
     first: dict[bool, list[float]] = {True: [], False: []}
     whole: dict[bool, list[float]] = {True: [], False: []}
-    with join_world() as world, start(config, world, open_sources(config)) as run:
-        num_parameters = sum(p.numel() for p in run.engine.module.parameters())
+    with join_world() as world, build_trainer(config, world, open_sources(config)) as trainer:
+        num_parameters = sum(p.numel() for p in trainer.engine.module.parameters())
 
         def step(with_save: bool) -> None:
-            run.engine.module.train()
-            run.engine.backward(soft_target_loss(run.engine(images), targets).sum())
-            run.engine.step(1e-5)
-            if run.ema:
-                run.ema.update()
-            run.state.step += 1
+            trainer.engine.module.train()
+            trainer.engine.backward(soft_target_loss(trainer.engine(images), targets).sum())
+            trainer.engine.step(1e-5)
+            if trainer.ema:
+                trainer.ema.update()
+            trainer.state.step += 1
             if with_save:
-                save(run)
+                trainer.save()
 
         def cycle(with_save: bool) -> tuple[float, float]:
-            run.saver.wait()
+            trainer.checkpoints.wait()
             world.barrier()
             begin = time.perf_counter()
             step(with_save)
@@ -95,7 +94,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
                 seconds = cycle(with_save)
                 first[with_save].append(seconds[0])
                 whole[with_save].append(seconds[1])
-        run.saver.wait()
+        trainer.checkpoints.wait()
     if not world.is_rank0:
         return None
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -57,9 +57,7 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     from gcvit.data.source import open_sources
     from gcvit.monitoring.step_timer import watch_waits
     from gcvit.runtime.distributed import join_world
-    from gcvit.training.run import log_step
-    from gcvit.training.setup import start
-    from gcvit.training.trainer import take_step
+    from gcvit.training.setup import build_trainer
 
     torch.set_num_threads(1)
     words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", f"engine={name}", "precision=fp32"]
@@ -70,22 +68,22 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     rows: list[float] = []
     steps: dict[bool, list[float]] = {True: [], False: []}
     row_every = min(LOG_EVERY, num_pairs)
-    with join_world() as world, start(config, world, open_sources(config)) as run:
+    with join_world() as world, build_trainer(config, world, open_sources(config)) as trainer:
 
         def time_step(is_watched: bool) -> float:
-            watching = watch_waits(run.clock, run.engine) if is_watched else unwatched()
+            watching = watch_waits(trainer.timer, trainer.engine) if is_watched else unwatched()
             with watching:
                 world.barrier()
                 begin = time.perf_counter()
-                step = take_step(run, next(run.clock.batches(run.stream) if is_watched else run.stream))
+                step = trainer.train_step(next(trainer.timer.batches(trainer.stream) if is_watched else trainer.stream))
                 if is_watched:
-                    run.clock.switch(None)
-                    run.metrics.add(step.loss_sum, step.num_correct, step.result)
+                    trainer.timer.switch(None)
+                    trainer.metrics.add(step.loss_sum, step.num_correct, step.result)
                 seconds = time.perf_counter() - begin
-            run.state.step += 1
+            trainer.state.step += 1
             if is_watched and len(steps[True]) % row_every == row_every - 1:
                 begin = time.perf_counter()
-                log_step(run, step.lr, step.result)
+                trainer.log_step(step)
                 rows.append(time.perf_counter() - begin)
             return seconds
 

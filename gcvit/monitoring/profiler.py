@@ -40,8 +40,8 @@ class Profiler:
         self._profile: profile | None = None
         self._step = 0
 
-    def look(self, step: int) -> None:
-        """Between two steps, `step` being finished: begin or end where it is time."""
+    def step(self, step: int) -> None:
+        """Begin or end the profile if it is due; called between steps, with the number of finished ones."""
         self._step = step
         if step == self._first and self._profile is None:
             self._begin()

@@ -32,8 +32,8 @@ class Preemption:
             self._begin()
         return agreed
 
-    def look(self) -> None:
-        """Errors: Preempted where it is agreed."""
+    def raise_if_requested(self) -> None:
+        """Raise Preempted, on all ranks alike, if it is agreed."""
         if self.is_agreed():
             raise Preempted
 

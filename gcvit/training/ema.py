@@ -60,3 +60,8 @@ class Ema:
             held = part.data.clone()  # of one tensor at a time
             part.data.copy_(average)
             average.copy_(held)
+
+
+def all_fragments(engine: Engine, ema: Ema | None) -> dict[str, Fragments]:
+    """Return what a checkpoint holds, by kind: this rank's fragments of weights, moments and EMA."""
+    return engine.fragments() | ({"ema": ema.fragments} if ema else {})

@@ -22,10 +22,8 @@ from gcvit.data.source import Source
 from gcvit.errors import UserError
 from gcvit.optim.adamw import MODEL
 from gcvit.runtime.distributed import World
-from gcvit.training.nonfinite import name_samples
-from gcvit.training.run import Run
-from gcvit.training.setup import start
-from gcvit.training.trainer import Step, take_step
+from gcvit.training.setup import build_trainer
+from gcvit.training.trainer import StepOutput, Trainer
 
 _NUM_LISTED = 5  # weights that are not finite
 
@@ -35,40 +33,50 @@ def replay(
     world: World,
     sources: tuple[Source, Source],
     step: int,
+    *,
     resume: str = "auto",
     init_from: str | None = None,
     reset_head: bool = False,
 ) -> None:
     """Print what step number `step` (counted as in the log, from 1) of the run that `config` names computes.
 
-    Every rank calls it. `resume` "auto" is the run's newest checkpoint before the step. Errors: UserError where there
-    is none, and as `start`.
+    Every rank calls it.
+
+    Args:
+        resume: "auto" is the run's newest checkpoint before the step.
+
+    Raises:
+        UserError: There is none, and as `build_trainer`.
     """
     chosen = world.on_rank0(lambda: find_before(config.run_dir, step)) if resume == "auto" else resume
-    notices = ["replay: torch.compile is off, so that every module can be looked at"] if config.compile else []
+    messages = ["replay: torch.compile is off, so that every module can be inspected"] if config.compile else []
     if chosen != "none":
         num_trained = world.on_rank0(lambda: store.open_checkpoint(find_checkpoint(Path(chosen))).info["world_size"])
         if num_trained != world.size:
-            told = f"replay: on {world.size} processes, where {num_trained} trained"
-            notices.append(f"{told}: drop path falls otherwise, and sums differ in the last bits")
+            difference = f"replay: on {world.size} processes, where {num_trained} trained"
+            messages.append(f"{difference}: drop path falls otherwise, and sums differ in the last bits")
     with ExitStack() as stack:
         folder = world.on_rank0(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
         scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None, "wandb": False})
-        run = stack.enter_context(start(scratch, world, sources, chosen, init_from, reset_head, notices))
-        if not run.state.step < step <= run.schedule.total_steps:
+        built = build_trainer(
+            scratch, world, sources, resume=chosen, init_from=init_from, reset_head=reset_head, messages=messages
+        )
+        trainer = stack.enter_context(built)
+        state = trainer.state
+        if not state.step < step <= trainer.schedule.total_steps:
             raise UserError(
                 "there is no such step to replay",
                 got=f"--replay {step}",
-                expected=f"{1 if resume == 'auto' else run.state.step + 1} to {run.schedule.total_steps}",
+                expected=f"{1 if resume == 'auto' else state.step + 1} to {trainer.schedule.total_steps}",
             )
-        for batches in islice(run.stream, step - 1 - run.state.step):
-            take_step(run, batches)
-            run.state.step, run.state.samples = run.state.step + 1, run.state.samples + config.global_batch_size
-        bad_weights = _find_bad_weights(run)
-        batches = next(run.stream)
-        with _watched(run.engine.module) as watch:
-            taken = take_step(run, batches)
-        lines = _describe_step(run, taken) + _describe_samples(run, batches, taken) + bad_weights
+        for batches in islice(trainer.stream, step - 1 - state.step):
+            trainer.train_step(batches)
+            state.step, state.samples = state.step + 1, state.samples + config.global_batch_size
+        bad_weights = _find_bad_weights(trainer)
+        batches = next(trainer.stream)
+        with _watched(trainer.engine.module) as watch:
+            output = trainer.train_step(batches)
+        lines = _describe_step(trainer, output) + _describe_samples(trainer, batches, output) + bad_weights
         for rank, found in enumerate(world.gather(watch.describe())):
             lines += [f"rank {rank}: {line}" for line in found]
         if world.is_rank0:
@@ -140,34 +148,34 @@ def _describe(tensor: Tensor) -> str:
     return f"{shape} of {str(tensor.dtype).removeprefix('torch.')}, {values}"
 
 
-def _describe_step(run: Run, taken: Step) -> list[str]:
-    loss = run.world.sum(taken.loss_sum.clone()).item() / run.config.global_batch_size
-    refused = "" if taken.result.applied.item() else ", update REFUSED"
-    number = run.state.step + 1
-    return [f"step {number}: loss {loss:.6g}, gradient norm {taken.result.grad_norm.item():.6g}{refused}"]
+def _describe_step(trainer: Trainer, output: StepOutput) -> list[str]:
+    loss = trainer.world.sum(output.loss_sum.clone()).item() / trainer.config.global_batch_size
+    refused = "" if output.result.applied.item() else ", update REFUSED"
+    number = trainer.state.step + 1
+    return [f"step {number}: loss {loss:.6g}, gradient norm {output.result.grad_norm.item():.6g}{refused}"]
 
 
-def _describe_samples(run: Run, batches: Sequence[Batch], taken: Step) -> list[str]:
+def _describe_samples(trainer: Trainer, batches: Sequence[Batch], output: StepOutput) -> list[str]:
     """A line for each sample of the global batch, in the order of their positions."""
-    run.corruption.add(batches)
-    run.corruption.settle(run.world)
-    is_mixed = run.config.augment.mix is not None
+    trainer.corruption.add(batches)
+    trainer.corruption.settle(trainer.world)
+    is_mixed = trainer.config.augment.mix is not None
     here = []
-    for batch, losses in zip(batches, taken.losses, strict=True):
-        labels = [run.train.classes[label] for label in batch.labels.tolist()]
+    for batch, losses in zip(batches, output.losses, strict=True):
+        labels = [trainer.train_source.classes[label] for label in batch.labels.tolist()]
         # Mixed samples are neighbours.
         labels = [f"{label} + {labels[row ^ 1]}" if is_mixed else label for row, label in enumerate(labels)]
         here += list(zip(batch.positions.tolist(), labels, losses.tolist(), strict=False))
-    rows = sorted((p, rank, label, loss) for rank, of in enumerate(run.world.gather(here)) for p, label, loss in of)
-    names = name_samples(run, [run.state.samples + position for position, *_ in rows])
+    rows = sorted((p, rank, label, loss) for rank, of in enumerate(trainer.world.gather(here)) for p, label, loss in of)
+    names = trainer.name_samples([trainer.state.samples + position for position, *_ in rows])
     return ["rank  loss        sample (label)"] + [
         f"{rank:>4}  {loss:<10.6g}  {name} ({label})" for name, (_, rank, label, loss) in zip(names, rows, strict=True)
     ]
 
 
-def _find_bad_weights(run: Run) -> list[str]:
-    parts = run.engine.fragments()[MODEL]
+def _find_bad_weights(trainer: Trainer) -> list[str]:
+    parts = trainer.engine.fragments()[MODEL]
     here = [name for name, part in parts.items() if not torch.isfinite(part.data).all()]
-    names = sorted(set().union(*run.world.gather(here)))
+    names = sorted(set().union(*trainer.world.gather(here)))
     more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
     return [f"weights that are not finite before this step: {', '.join(names[:_NUM_LISTED])}{more}"] if names else []

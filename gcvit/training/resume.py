@@ -14,8 +14,7 @@ from gcvit.model.variants import fetch_weights
 from gcvit.optim.adamw import MODEL
 from gcvit.parallel.engine import Engine, fill
 from gcvit.runtime.distributed import World
-from gcvit.training.ema import Ema
-from gcvit.training.run import all_fragments
+from gcvit.training.ema import Ema, all_fragments
 
 
 def restore(

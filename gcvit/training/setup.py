@@ -1,4 +1,4 @@
-"""How a run starts: its parts are built, its state comes from a checkpoint, given weights or the seed."""
+"""Build a trainer: its parts, and its state from a checkpoint, given weights or the seed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,52 +29,63 @@ from gcvit.parallel.engine import Engine
 from gcvit.planning.micro_batch_finder import resolve_micro_batch
 from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
-from gcvit.training.ema import Ema
+from gcvit.training.ema import Ema, all_fragments
 from gcvit.training.resume import load_weights, restore
-from gcvit.training.run import Intervals, Run, all_fragments
+from gcvit.training.trainer import Intervals, Trainer
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 
 
 @contextmanager
-def start(
+def build_trainer(
     config: Config,
     world: World,
     sources: tuple[Source, Source],
+    *,
     resume: str = "auto",
     init_from: str | None = None,
     reset_head: bool = False,
-    notices: Sequence[str] = (),
-) -> Iterator[Run]:
-    """Build a run, or bring it back from its checkpoint, and hold the lock of its folder while it lasts.
+    messages: Sequence[str] = (),
+) -> Iterator[Trainer]:
+    """Build a trainer, resumed from its checkpoint if there is one, and hold the lock of the run folder while inside.
 
-    Every rank calls it. `resume`, `init_from` and `reset_head` are the flags of `train.py`. Errors: UserError, on all
-    ranks alike.
+    Every rank calls it.
+
+    Args:
+        sources: The training and the validation set.
+        resume: "auto", "none" or a path, as `--resume` of `train.py`; so are `init_from` and `reset_head`.
+        messages: Logged once the log is open.
+
+    Raises:
+        UserError: On all ranks alike.
     """
-    train, val = sources
+    train_source, val_source = sources
     for source in sources:
         check_world(source, world.size)  # before anything is built or written
-    length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train.num_samples}
+    length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train_source.num_samples}
     schedule = build_schedule(config.schedule, config.optim, **length)
-    trainer = config.trainer
-    every = Intervals(*(to_steps(x, **length) for x in (trainer.log_every, trainer.eval_every, trainer.save_every)))
+    intervals = Intervals(
+        log=to_steps(config.trainer.log_every, **length),
+        evaluate=to_steps(config.trainer.eval_every, **length),
+        save=to_steps(config.trainer.save_every, **length),
+    )
     profiler = Profiler(config, world, schedule.total_steps)
     with ExitStack() as stack:
         lock = RunLock(config.run_dir)
-        world.on_rank0(lambda: stack.enter_context(lock) and None)  # nothing that the others could be told
+        world.on_rank0(lambda: stack.enter_context(lock) and None)  # the lock itself cannot be broadcast
         found, corrupt = resolve.open_latest_valid(config.run_dir, resume, world)
         check_weights(config, found, init_from, reset_head)
-        said = list(notices)
-        config = resolve_micro_batch(config, world, found.info if found else None, said)
+        messages = list(messages)
+        config = resolve_micro_batch(config, world, found.info if found else None, messages)
         micro_batch_size, paired = config.trainer.resolved_micro_batch_size, config.augment.mix is not None
         micro_steps = num_micro_steps(config.global_batch_size, world.size, micro_batch_size, paired)
-        engine = build_engine(config, world, num_micro_steps=micro_steps, notices=said)
+        engine = build_engine(config, world, num_micro_steps=micro_steps, notices=messages)
         ema = build_ema(config, engine, length)
-        state, changes = load_state(found, init_from, reset_head, engine, ema, config, train)
-        said += [*changes, *world.on_rank0(lambda: resolve.quarantine(corrupt))]
+        state, changes = load_state(found, init_from, reset_head, engine, ema, config, train_source)
+        messages += [*changes, *world.on_rank0(lambda: resolve.quarantine(corrupt))]
         check_length(state, schedule)
         stream = train_stream(
-            train,
+            train_source,
             config,
             start_step=state.step,
             world_size=world.size,
@@ -82,45 +93,42 @@ def start(
             micro_batch_size=micro_batch_size,
             pin_memory=world.device.type == "cuda",
         )
-        augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
         world.on_rank0(lambda: resolve.write_config(config))
         surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
         costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
         stack.push(lambda error, *_: metrics.close(finished=error is None))
-        for line in (*said, *describe(config, world, train, schedule, micro_steps, state.step)):
+        for line in (*messages, *describe(config, world, train_source, schedule, micro_steps, state.step)):
             metrics.say(line)
-        corruption = CorruptionBudget(train.num_samples, config.data.max_corrupt_fraction)
         folder = resolve.checkpoints_of(config.run_dir)
-        saver = Saver(folder, world, metrics, keep=trainer.keep_checkpoints, check_lock=lock.check)
-        metrics.say(saver.begin(state, all_fragments(engine, ema)))
+        checkpoints = Saver(folder, world, metrics, keep=config.trainer.keep_checkpoints, check_lock=lock.check)
+        metrics.say(checkpoints.begin(state, all_fragments(engine, ema)))
         metrics.log_start(state.step, {**surroundings, "samples": state.samples})
-        stack.push(saver)
+        stack.push(checkpoints)
         stack.callback(profiler.close)
 
         def is_shown(step: int) -> bool:
-            return step == 1 or is_time(step, every.evaluate, schedule.total_steps)
+            return step == 1 or is_time(step, intervals.evaluate, schedule.total_steps)
 
-        samples = Samples(config, train, lambda step: world.is_rank0 and is_shown(step))
-        norms = Norms(engine, config.optim, is_shown)
-        yield Run(
-            *(
-                config,
-                world,
-                train,
-                val,
-                schedule,
-                every,
-                stream,
-                augment,
-                engine,
-                ema,
-                state,
-                saver,
-                metrics,
-                corruption,
-            ),
-            *(StepClock(world.device), samples, norms, profiler),
+        yield Trainer(
+            config=config,
+            world=world,
+            train_source=train_source,
+            val_source=val_source,
+            schedule=schedule,
+            intervals=intervals,
+            stream=stream,
+            augment=DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed),
+            engine=engine,
+            ema=ema,
+            state=state,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            corruption=CorruptionBudget(train_source.num_samples, config.data.max_corrupt_fraction),
+            timer=StepClock(world.device),
+            sample_grid=Samples(config, train_source, lambda step: world.is_rank0 and is_shown(step)),
+            norms=Norms(engine, config.optim, is_shown),
+            profiler=profiler,
         )
 
 

@@ -1,7 +1,7 @@
 """Runs a list of trainings inside one process group, to spare the start of many: `golden_worker.py SPEC.json`.
 
 SPEC: {"config": FILE, "data": DIR, "out": DIR, "runs": [{"tag", "overrides", "resume"?, "sabotage"?}]}. Each run is the
-real `training.trainer.train`; metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
+real `Trainer.train`; metrics and checkpoints stand in OUT/TAG, and in digests.json the SHA-256 of all tensors
 that its engine held when it started and when it ended.
 """
 
@@ -18,9 +18,9 @@ from gcvit.config.load import load_config
 from gcvit.data.source import open_sources
 from gcvit.optim import adamw
 from gcvit.runtime.distributed import World, join_world
-from gcvit.training.run import Run, all_fragments
-from gcvit.training.setup import start
-from gcvit.training.trainer import train
+from gcvit.training.ema import all_fragments
+from gcvit.training.setup import build_trainer
+from gcvit.training.trainer import Trainer
 
 
 def sabotage(kind: str | None) -> mock._patch:
@@ -45,14 +45,14 @@ def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def digest_state(run: Run) -> str:
+def digest_state(trainer: Trainer) -> str:
     """Of all that the ranks hold together, put back into whole tensors; on every rank."""
     fragments = {
-        f"{kind}.{n}": p for kind, parts in all_fragments(run.engine, run.ema).items() for n, p in parts.items()
+        f"{kind}.{n}": p for kind, parts in all_fragments(trainer.engine, trainer.ema).items() for n, p in parts.items()
     }
     held = {n: (p.start, p.shape.numel(), p.data.detach().cpu().numpy()) for n, p in fragments.items()}
     whole: dict[str, np.ndarray] = {}
-    for of_rank in run.world.gather(held):
+    for of_rank in trainer.world.gather(held):
         for name, (begin, numel, values) in of_rank.items():
             whole.setdefault(name, np.full(numel, np.nan, np.float32))[begin : begin + len(values)] = values
     return digest_tensors({name: torch.from_numpy(values) for name, values in whole.items()})
@@ -70,11 +70,11 @@ def run_all(spec: dict, world: World) -> None:
         resume = run.get("resume", "none")
         with (
             sabotage(run.get("sabotage")),
-            start(config, world, open_sources(config), resume) as started,
+            build_trainer(config, world, open_sources(config), resume=resume) as trainer,
         ):
-            before = digest_state(started)
-            train(started)
-            digests = {"start": before, "end": digest_state(started)}
+            before = digest_state(trainer)
+            trainer.train()
+            digests = {"start": before, "end": digest_state(trainer)}
         if world.is_rank0:
             (Path(spec["out"]) / run["tag"] / "digests.json").write_text(json.dumps(digests))
 

@@ -19,10 +19,10 @@ import train
 from gcvit.checkpoint import store  # what train.py loads when it has read its arguments
 from gcvit.evaluation import evaluator
 from gcvit.runtime.entrypoint import run_main
-from gcvit.training import trainer
+from gcvit.training.trainer import Trainer
 
 PLACES = {
-    "step": (trainer, "take_step"),
+    "step": (Trainer, "train_step"),
     "evaluate": (evaluator, "rank_of_label"),
     "write": (store, "write_fragments"),
 }
@@ -48,28 +48,28 @@ def become_rank(rank: int, request: dict, port: int) -> None:
         os._exit(int(end.code or 0))  # the rest of the exit is this copy's of the worker, and takes seconds
 
 
-def slow_down(module: ModuleType, function: str, name: str, seconds: float) -> None:
-    right = getattr(module, function)
+def slow_down(owner: ModuleType | type, function: str, name: str, seconds: float) -> None:
+    right = getattr(owner, function)
 
     def slow(*arguments, **options):
         print(f"now: {name}", flush=True)
         time.sleep(seconds)
         return right(*arguments, **options)
 
-    setattr(module, function, slow)
+    setattr(owner, function, slow)
 
 
 def fail_at(step: int, kind: str) -> None:
-    right = trainer.take_step
+    right = Trainer.train_step
 
-    def failing(run, batches):
-        if run.state.step == step - 1:
+    def failing(trainer, batches):
+        if trainer.state.step == step - 1:
             if kind == "raise":
                 raise MemoryError("no room left")
             time.sleep(1000)
-        return right(run, batches)
+        return right(trainer, batches)
 
-    trainer.take_step = failing
+    Trainer.train_step = failing
 
 
 def free_port() -> int:

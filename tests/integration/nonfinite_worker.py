@@ -1,6 +1,6 @@
 """Trainings into which what is not finite is put: `nonfinite_worker.py DATA OUT`, on 2 processes in one group.
 
-Each is a real `training.trainer.train`, of images that no augmentation changes. OUT/report.json holds for "KIND ENGINE
+Each is a real `Trainer.train`, of images that no augmentation changes. OUT/report.json holds for "KIND ENGINE
 PRECISION" what the ranks saw of every step: digests of all fragments and the count of updates before and after, values
 that went to the host; the pixels of the poisoned image, and the error that ended the run.
 """
@@ -25,9 +25,9 @@ from gcvit.data.source import open_sources
 from gcvit.errors import UserError
 from gcvit.optim.loss import soft_target_loss
 from gcvit.runtime.distributed import World, join_world
-from gcvit.training import trainer
-from gcvit.training.run import Run
-from gcvit.training.setup import start
+from gcvit.training import trainer as trainer_module
+from gcvit.training.setup import build_trainer
+from gcvit.training.trainer import Trainer
 
 CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 ENGINES = {
@@ -57,13 +57,13 @@ RUNS.sort(key=lambda run: list(ENGINES).index(run[0]))
 class HostReads(TorchDispatchMode):
     """Counts the values that are read by the host, by finished steps, but for what is done `apart`."""
 
-    def __init__(self, run: Run):
+    def __init__(self, trainer: Trainer):
         super().__init__()
-        self._run, self.counts, self._is_apart = run, [0] * 7, False
+        self._trainer, self.counts, self._is_apart = trainer, [0] * 7, False
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is torch.ops.aten._local_scalar_dense.default and not self._is_apart:
-            self.counts[self._run.state.step] += 1
+            self.counts[self._trainer.state.step] += 1
         return function(*arguments, **(options or {}))
 
     def apart(self, function: Callable) -> Callable:
@@ -77,21 +77,21 @@ class HostReads(TorchDispatchMode):
         return call
 
 
-def digest(run: Run) -> str:
+def digest(trainer: Trainer) -> str:
     found = hashlib.sha256()
-    for kind, parts in sorted(run.engine.fragments().items()):
+    for kind, parts in sorted(trainer.engine.fragments().items()):
         for name, part in sorted(parts.items()):
             found.update(f"{kind}.{name}".encode() + part.data.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
-def poison(run: Run, plan: dict[int, str]) -> mock._patch:
+def poison(trainer: Trainer, plan: dict[int, str]) -> mock._patch:
     """In the first micro-step, of one row on one rank: a loss of NaN with a finite gradient, or the reverse."""
     seen = set()
 
     def poisoned(logits: Tensor, targets: Tensor) -> Tensor:
-        step = run.state.step
-        kind = plan.get(step) if step not in seen and run.world.rank == BAD_RANK else None
+        step = trainer.state.step
+        kind = plan.get(step) if step not in seen and trainer.world.rank == BAD_RANK else None
         seen.add(step)
         row = torch.arange(len(logits), device=logits.device) == BAD_ROW
         if kind == "gradient":
@@ -99,37 +99,37 @@ def poison(run: Run, plan: dict[int, str]) -> mock._patch:
         losses = soft_target_loss(logits, targets)
         return torch.where(row, torch.nan, 0) + losses if kind == "loss" else losses
 
-    return mock.patch.object(trainer, "soft_target_loss", poisoned)
+    return mock.patch.object(trainer_module, "soft_target_loss", poisoned)
 
 
-def observe(run: Run, plan: dict[int, str]) -> dict[str, Any]:
+def observe(trainer: Trainer, plan: dict[int, str]) -> dict[str, Any]:
     """Train, with eyes on every step."""
     seen: dict[str, Any] = {"digests": [], "updates": [], "images": {}, "error": None}
-    step, take = run.engine.step, trainer.take_step
-    reads = HostReads(run)
+    step, train_step = trainer.engine.step, Trainer.train_step
+    reads = HostReads(trainer)
 
-    look = reads.apart(lambda: (digest(run), run.engine.counters().updates))
+    read_state = reads.apart(lambda: (digest(trainer), trainer.engine.counters().updates))
 
     def observed_step(lr: float, **options: bool):
-        before, result, after = look(), step(lr, **options), look()
+        before, result, after = read_state(), step(lr, **options), read_state()
         for name, pair in zip(("digests", "updates"), zip(before, after, strict=True), strict=True):
             seen[name].append(pair)
         return result
 
-    def observed_take(run: Run, batches):
-        if run.state.step in plan and run.world.rank == BAD_RANK:
-            seen["images"][run.state.step] = batches[0].images[BAD_ROW].permute(1, 2, 0).flatten().tolist()
-        return take(run, batches)
+    def observed_train_step(trainer: Trainer, batches):
+        if trainer.state.step in plan and trainer.world.rank == BAD_RANK:
+            seen["images"][trainer.state.step] = batches[0].images[BAD_ROW].permute(1, 2, 0).flatten().tolist()
+        return train_step(trainer, batches)
 
     with (
-        poison(run, plan),
-        mock.patch.object(trainer, "take_step", observed_take),
-        mock.patch.object(run.engine, "step", observed_step),
+        poison(trainer, plan),
+        mock.patch.object(Trainer, "train_step", observed_train_step),
+        mock.patch.object(trainer.engine, "step", observed_step),
         mock.patch.object(loader._TrainLoader, "__getitem__", reads.apart(loader._TrainLoader.__getitem__)),
         reads,
     ):
         try:
-            trainer.train(run)
+            trainer.train()
         except UserError as error:
             seen["error"] = str(error)
     return {**seen, "reads": reads.counts}
@@ -141,12 +141,13 @@ def run_all(data: str, out: Path, world: World) -> dict[str, Any]:
         tag = f"{kind}-{engine}-{precision}"
         overrides = [*PLAIN, *ENGINES[engine], f"precision={precision}", f"tag={tag}", f"output_dir={out}"]
         config, _ = load_config(CONFIG, [*overrides, f"data.dir={data}"])
-        with start(config, world, open_sources(config), "none") as run:
-            seen = observe(run, KINDS[kind])
+        with build_trainer(config, world, open_sources(config), resume="none") as trainer:
+            seen = observe(trainer, KINDS[kind])
         again = {}
         if seen["error"]:
-            with start(config, world, open_sources(config), "auto") as run:
-                again = {"step": run.state.step, "samples": run.state.samples, "digest": digest(run)}
+            with build_trainer(config, world, open_sources(config)) as trainer:
+                state = trainer.state
+                again = {"step": state.step, "samples": state.samples, "digest": digest(trainer)}
         report[f"{kind} {engine} {precision}"] = world.gather({**seen, "again": again})
         gc.collect()  # engines hold themselves in circles
     return report

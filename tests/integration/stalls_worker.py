@@ -29,9 +29,8 @@ from gcvit.data.source import Source, open_sources
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.runtime.distributed import World, join_world
-from gcvit.training.run import Run
-from gcvit.training.setup import start
-from gcvit.training.trainer import train
+from gcvit.training.setup import build_trainer
+from gcvit.training.trainer import Trainer
 
 SECONDS = dict.fromkeys(STAGES, 0.6)
 LOADER_PLACES: dict[str, list[tuple[Any, str]]] = {
@@ -100,48 +99,49 @@ class SleepyLoader(loader._TrainLoader):
             return super().__getitem__(task)
 
 
-def train_slowly(run: Run, sleeper: Sleeper, planned: set[int]) -> None:
+def train_slowly(trainer: Trainer, sleeper: Sleeper, planned: set[int]) -> None:
     """`planned` are the steps at which any rank sleeps. Checkpoints are written in others, which wait for them.
 
     On a machine with few cores a write disturbs the training, and more than a sleep would.
     """
 
     def visit(stage: str) -> None:
-        if threading.current_thread() is threading.main_thread() and run.clock.stage is not None:
-            sleeper.visit(stage, run.state.step + 1)
+        if threading.current_thread() is threading.main_thread() and trainer.timer.stage is not None:
+            sleeper.visit(stage, trainer.state.step + 1)
 
     def hold_write() -> None:
-        while run.state.step + 1 in planned:
+        while trainer.state.step + 1 in planned:
             time.sleep(0.01)
 
     last_step, last_time = 0, 0.0
 
-    def settle() -> None:
+    def end_step() -> None:
         nonlocal last_step, last_time
-        step, now = run.state.step + 1, time.perf_counter()
+        step, now = trainer.state.step + 1, time.perf_counter()
         if step not in planned and last_step > 1 and last_step not in planned:
             sleeper.idle_steps.append(now - last_time)
         last_step, last_time = step, now
-        if step not in planned and run.saver._thread:
-            run.saver._thread.join()
+        if step not in planned and trainer.checkpoints._thread:
+            trainer.checkpoints._thread.join()
 
-    if isinstance(run.engine, DdpEngine):
+    if isinstance(trainer.engine, DdpEngine):
         # Its own exchange is begun in C++, where nobody can sleep; this one is the same from Python.
-        run.engine._ddp.register_comm_hook(None, allreduce_hook)
-    compute = [(run.engine.module.head, "forward"), (run.engine, "step"), (run.engine, "backward")]
+        trainer.engine._ddp.register_comm_hook(None, allreduce_hook)
+    engine = trainer.engine
+    compute = [(engine.module.head, "forward"), (engine, "step"), (engine, "backward")]
     places: dict[str, list[tuple[Any, str]]] = {
         "copy": [(batch.Batch, "images_on")],
-        "compute": [compute[run.world.rank % 3]],
+        "compute": [compute[trainer.world.rank % 3]],
         "communication": [(dist.ProcessGroup, name) for name in COLLECTIVES],
         # Before the ranks compare their replicas, and after.
-        "checkpoint": [((Saver, "save"), (_Snapshot, "take"))[run.world.rank % 2]],
+        "checkpoint": [((Saver, "save"), (_Snapshot, "take"))[trainer.world.rank % 2]],
     }
     with ExitStack() as stack:
         for stage, found in places.items():
             stack.enter_context(visited(found, lambda stage=stage: visit(stage)))
-        stack.enter_context(visited([(run.engine, "backward")], settle))
+        stack.enter_context(visited([(engine, "backward")], end_step))
         stack.enter_context(visited([(Saver, "_run")], hold_write))
-        train(run)
+        trainer.train()
 
 
 def run_all(spec: dict, world: World) -> None:
@@ -151,9 +151,9 @@ def run_all(spec: dict, world: World) -> None:
         SleepyLoader.sleeper = sleeper = Sleeper(run, world.rank)
         with (
             mock.patch.object(loader, "_TrainLoader", SleepyLoader),
-            start(config, world, open_sources(config)) as started,
+            build_trainer(config, world, open_sources(config)) as trainer,
         ):
-            train_slowly(started, sleeper, set(map(int, run["plan"])))
+            train_slowly(trainer, sleeper, set(map(int, run["plan"])))
 
 
 if __name__ == "__main__":

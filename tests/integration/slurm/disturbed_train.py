@@ -21,21 +21,21 @@ raises = os.environ.get("RAISE")
 
 def main():
     from gcvit.checkpoint import store
-    from gcvit.training import trainer
+    from gcvit.training.trainer import Trainer
 
-    take_step, read_back = trainer.take_step, store._read_back
+    train_step, read_back = Trainer.train_step, store._read_back
 
     def read_back_late(*arguments):
         time.sleep(save_seconds)
         read_back(*arguments)
 
-    def take_disturbed_step(run, batches):
+    def disturbed_train_step(trainer, batches):
         time.sleep(step_seconds)
-        if f"{run.world.rank}:{run.state.step}:{os.environ.get('SLURM_RESTART_COUNT', 0)}" == raises:
+        if f"{trainer.world.rank}:{trainer.state.step}:{os.environ.get('SLURM_RESTART_COUNT', 0)}" == raises:
             raise ArithmeticError("a step that cannot be done")
-        return take_step(run, batches)
+        return train_step(trainer, batches)
 
-    trainer.take_step, store._read_back = take_disturbed_step, read_back_late
+    Trainer.train_step, store._read_back = disturbed_train_step, read_back_late
     true_train.main()
 
 

@@ -68,8 +68,7 @@ def configure(monkeypatch) -> Callable[..., Config]:
     def make_config(*words: str) -> Config:
         monkeypatch.setattr(sys, "argv", [train.__file__, "--config", CONFIG, *words])
         monkeypatch.setattr("gcvit.data.source.open_sources", open_sources)
-        monkeypatch.setitem(sys.modules, "gcvit.training.setup", SimpleNamespace(start=None))
-        monkeypatch.setitem(sys.modules, "gcvit.training.trainer", SimpleNamespace(train=None))
+        monkeypatch.setitem(sys.modules, "gcvit.training.setup", SimpleNamespace(build_trainer=None))
         monkeypatch.setitem(sys.modules, "gcvit.training.replay", SimpleNamespace(replay=None))
         with pytest.raises(Stop) as stopped:
             train.main()

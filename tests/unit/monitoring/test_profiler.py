@@ -29,7 +29,7 @@ def test_what_lies_between_its_steps_is_seen(tmp_path, world, capsys):
     config = configure(tmp_path, "2:1")
     profiler = Profiler(config, world, 10)
     for step in range(5):
-        profiler.look(step)
+        profiler.step(step)
         torch.ones(step + 2, 1000) @ torch.ones(1000, 1)
     profiler.close()
     folder = config.run_dir / "profile"
@@ -49,7 +49,7 @@ def test_a_run_that_ends_within_it_leaves_what_there_is(tmp_path, world, capsys)
     config = configure(tmp_path, "0:9")
     profiler = Profiler(config, world, 2)
     for step in range(3):
-        profiler.look(step)
+        profiler.step(step)
     profiler.close()
     assert len(list((config.run_dir / "profile").iterdir())) == 3
     assert "profile of steps 1 to 2" in capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_nothing_is_seen_where_nothing_is_asked_for(tmp_path, world):
         config = configure(tmp_path, profile)
         profiler = Profiler(config, world, 10)
         for step in steps:
-            profiler.look(step)
+            profiler.step(step)
         profiler.close()
     assert not config.run_dir.exists()
 

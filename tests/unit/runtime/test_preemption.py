@@ -36,12 +36,12 @@ def wait_for_notice() -> None:
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_each_signal_is_a_notice_however_often_it_comes(alone, number):
     signals.heed()
-    alone.look()
+    alone.raise_if_requested()
     for _ in range(2):
         os.kill(os.getpid(), number)
         wait_for_notice()
         with pytest.raises(Preempted):
-            alone.look()
+            alone.raise_if_requested()
 
 
 def test_once_finished_nothing_happens(alone):

@@ -20,10 +20,11 @@ from gcvit.errors import UserError
 from gcvit.optim.adamw import StepResult
 from gcvit.optim.loss import soft_target_loss
 from gcvit.runtime.distributed import World, join_world
-from gcvit.training import nonfinite, trainer
+from gcvit.training import nonfinite
+from gcvit.training import trainer as trainer_module
 from gcvit.training.nonfinite import poison_nonfinite
-from gcvit.training.run import Run
-from gcvit.training.setup import start
+from gcvit.training.setup import build_trainer
+from gcvit.training.trainer import Trainer
 from tests.helpers.launching import ROOT
 
 
@@ -50,34 +51,34 @@ def begin(images: Path, out: Path, world: World, *overrides: str):
     small = ["model.overrides.width=8", "trainer.eval_batch_size=4", f"data.dir={images}", f"output_dir={out}"]
     common = ["global_batch_size=4", "schedule.cosine=8 steps", "trainer.eval_every=90 steps", "ema=null", *small]
     config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [*common, "trainer.save_every=90 steps", *overrides])
-    return start(config, world, open_sources(config), "auto")
+    return build_trainer(config, world, open_sources(config))
 
 
-def rows(run: Run, kind: str) -> list[dict]:
-    lines = (run.config.run_dir / "metrics.jsonl").read_text().splitlines()
+def rows(trainer: Trainer, kind: str) -> list[dict]:
+    lines = (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def break_losses(monkeypatch, run: Run, steps: set[int], num_rows: int) -> None:
+def break_losses(monkeypatch, trainer: Trainer, steps: set[int], num_rows: int) -> None:
     """The first rows' losses become infinite, with finite gradients, at steps that count from 1."""
 
     def broken(logits: Tensor, targets: Tensor) -> Tensor:
         losses = soft_target_loss(logits, targets)
         extra = torch.where(torch.arange(len(losses)) < num_rows, math.inf, 0.0)
-        return losses + extra if run.state.step + 1 in steps else losses
+        return losses + extra if trainer.state.step + 1 in steps else losses
 
-    monkeypatch.setattr(trainer, "soft_target_loss", broken)
+    monkeypatch.setattr(trainer_module, "soft_target_loss", broken)
 
 
-def refuse(monkeypatch, run: Run, steps: set[int]) -> None:
+def refuse(monkeypatch, trainer: Trainer, steps: set[int]) -> None:
     """The engine refuses steps in which every sample is well."""
-    step = run.engine.step
+    step = trainer.engine.step
 
     def refusing(lr: float, *, head_only: bool) -> StepResult:
         result = step(lr, head_only=head_only)
-        return dataclasses.replace(result, applied=result.applied * float(run.state.step + 1 not in steps))
+        return dataclasses.replace(result, applied=result.applied * float(trainer.state.step + 1 not in steps))
 
-    monkeypatch.setattr(run.engine, "step", refusing)
+    monkeypatch.setattr(trainer.engine, "step", refusing)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -96,11 +97,11 @@ def test_a_loss_that_is_not_finite_has_such_a_gradient_and_others_keep_every_bit
 
 def test_the_first_samples_are_named_and_all_are_counted(images, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nonfinite, "_NUM_NAMED", 2)
-    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "data.max_corrupt_fraction=1") as run:
-        break_losses(monkeypatch, run, {3, 6}, num_rows=3)
-        run.corruption.found.update((sample, Corruption(sample, "", "")) for sample in range(8))
-        trainer.train(run)
-    found = rows(run, "bad_step")
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "data.max_corrupt_fraction=1") as trainer:
+        break_losses(monkeypatch, trainer, {3, 6}, num_rows=3)
+        trainer.corruption.found.update((sample, Corruption(sample, "", "")) for sample in range(8))
+        trainer.train()
+    found = rows(trainer, "bad_step")
     assert [(row["step"], row["rank"], row["what"], row["num_samples"]) for row in found] == [
         (3, 0, "loss", 3),
         (6, 0, "loss", 3),
@@ -119,12 +120,12 @@ def test_the_first_samples_are_named_and_all_are_counted(images, world, tmp_path
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_where_every_sample_is_well_that_is_said(images, world, tmp_path, monkeypatch, precision):
     """In fp16 it is the loss scale's work, and nothing is said of single steps."""
-    with begin(images, tmp_path, world, "trainer.log_every=4 steps") as run:
-        refuse(monkeypatch, run, {2, 3})
-        config = run.config.model_copy(update={"precision": precision})
-        trainer.train(dataclasses.replace(run, config=config))
-    found = [{name: value for name, value in row.items() if name != "time"} for row in rows(run, "bad_step")]
-    assert [row["refused_steps"] for row in rows(run, "train")] == [2, 0]
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps") as trainer:
+        refuse(monkeypatch, trainer, {2, 3})
+        config = trainer.config.model_copy(update={"precision": precision})
+        dataclasses.replace(trainer, config=config).train()
+    found = [{name: value for name, value in row.items() if name != "time"} for row in rows(trainer, "bad_step")]
+    assert [row["refused_steps"] for row in rows(trainer, "train")] == [2, 0]
     nobody = {"kind": "bad_step", "rank": None, "what": "gradient", "samples": [], "num_samples": 0}
     assert found == ([{"step": step, **nobody} for step in (2, 3)] if precision == "fp32" else [])
 
@@ -144,18 +145,20 @@ def test_a_row_of_bad_steps_ends_the_run(
     images, world, tmp_path, monkeypatch, bad, log_every, save_every, first, saved
 ):
     options = [f"trainer.log_every={log_every} steps", f"trainer.save_every={save_every} steps"]
-    with begin(images, tmp_path, world, *options, "trainer.max_nonfinite_steps=3", "trainer.keep_checkpoints=1") as run:
-        break_losses(monkeypatch, run, bad, num_rows=1)
+    with begin(
+        images, tmp_path, world, *options, "trainer.max_nonfinite_steps=3", "trainer.keep_checkpoints=1"
+    ) as trainer:
+        break_losses(monkeypatch, trainer, bad, num_rows=1)
         if first is None:
-            trainer.train(run)
+            trainer.train()
         else:
             with pytest.raises(UserError, match=f"--replay {first} ") as stopped:
-                trainer.train(run)
+                trainer.train()
             assert f"step_{first - 1:08d} is from before it" in str(stopped.value)
             assert ("--resume auto" in str(stopped.value)) == (max(saved) < first)
-        run.saver.wait()
-    assert [row["step"] for row in rows(run, "bad_step")] == sorted(bad)
-    there = store.list_checkpoints(run.config.run_dir / "checkpoints")
+        trainer.checkpoints.wait()
+    assert [row["step"] for row in rows(trainer, "bad_step")] == sorted(bad)
+    there = store.list_checkpoints(trainer.config.run_dir / "checkpoints")
     assert [store.step_of(path) for path in there] == saved
     assert [store.open_checkpoint(path).state.samples for path in there] == [4 * step for step in saved]
 
@@ -163,17 +166,17 @@ def test_a_row_of_bad_steps_ends_the_run(
 def test_a_hopeless_run_is_not_evaluated(images, world, tmp_path, monkeypatch):
     """Else its best would be one whose checkpoint is never written, and the real best would be pruned."""
     evaluated = []
-    monkeypatch.setattr(trainer, "evaluate_all", lambda run, on_batch: evaluated.append(run.state.step) or True)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, on_batch: evaluated.append(self.state.step) or True)
     options = ["trainer.log_every=8 steps", "trainer.eval_every=2 steps", "trainer.save_every=90 steps"]
-    with begin(images, tmp_path, world, *options, "trainer.max_nonfinite_steps=3") as run:
-        break_losses(monkeypatch, run, {4, 5, 6}, num_rows=1)
+    with begin(images, tmp_path, world, *options, "trainer.max_nonfinite_steps=3") as trainer:
+        break_losses(monkeypatch, trainer, {4, 5, 6}, num_rows=1)
         with pytest.raises(UserError, match="--replay 4 "):
-            trainer.train(run)
-        run.saver.wait()
+            trainer.train()
+        trainer.checkpoints.wait()
     assert evaluated == [2, 4]
 
 
 def test_a_row_of_the_log_ends_where_a_resume_begins(images, world, tmp_path):
-    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "trainer.save_every=3 steps") as run:
-        trainer.train(run)
-    assert [row["step"] for row in rows(run, "train")] == [3, 4, 6, 8]
+    with begin(images, tmp_path, world, "trainer.log_every=4 steps", "trainer.save_every=3 steps") as trainer:
+        trainer.train()
+    assert [row["step"] for row in rows(trainer, "train")] == [3, 4, 6, 8]
