@@ -1,7 +1,7 @@
-"""Where the members of a tar lie, whoever made it: one pass over its headers, which skips what the members hold.
+"""Find the members of a tar from its headers alone: one pass, which skips the payloads.
 
-Knows ustar with its prefixes, GNU long names and sizes, and pax headers, and checks each header's checksum, so
-that a corrupt header is never followed. A member's name is a text here, never a path.
+Knows ustar with its prefixes, GNU long names and sizes, and pax headers. Each header's checksum is checked, so that a
+corrupt header is never followed. A member's name is a text here, never a path.
 """
 
 import os
@@ -20,14 +20,25 @@ _REGULAR = ord("0")
 _SCAN_BYTES = 1 << 20
 _ADLER_MODULUS = 65521
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_FOLDER = ord("5")
+_REMARKS = b"gKV"  # about the whole tar, a link's target, the tar's label
+_OTHER_KINDS = {
+    ord("1"): "a hard link",
+    ord("2"): "a symbolic link",
+    ord("3"): "a device",
+    ord("4"): "a device",
+    ord("6"): "a pipe",
+}
+_FETCH_AGAIN = "copy or fetch it again"
 
 
 class BrokenTar(Exception):
-    """A tar cannot be read on at byte `position`."""
+    """A tar cannot be read beyond byte `position`."""
 
-    def __init__(self, position: int, reason: str):
+    def __init__(self, position: int, reason: str, hint: str = _FETCH_AGAIN):
         super().__init__(reason)
         self.position = position
+        self.hint = hint
 
 
 # A regular file in a tar: its name, the byte at which its payload begins, the payload's size.
@@ -35,7 +46,7 @@ Member = tuple[str, int, int]
 
 
 class Piece(NamedTuple):
-    """A member and where its headers begin: its bytes are those from `start` to `end`, whole blocks."""
+    """A member with its headers: it occupies the bytes from `start` to `end`, which are whole blocks."""
 
     name: str
     start: int
@@ -48,11 +59,21 @@ class Piece(NamedTuple):
 
 
 class TarReader:
-    """A tar that is open for reading at any place. Use it as a context manager."""
+    """A tar that is open for random access. Use it as a context manager."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, begin: int = 0, num_bytes: int | None = None, *, read_ahead: bool = True):
+        """Open a tar, or with `begin` and `num_bytes` one that is a member of the file at `path`.
+
+        Args:
+            begin: Byte of the file at which the tar begins; all other positions count from there.
+            num_bytes: Size of the tar; None for all from `begin` on.
+            read_ahead: Let the kernel read ahead. False pays if only headers are read.
+        """
         self._descriptor = os.open(path, os.O_RDONLY)
-        self.num_bytes = os.fstat(self._descriptor).st_size
+        self._begin = begin
+        self.num_bytes = os.fstat(self._descriptor).st_size - begin if num_bytes is None else num_bytes
+        if not read_ahead and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._window = b""
         self._window_start = 0
 
@@ -65,18 +86,28 @@ class TarReader:
         os.close(self._descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; fewer where the file ends."""
+        """Return `size` bytes from `offset`, fewer if the tar ends before."""
         start = offset - self._window_start
         end = start + size
         if start >= 0 and end <= len(self._window):
             return self._window[start:end]
         if size > _WINDOW_BYTES:
-            return os.pread(self._descriptor, size, offset)
-        self._window, self._window_start = os.pread(self._descriptor, _WINDOW_BYTES, offset), offset
+            return self._pread(size, offset)
+        self._window, self._window_start = self._pread(_WINDOW_BYTES, offset), offset
         return self._window[:size]
 
-    def members(self, position: int = 0) -> Iterator[Member]:
-        """The regular files from the header at byte `position` on. Errors: BrokenTar."""
+    def _pread(self, size: int, offset: int) -> bytes:
+        return os.pread(self._descriptor, max(0, min(size, self.num_bytes - offset)), self._begin + offset)
+
+    def members(self, position: int = 0, *, files_only: bool = False) -> Iterator[Member]:
+        """Yield the regular files from the header at byte `position` on. Folders are skipped.
+
+        Args:
+            files_only: Refuse links, devices and members of unknown kinds, which are skipped otherwise.
+
+        Raises:
+            BrokenTar: The tar is corrupt, truncated or compressed, or holds a sparse file; or see `files_only`.
+        """
         long_name: str | None = None
         long_size: int | None = None
         start = position  # of the member with its extended headers
@@ -104,7 +135,9 @@ class TarReader:
                 if kind == ord("L"):
                     long_name = _text(text)
                 else:
-                    long_name, long_size = _read_pax(text, start)
+                    name_found, size_found = _read_pax(text, start)
+                    long_name = long_name if name_found is None else name_found
+                    long_size = long_size if size_found is None else size_found
                 position += size + -size % BLOCK
                 continue
             if long_name is not None:
@@ -120,7 +153,9 @@ class TarReader:
                     raise BrokenTar(start, f"truncated in {name}: {num_bytes - position} of {size} bytes")
                 yield name, position, size
             elif kind == ord("S"):
-                raise BrokenTar(start, f"{name} is a sparse member, whose bytes do not lie together")
+                raise _not_a_file(start, name, "a sparse file")
+            elif files_only and kind not in (0, _FOLDER) and kind not in _REMARKS:
+                raise _not_a_file(start, name, _OTHER_KINDS.get(kind, f"of type {bytes([kind])!r}"))
             if kind not in b"123456":  # links, devices and folders have no payload
                 position += size + -size % BLOCK
                 if position > num_bytes:
@@ -128,7 +163,7 @@ class TarReader:
             start, long_name, long_size = position, None, None
 
     def salvage(self) -> tuple[list[Piece], list[BrokenTar]]:
-        """All regular files that can be found, whatever lies between them, and each place that cannot be read on."""
+        """Find all regular files, whatever lies between them, and each place where the tar is corrupt."""
         pieces: list[Piece] = []
         broken: list[BrokenTar] = []
         start: int | None = 0
@@ -144,8 +179,8 @@ class TarReader:
         return pieces, broken
 
     def find_header(self, position: int) -> int | None:
-        """The place of the first sound header at or after byte `position`, a multiple of 512; None if there is none."""
-        while chunk := os.pread(self._descriptor, _SCAN_BYTES, position):
+        """Return the place of the first valid header at or after byte `position`, a multiple of 512, or None."""
+        while chunk := self._pread(_SCAN_BYTES, position):
             for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
                 block = chunk[start : start + BLOCK]
                 if block[257:262] == b"ustar" and _payload_size(block) is not None:
@@ -154,12 +189,13 @@ class TarReader:
         return None
 
     def _explain(self, header: bytes, position: int, start: int) -> BrokenTar:
-        if len(header) < BLOCK and position:
-            return BrokenTar(start, "truncated: the empty blocks at its end are missing")
         kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), None)
         if position == 0 and kind is not None:
-            return BrokenTar(0, f"compressed with {kind}")
-        return BrokenTar(start, "a corrupt header" if position else "no tar")
+            return BrokenTar(0, f"compressed with {kind}", f"unpack it to a plain tar: {kind} -d")
+        if len(header) < BLOCK:
+            what = "truncated: the empty blocks at its end are missing" if position else "no tar, or a truncated one"
+            return BrokenTar(start, what)
+        return BrokenTar(start, "a corrupt header" if position else "no tar, or a corrupt one")
 
     def _read_extended(self, position: int, size: int, start: int) -> bytes:
         if size > MAX_TEXT_BYTES:
@@ -170,19 +206,24 @@ class TarReader:
         return text
 
     def _check_end(self, position: int) -> None:
-        """An empty block ends a tar. What follows it must be empty too, or members would be lost in silence."""
+        """Refuse data behind the empty block that ends a tar: its members would be lost in silence."""
         place = position
-        while chunk := os.pread(self._descriptor, _SCAN_BYTES, place):
+        while chunk := self._pread(_SCAN_BYTES, place):
             if chunk.count(0) < len(chunk):
-                raise BrokenTar(position, "an empty block before the end: overwritten, or two tars in one file")
+                what = "an empty block before the end: overwritten, or two tars in one file"
+                raise BrokenTar(position, what, "pack it again")
             place += len(chunk)
 
 
-def _payload_size(header: bytes) -> int | None:
-    """The size that a header tells; None where it is no header, or its checksum or its size is wrong.
+def _not_a_file(position: int, name: str, kind: str) -> BrokenTar:
+    return BrokenTar(position, f"no plain file: {name!r}, {kind}", "pack the tar again without it")
 
-    The checksum is the sum of all bytes, its own field taken as spaces. Adler-32's lower half is one more than the
-    sum of the bytes, modulo 65521, and is computed in C: this runs once a member.
+
+def _payload_size(header: bytes) -> int | None:
+    """Return the payload's size, or None if this is no header, or its checksum or its size is wrong.
+
+    The checksum is the sum of all bytes, with its own field read as spaces. The lower half of Adler-32 is one more than
+    the sum of the bytes, modulo 65521, and is computed in C: this runs once a member.
     """
     if len(header) < BLOCK:
         return None
@@ -204,7 +245,7 @@ def _text(field: bytes) -> str:
 
 
 def _read_pax(text: bytes, position: int) -> tuple[str | None, int | None]:
-    """Name and size from a pax header: records `LENGTH KEY=VALUE\\n`, the length counting all of the record."""
+    """Return name and size of a pax header: records `LENGTH KEY=VALUE\\n`; LENGTH counts the whole record."""
     name, size = None, None
     start = 0
     try:
@@ -221,7 +262,7 @@ def _read_pax(text: bytes, position: int) -> tuple[str | None, int | None]:
                 if size < 0:
                     raise ValueError
             elif key.startswith(b"GNU.sparse."):
-                raise BrokenTar(position, "a sparse member, whose bytes do not lie together")
+                raise BrokenTar(position, "no plain file: a sparse file", "pack the tar again without it")
             start = end
     except ValueError:
         raise BrokenTar(position, "a corrupt pax header") from None

@@ -1,19 +1,19 @@
-"""Images inside tars: class tars, a tar of class tars, ILSVRC's validation tar with its labels.
+"""Find images inside tars: class tars, a tar of class tars, ILSVRC's validation tar with its labels.
 
-Nothing is unpacked. One pass reads the headers and skips what lies between them; a sample is then a range of bytes
-of the outermost file. A member's name names a sample and never becomes a path on disk.
+Nothing is unpacked. One pass reads the headers and skips the payloads. A sample is then a byte range of the outermost
+file. A member's name names a sample and never becomes a path on disk.
 """
 
 import io
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.shards.members import Member, list_members, open_tar
+from data_prep.shards.tar_reader import BrokenTar, Member, TarReader
 from data_prep.sources.class_folders import ARCHIVES
 from gcvit.errors import UserError
 
@@ -23,7 +23,7 @@ _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 class Spans(NamedTuple):
-    """Where each sample lies: `length[i]` bytes at `offset[i]` of `files[file[i]]`; columns of shape [N]."""
+    """Byte ranges of samples: `length[i]` bytes at `offset[i]` of `files[file[i]]`; columns of shape [N]."""
 
     files: tuple[str, ...]
     file: np.ndarray
@@ -40,59 +40,59 @@ class _Class(NamedTuple):
 
 
 def first_member(tar: Path) -> str:
-    """Name of the first file in `tar`, which tells what kind of archive it is; "" where it is empty."""
-    with open_tar(tar) as (descriptor, num_bytes):
-        return next((member.name for member in list_members(descriptor, str(tar), 0, num_bytes)), "")
+    """Return the name of the first file in `tar`, which shows the kind of archive; "" if it is empty."""
+    return next((name for name, _, _ in list_files(tar)), "")
 
 
 def scan_class_tars(folder: Path, files: list[str]) -> tuple[list[str], Spans]:
-    """CLASS/name of each image in the tars CLASS.tar in `folder`, sorted by class and then by name; and its place.
+    """List CLASS/name of each image in the tars CLASS.tar in `folder`, sorted by class and then by name.
 
-    Errors: UserError for a tar that is compressed, corrupt or empty, and for members that are no plain files.
+    Returns:
+        The paths and the byte ranges of the images.
+
+    Raises:
+        UserError: A tar is compressed, corrupt or empty, or has a member that is no plain file.
     """
     files = sorted(files, key=_class_of)
-    found = []
-    for name in files:
-        with open_tar(folder / name) as (descriptor, num_bytes):
-            members = list_members(descriptor, str(folder / name), 0, num_bytes)
-            found.append(_sort_class(_class_of(name), members, str(folder / name)))
+    found = [_sort_class(_class_of(name), list_files(folder / name), str(folder / name)) for name in files]
     return _join(tuple(files), range(len(files)), found)
 
 
 def scan_nested(tar: Path) -> tuple[list[str], Spans]:
-    """As `scan_class_tars` for a tar of class tars; the spans' only file is "", that tar itself."""
-    with open_tar(tar) as (descriptor, num_bytes):
-        inner: dict[str, Member] = {}
-        for member in list_members(descriptor, str(tar), 0, num_bytes):
-            name = member.name.rsplit("/", 1)[-1]
-            if name.startswith("."):
-                continue
-            if not name.endswith(".tar") or _class_of(name) in inner:
-                what = "two tars of one class" if name.endswith(".tar") else "a member that is no class tar"
-                raise UserError(what, got=f"{tar}: {member.name}", expected="CLASS.tar, one each", hint="pack it again")
-            inner[_class_of(name)] = member
-        found = []
-        for name, (path, offset, length) in sorted(inner.items()):
-            members = list_members(descriptor, f"{tar}: {path}", offset, length)
-            found.append(_sort_class(name, members, f"{tar}: {path}"))
+    """List the images of a tar of class tars, like `scan_class_tars`; the spans' only file is "", that tar itself."""
+    inner: dict[str, Member] = {}
+    for path, offset, length in list_files(tar):
+        name = path.rsplit("/", 1)[-1]
+        if name.startswith("."):
+            continue
+        if not name.endswith(".tar") or _class_of(name) in inner:
+            what = "two tars of one class" if name.endswith(".tar") else "a member that is no class tar"
+            raise UserError(what, got=f"{tar}: {path}", expected="CLASS.tar, one each", hint="pack it again")
+        inner[_class_of(name)] = (path, offset, length)
+    found = [
+        _sort_class(name, list_files(tar, member), f"{tar}: {member[0]}") for name, member in sorted(inner.items())
+    ]
     return _join(("",), [0] * len(found), found)
 
 
 def scan_validation(tar: Path, kit: Path) -> tuple[list[str], Spans, tuple[str, ...]]:
-    """WNID/name of each image in ILSVRC's validation tar, sorted; its place; and the sorted WNIDs of all classes.
+    """List WNID/name of each image in ILSVRC's validation tar, sorted.
 
-    Errors: UserError for archives that are corrupt or do not belong together.
+    Returns:
+        The paths, the byte ranges of the images, and the sorted WNIDs of all classes.
+
+    Raises:
+        UserError: An archive is corrupt, or the two do not belong together.
     """
     classes, wnid_of_image = read_kit(kit)
     members_of: dict[str, list[Member]] = {name: [] for name in classes}
-    with open_tar(tar) as (descriptor, num_bytes):
-        for member in list_members(descriptor, str(tar), 0, num_bytes):
-            match = _VAL_IMAGE.fullmatch(member.name.rsplit("/", 1)[-1])
-            number = int(match[1]) if match else 0
-            if match is None or not 1 <= number <= len(wnid_of_image):
-                expected = f"ILSVRC2012_val_00000001.JPEG to {len(wnid_of_image):08d}, as {kit.name} lists them"
-                raise UserError("an image without a label", got=f"{tar}: {member.name}", expected=expected)
-            members_of[wnid_of_image[number - 1]].append(member._replace(name=match[0]))
+    for path, offset, length in list_files(tar):
+        match = _VAL_IMAGE.fullmatch(path.rsplit("/", 1)[-1])
+        number = int(match[1]) if match else 0
+        if match is None or not 1 <= number <= len(wnid_of_image):
+            expected = f"ILSVRC2012_val_00000001.JPEG to {len(wnid_of_image):08d}, as {kit.name} lists them"
+            raise UserError("an image without a label", got=f"{tar}: {path}", expected=expected)
+        members_of[wnid_of_image[number - 1]].append((match[0], offset, length))
     num_images = sum(len(members) for members in members_of.values())
     if num_images != len(wnid_of_image):
         got = f"{num_images:,} images in {tar}, {len(wnid_of_image):,} labels in {kit}"
@@ -102,10 +102,16 @@ def scan_validation(tar: Path, kit: Path) -> tuple[list[str], Spans, tuple[str, 
 
 
 def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The sorted WNIDs of ILSVRC's classes, and the WNID of each validation image in the order of their numbers.
+    """Read ILSVRC's development kit.
 
     The ground truth numbers the classes in an order of its own, which META translates: its synsets without children
-    are the classes. Errors: UserError for a kit that is missing or cannot be read, and without SciPy.
+    are the classes.
+
+    Returns:
+        The sorted WNIDs of the classes, and the WNID of each validation image in the order of their numbers.
+
+    Raises:
+        UserError: The kit is missing or cannot be read, or SciPy is not installed.
     """
     try:
         from scipy.io import loadmat
@@ -124,7 +130,7 @@ def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
         fields = [synsets[name] for name in ("ILSVRC2012_ID", "WNID", "num_children")]
         wnid_of = {int(number): str(wnid) for number, wnid, children in zip(*fields, strict=True) if int(children) == 0}
         wnid_of_image = [wnid_of[int(number)] for number in data[TRUTH].split()]
-    except Exception as error:  # tarfile, zlib, loadmat and NumPy raise whatever they meet in corrupt bytes
+    except Exception as error:  # tarfile, zlib, loadmat and NumPy raise errors of many types for corrupt bytes
         got = f"{kit} ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError("ILSVRC's development kit cannot be read", got=got, hint="fetch it again") from None
     if malformed := [wnid for wnid in wnid_of.values() if not re.fullmatch(r"n\d{8}", wnid)]:
@@ -132,17 +138,36 @@ def read_kit(kit: Path) -> tuple[tuple[str, ...], list[str]]:
     return tuple(sorted(wnid_of.values())), wnid_of_image
 
 
+def list_files(tar: Path, inner: Member | None = None) -> Iterator[Member]:
+    """Yield the files of a tar, or of the tar that is its member `inner`; offsets are those of the outer file.
+
+    Raises:
+        UserError: The tar is compressed, corrupt or truncated, has a member that is no plain file, or is unreadable.
+    """
+    name, begin, num_bytes = inner or ("", 0, None)
+    try:
+        with TarReader(tar, begin, num_bytes, read_ahead=False) as reader:
+            for path, offset, length in reader.members(files_only=True):
+                yield path, begin + offset, length
+    except BrokenTar as error:
+        where = f"{tar}: {name}" if inner else str(tar)
+        got = f"{where} ({error}, at byte {error.position:,})"
+        raise UserError("cannot use a tar", got=got, hint=error.hint) from None
+    except OSError as error:
+        raise UserError("cannot read an archive", got=f"{tar} ({error.strerror})") from None
+
+
 def _class_of(tar_name: str) -> str:
     return tar_name.removesuffix(".tar")
 
 
 def _sort_class(name: str, members: Iterable[Member], where: str) -> _Class:
-    """The images among a class's members. Hidden files are left out, as in a folder; no images are refused."""
+    """Sort the images among a class's members. Hidden files are left out, as in a folder; no images are refused."""
     found = []
     for path, offset, length in members:
         image = _image_name(name, path, where)
         if image is not None:
-            found.append(Member(f"{name}/{image}", offset, length))
+            found.append((f"{name}/{image}", offset, length))
     if not found:
         raise UserError("a class tar holds no images", got=where, hint="remove it or fill it")
     found.sort()
@@ -168,7 +193,7 @@ def _image_name(class_name: str, path: str, where: str) -> str | None:
 
 
 def _join(files: tuple[str, ...], numbers: Iterable[int], found: list[_Class]) -> tuple[list[str], Spans]:
-    """Put classes together, the i-th of which lies in file `numbers[i]` of `files`."""
+    """Concatenate classes, of which the i-th lies in file `numbers[i]` of `files`."""
     if not found:
         raise UserError("an archive holds no class tars", got=files, expected="CLASS.tar for each class")
     file = np.repeat(np.fromiter(numbers, np.int32), [len(part.paths) for part in found])

@@ -18,8 +18,7 @@ from scipy.io import savemat
 
 from data_prep import shard
 from data_prep.shards.byte_range import read_place
-from data_prep.shards.members import list_members, open_tar
-from data_prep.sources.archives import read_kit
+from data_prep.sources.archives import list_files, read_kit
 from data_prep.sources.discover import KIT, TRAIN_TAR, VAL_TAR, Source, find_sources
 from gcvit.errors import UserError
 
@@ -183,7 +182,7 @@ def test_names_in_class_tars_that_name_no_image_are_refused(tmp_path, name, mess
         (tarfile.LNKTYPE, "'evil', a hard link"),
         (tarfile.CHRTYPE, "'evil', a device"),
         (tarfile.FIFOTYPE, "'evil', a pipe"),
-        (tarfile.GNUTYPE_SPARSE, "'evil', of type b'S'"),
+        (tarfile.GNUTYPE_SPARSE, "'evil', a sparse file"),
     ],
 )
 def test_members_that_are_no_files_are_refused(tmp_path, kind, message):
@@ -209,10 +208,10 @@ def test_sparse_files_in_pax_headers_are_refused(tmp_path):
 def test_compressed_class_tars_are_refused_with_the_hint(tmp_path, compress):
     data = pack(tmp_path / "a.tar", {"x.jpg": b"x"})
     (tmp_path / "a.tar").write_bytes(importlib.import_module(compress).compress(data))
-    with pytest.raises(UserError, match=r"compressed archive.*a\.tar.*unpack it to a plain tar: (gzip|bzip2|xz) -d"):
+    with pytest.raises(UserError, match=r"a\.tar \(compressed with.*unpack it to a plain tar: (gzip|bzip2|xz) -d"):
         find_sources(tmp_path, None)
     pack(tmp_path / "whole.tar", {"a.tar": (tmp_path / "a.tar").read_bytes()})
-    with pytest.raises(UserError, match=r"compressed archive.*whole\.tar: a\.tar"):
+    with pytest.raises(UserError, match=r"whole\.tar: a\.tar \(compressed with"):
         find_sources(tmp_path / "whole.tar", None)
 
 
@@ -230,7 +229,7 @@ def test_truncated_and_corrupt_tars_are_refused_wherever_it_is(tmp_path):
         data = bytearray(sound)
         data[place] ^= 0x41
         (tmp_path / "a.tar").write_bytes(data)
-        with pytest.raises(UserError, match="no tar, or a corrupt one"):
+        with pytest.raises(UserError, match=r"no tar, or a corrupt one|a corrupt header"):
             find_sources(tmp_path, None)
     pack(tmp_path / "a.tar", {})
     with pytest.raises(UserError, match="holds no images"):
@@ -242,7 +241,7 @@ def test_an_inner_tar_is_not_read_beyond_its_end(tmp_path):
     sound = pack(tmp_path / "a.tar", {"1.jpg": b"1", "2.jpg": b"2" * 600})
     for length in (512, 1024, 1024 + 512, 1024 + 1024):
         pack(tmp_path / "whole.tar", {"a.tar": sound[:length], "b.tar": sound})
-        with pytest.raises(UserError, match=r"truncated.*whole\.tar: a\.tar"):
+        with pytest.raises(UserError, match=r"whole\.tar: a\.tar \(.*truncated"):
             find_sources(tmp_path / "whole.tar", None)
 
 
@@ -313,11 +312,10 @@ def test_members_of_a_tar_in_a_tar_lie_where_tarfile_finds_them(tmp_path_factory
     pack(folder / "outer.tar", {"first": b"x" * 100, "inner.tar": inner, "last": inner})
 
     def find() -> Iterator[tuple[str, int, bytes]]:
-        with open_tar(folder / "outer.tar") as (descriptor, num_bytes):
-            _, (_, offset, length), _ = list_members(descriptor, "outer", 0, num_bytes)
-            data = (folder / "outer.tar").read_bytes()
-            for name, begin, size in list_members(descriptor, "inner", offset, length):
-                yield name, begin - offset, data[begin : begin + size]
+        _, nested, _ = list_files(folder / "outer.tar")
+        data = (folder / "outer.tar").read_bytes()
+        for name, begin, size in list_files(folder / "outer.tar", nested):
+            yield name, begin - nested[1], data[begin : begin + size]
 
     with tarfile.open(folder / "inner.tar") as tar:
         expected = [(info.name, info.offset_data, tar.extractfile(info).read()) for info in tar]
