@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from data_prep.shards.samples import Result, Task, index_tar
 from data_prep.shards.sidecar import has_sidecars, merge
 from data_prep.shards.timm_info import write_timm_info
 from data_prep.sources.class_map import read_class_map
-from data_prep.workers import default_workers, run_tasks
+from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, read_manifest, write_manifest
 from gcvit.errors import UserError
 from gcvit.runtime.entrypoint import run_main
@@ -147,16 +146,11 @@ def index(split: Split, label_of: dict[str, int], checksums: bool, num_workers: 
     results = {0: index_tar(tasks[0])}
     if (time.monotonic() - start) * len(tasks) < POOL_SECONDS:
         num_workers = 1
-    with closing(run_tasks(index_tar, tasks[1:], num_workers)) as finished:
+    progress = Progress(split.name, len(tasks) - 1, "tars")
+    with closing(progress), closing(run_tasks(index_tar, tasks[1:], num_workers)) as finished:
         for number, result in finished:
             results[number + 1] = result
-            if sys.stderr.isatty():
-                num_samples = sum(result.shard.num_samples for result in results.values())
-                seconds_left = (time.monotonic() - start) * (len(tasks) / len(results) - 1)
-                line = f"{split.name}: {len(results):,}/{len(tasks):,} tars, {num_samples:,} samples"
-                print(f"\r\x1b[K{line}, {seconds_left:,.0f} s left", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            progress.add(1)
     return [results[number] for number in range(len(tasks))]
 
 

@@ -28,7 +28,7 @@ from data_prep.shards.samples import IMAGES, Contents, split_name
 from data_prep.shards.tar_reader import BLOCK, Piece, TarReader
 from data_prep.shards.tar_writer import encode_key, tar_header
 from data_prep.sources.discover import Source
-from data_prep.workers import run_tasks
+from data_prep.workers import Progress, run_tasks
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
 from gcvit.errors import UserError
 
@@ -102,8 +102,12 @@ def repair(manifest: Manifest, corruption: Corruption, source: Source | None, nu
         workshop.mkdir()
         with find_restored(manifest, corruption, source, workshop) as (root, restored):
             tasks = list(_make_tasks(manifest, corruption, workshop, root, restored))
-            with closing(run_tasks(rewrite_shard, tasks, num_workers)) as finished:
-                results = {result.shard.name: result for _, result in finished}
+            progress = Progress(f"{manifest.split} (repairing)", len(tasks), "shards")
+            with closing(progress), closing(run_tasks(rewrite_shard, tasks, num_workers)) as finished:
+                results = {}
+                for _, result in finished:
+                    results[result.shard.name] = result
+                    progress.add(1, result.shard.num_bytes)
         if source is not None:
             _refuse_missing(manifest, corruption, results)
         _write_manifest(manifest, results, workshop)

@@ -266,7 +266,7 @@ def verify(manifest: Manifest, num_workers: int) -> list[Problem]:
     show(folder, problems)
     for number, found in run_tasks(verify_shard, tasks, num_workers):
         if found:
-            progress.close()
+            progress.clear()
             show(folder, found)
         problems += found
         progress.add(tasks[number].shard.num_samples, tasks[number].shard.num_bytes)

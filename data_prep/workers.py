@@ -1,4 +1,4 @@
-"""Run tasks in processes, and show on a terminal how far they are."""
+"""Run tasks in processes, and show their progress."""
 
 import multiprocessing
 import os
@@ -10,16 +10,20 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from typing import TypeVar
+from typing import NoReturn, TextIO, TypeVar
+
+from tqdm import tqdm
 
 from gcvit.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+LOG_SECONDS = 30.0  # between the lines of progress in a log file
+
 
 def default_workers() -> int:
-    """Processors that this process may use, which under a batch system are fewer than the machine has."""
+    """Count the processors that this process may use; a batch system may grant fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -28,9 +32,11 @@ def run_tasks(
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield (number of the task, its result) in the order of completion.
 
-    `tasks` may be a generator: it is asked for a task only a little before a worker is free for it. When the
-    caller closes it early, running tasks are waited for and the others dropped. Errors: those of `function`;
-    UserError for a worker that somebody killed.
+    `tasks` may be a generator: a task is drawn from it only shortly before a worker is free. If the caller closes this
+    generator early, running tasks are finished and the others dropped.
+
+    Raises:
+        UserError: A worker process was killed. Errors of `function` are passed on.
     """
     numbered = enumerate(tasks)
     first = list(islice(numbered, 2))
@@ -59,55 +65,79 @@ def run_tasks(
 
 
 def _collect(numbers: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
-    """Wait for at least one of the futures; take what is done out of `numbers`."""
+    """Wait for at least one of the futures; yield the finished ones and remove them from `numbers`."""
     for future in wait(numbers, return_when=FIRST_COMPLETED).done:
         yield numbers.pop(future), future.result()
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         # A pool's workers do not notice that their parent was killed: they would wait for tasks for ever.
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+class _LogLines:
+    """Write each refresh of a progress bar as a line of its own, for a stderr that is a file or a pipe."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 class Progress:
-    """A line on a terminal's stderr with rate and time left; silent where stderr is a file or a pipe."""
+    """Show progress on stderr: a bar on a terminal; a line every `LOG_SECONDS` in a log file, none before these."""
 
-    def __init__(self, title: str, num_samples: int):
-        self.title = title
-        self.num_samples = num_samples
-        self.num_done = 0
+    def __init__(self, title: str, total: int, unit: str = "samples"):
+        is_terminal = sys.stderr.isatty()
         self.num_bytes = 0
         self._start = time.monotonic()
-        self._show = sys.stderr.isatty()
+        self._bar: tqdm[NoReturn] = tqdm(
+            desc=title,
+            total=total,
+            unit=f" {unit}",
+            file=sys.stderr if is_terminal else _LogLines(sys.stderr),
+            mininterval=0.1 if is_terminal else LOG_SECONDS,
+            delay=0 if is_terminal else LOG_SECONDS,
+            miniters=1,  # else tqdm's monitor thread would refresh every 10 s, whatever the interval
+            dynamic_ncols=is_terminal,
+            leave=False,
+        )
 
-    def add(self, num_samples: int, num_bytes: int) -> None:
-        self.num_done += num_samples
+    def add(self, count: int, num_bytes: int = 0) -> None:
+        """Count finished units, and the bytes in them."""
         self.num_bytes += num_bytes
-        if self._show:
-            seconds_left = self.seconds * (self.num_samples - self.num_done) / max(1, self.num_done)
-            minutes, seconds = divmod(round(seconds_left), 60)
-            share = f"{self.num_done:,}/{self.num_samples:,} samples"
-            line = f"{self.title}: {share}, {self.rate}, {minutes}:{seconds:02d} left"
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        if self.num_bytes:
+            self._bar.set_postfix_str(f"{self.num_bytes / 1e6 / self.seconds:,.1f} MB/s", refresh=False)
+        self._bar.update(count)
+
+    def clear(self) -> None:
+        """Clear the bar for other output; the next `add` shows it again."""
+        self._bar.clear()
 
     def close(self) -> None:
-        """Clear the line, so that what follows stands alone."""
-        if self._show:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        """Clear the bar for good."""
+        self._bar.close()
 
     @property
     def seconds(self) -> float:
+        """Seconds since the start, above 0."""
         return max(time.monotonic() - self._start, 1e-9)
 
     @property
     def rate(self) -> str:
-        megabytes = self.num_bytes / 1e6
-        return f"{self.num_done / self.seconds:,.0f} samples/s, {megabytes / self.seconds:,.1f} MB/s"
+        """Units and megabytes a second, as text."""
+        count = self._bar.n / self.seconds
+        return f"{count:,.0f}{self._bar.unit}/s, {self.num_bytes / 1e6 / self.seconds:,.1f} MB/s"
