@@ -1,4 +1,4 @@
-"""What an image is: formats told by content, pixel bombs refused, large images re-encoded smaller."""
+"""Detect image formats by content, refuse decompression bombs, re-encode large images smaller."""
 
 import io
 import warnings
@@ -6,7 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from gcvit.data.image_files import FORMATS, MAX_PIXELS
+from gcvit.data.jpeg_header import (
+    ADOBE,
+    APPLICATION,
+    COMMENT,
+    HUFFMAN_TABLE,
+    QUANTIZATION_TABLE,
+    RESTART_INTERVAL,
+    START_OF_FRAME,
+    START_OF_SCAN,
+    iter_segments,
+    read_frame,
+)
 
 # Pillow's name of a format -> the extension in a shard. MPO is a JPEG with a second picture.
 EXTENSIONS = {
@@ -18,21 +32,14 @@ EXTENSIONS = {
     "BMP": "bmp",
     "TIFF": "tif",
 }
-OPENERS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens MPO as JPEG, then renames it
-MAX_PIXELS = 2**27  # 402 MB in RGB: beyond any photograph to train on, and short of a machine's memory
 BOMB = f"announces more than {MAX_PIXELS:,} pixels"
-
-_ORIENTATION = 0x0112  # the EXIF tag
-_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what decoders know
-_APPLICATION, _ADOBE = range(0xE0, 0xF0), 0xEE
-_QUANTIZATION, _HUFFMAN, _RESTART, _COMMENT, _START_OF_SCAN = 0xDB, 0xC4, 0xDD, 0xFE, 0xDA
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Images whose short side exceeds `short_side` pixels become JPEGs of that short side.
+    """Limit of the short side in pixels: larger images become JPEGs with a short side of that many.
 
-    Their bytes depend on the versions of Pillow and libjpeg: let all parts of a run have the same.
+    Their bytes depend on the versions of Pillow and libjpeg: all parts of a sharding must use the same.
     """
 
     short_side: int
@@ -40,10 +47,12 @@ class Reduction:
 
 
 def image_extension(data: bytes) -> str:
-    """The extension that fits an image's content by magic bytes and header, whatever its file was called.
+    """Return the extension that fits an image's content by magic bytes and header, whatever its file was called.
 
-    Pixels are not decoded. Errors: ValueError with the reason where the bytes are no image of a known format, or
-    their header announces more than `MAX_PIXELS`.
+    Pixels are not decoded.
+
+    Raises:
+        ValueError: The bytes are no image of a known format, or their header announces more than `MAX_PIXELS`.
     """
     size = _jpeg_size(data)
     if size is not None:
@@ -57,12 +66,14 @@ def image_extension(data: bytes) -> str:
 
 
 def reduce_image(data: bytes, reduction: Reduction) -> bytes:
-    """The image as an RGB JPEG whose short side has `reduction.short_side` pixels; `data` where it has no more.
+    """Re-encode an image as an RGB JPEG whose short side has `reduction.short_side` pixels; keep one that has no more.
 
-    Grey is repeated and alpha dropped, as in training. The pixels keep the order they lie in and the EXIF
-    orientation stays beside them, so that training turns re-encoded and untouched images alike, once or not at
-    all (`data.exif_orientation`). All else that the file says about itself goes.
-    Errors: ValueError as of `image_extension`, and for pixels that do not decode.
+    Grey is repeated and alpha dropped, as in training. The pixels keep their order and the file its EXIF orientation,
+    so that training rotates re-encoded and untouched images alike (`data.exif_orientation`). All other metadata is
+    dropped.
+
+    Raises:
+        ValueError: As of `image_extension`, or the pixels do not decode.
     """
     size = _jpeg_size(data)
     if size is not None and min(size) <= reduction.short_side:
@@ -72,63 +83,63 @@ def reduce_image(data: bytes, reduction: Reduction) -> bytes:
             return data
         scale = reduction.short_side / min(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        orientation = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
         # libjpeg decodes to a half, a quarter or an eighth for next to nothing; twice the size keeps Lanczos exact.
         image.draft(None, (2 * width, 2 * height))
         small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     small.info.clear()
     exif = Image.Exif()
     if orientation is not None:
-        exif[_ORIENTATION] = orientation
+        exif[ExifTags.Base.Orientation] = orientation
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=reduction.quality, exif=exif.tobytes() if exif else b"")
     return buffer.getvalue()
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG, read from its markers; None where it is no JPEG, or one in any way unusual.
+    """Return width and height of a JPEG, or None if it is no JPEG or an unusual one, which Pillow must judge.
 
-    A quarter of what Pillow takes for it, and what is unusual is left for Pillow to judge.
+    This needs a quarter of Pillow's time.
     """
-    if data[:2] != b"\xff\xd8":
-        return None
     size = None
-    place = 2
-    while len(data) >= place + 4:
-        mark, marker, length = data[place], data[place + 1], data[place + 2] << 8 | data[place + 3]
-        segment, place = place + 4, place + 2 + length
-        if mark != 0xFF or length < 2 or place > len(data):
-            return None
-        if marker == _START_OF_SCAN:
-            return size
-        if marker in _START_OF_FRAME:
-            precision, high, low, wide, narrow, num_components = data[segment : segment + 6].ljust(6, b"\0")
-            size = (wide << 8 | narrow, high << 8 | low)
-            is_usual = precision == 8 and num_components in (1, 3, 4) and length == 8 + 3 * num_components
-            if not is_usual or not all(size):
+    try:
+        for marker, begin, end in iter_segments(data):
+            if not begin <= end <= len(data):
                 return None
-        elif marker == _QUANTIZATION:
-            if (length - 2) % 65 or max(data[segment:place:65], default=4) > 3:
+            if marker == START_OF_SCAN:
+                return size
+            if marker in START_OF_FRAME:
+                frame = read_frame(data, begin)
+                size = (frame.width, frame.height)
+                num_bytes = 6 + 3 * frame.num_components
+                if frame.precision != 8 or frame.num_components not in (1, 3, 4) or end - begin != num_bytes:
+                    return None
+                if not all(size):
+                    return None
+            elif marker == QUANTIZATION_TABLE:
+                if (end - begin) % 65 or max(data[begin:end:65], default=4) > 3:
+                    return None
+            elif marker in APPLICATION:
+                # Too short for what Pillow reads in it; or the index of a file of several pictures.
+                if end - begin < (12 if marker == ADOBE else 14) or data[begin : begin + 4] == b"MPF\0":
+                    return None
+            elif marker not in (HUFFMAN_TABLE, RESTART_INTERVAL, COMMENT):
                 return None
-        elif marker in _APPLICATION:
-            # Too short for what Pillow reads in it; or the directory of a file of many pictures.
-            if length < (14 if marker == _ADOBE else 16) or data[segment : segment + 4] == b"MPF\0":
-                return None
-        elif marker not in (_HUFFMAN, _RESTART, _COMMENT):
-            return None
-    return None
+    except IndexError:  # truncated
+        return None
+    return None  # corrupt before the start of scan
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """`data` as Pillow opens it. Errors: ValueError with a reason, for whatever it meets inside too.
+    """Open an image with Pillow; turn the errors of the `with` block, too, into a ValueError with the reason.
 
-    Pillow's plugins raise whatever their parsing meets in corrupt bytes.
+    Pillow's plugins raise errors of many types for corrupt bytes.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are allowed here, and of odd metadata
-            with Image.open(io.BytesIO(data), formats=OPENERS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image

@@ -21,13 +21,13 @@ import numpy as np
 from isal.isal_zlib import crc32
 from PIL import Image
 
-from data_prep.images import MAX_PIXELS, OPENERS
 from data_prep.recover import Corruption, choose_source
 from data_prep.repair import finish_repair, is_interrupted, repair
 from data_prep.shards.samples import MAX_LABELS, Contents, read_label
 from data_prep.shards.tar_reader import TarReader
 from data_prep.shards.timm_info import NAME, write_timm_info
 from data_prep.workers import Progress, default_workers, run_tasks
+from gcvit.data.image_files import FORMATS, MAX_PIXELS
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
 from gcvit.errors import UserError
 from gcvit.runtime.entrypoint import run_main
@@ -249,7 +249,7 @@ def decode(data: bytes) -> None:
     """Decode an image to its last pixel. Errors: whatever Pillow meets in corrupt bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
-        with Image.open(io.BytesIO(data), formats=[*OPENERS, "PPM"]) as picture:
+        with Image.open(io.BytesIO(data), formats=[*FORMATS, "PPM"]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"announces {picture.width} x {picture.height} pixels")
             picture.load()

@@ -19,11 +19,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 1 << 27  # 400 MB when decoded: what announces more is a bomb, no photograph
-_ORIENTATION_TAG = 0x0112
+from gcvit.data.image_files import FORMATS, MAX_PIXELS
+from gcvit.data.jpeg_header import EXIF, PROGRESSIVE, RESTART_INTERVAL, START_OF_FRAME, Frame, iter_segments, read_frame
+
 # No row of a crop depends on rows further below it, at the size it is decoded at: chroma may be four times coarser.
 _MARGIN_ROWS = 4
 # What libjpeg-turbo says of an image whose header announces fewer rows than follow, after it has decoded those.
@@ -134,44 +134,30 @@ class _JpegHeader(NamedTuple):
 
 
 def _read_jpeg_header(content: Bytes, upright: bool) -> _JpegHeader | None:
-    """None for all but 8-bit grey and YCbCr or RGB JPEGs. ITU-T T.81, annex B; nothing is decoded."""
-    if content[:2] != b"\xff\xd8":
-        return None
-    frame, restarts, orientation, at = None, False, 1, 2
+    """Return None for all but 8-bit grey and YCbCr or RGB JPEGs."""
+    frame: Frame | None = None
+    rows_at, can_stop, orientation = 0, True, 1
     try:
-        while content[at] == 0xFF:
-            marker = content[at + 1]
-            if marker == 0xFF:  # a fill byte
-                at += 1
-                continue
-            if marker == 0xDA:  # start of scan
-                break
-            payload = at + 4
-            end = at + 2 + (content[at + 2] << 8 | content[at + 3])
-            if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
-                frame = (marker, payload)
-            elif marker == 0xDD:  # define restart interval
-                restarts = True
-            elif upright and marker == 0xE1 and content[payload : payload + 6] == b"Exif\0\0":
-                orientation = _read_orientation(bytes(content[payload:end]))
-            at = end
-        if frame is None or content[frame[1]] != 8 or content[frame[1] + 5] not in (1, 3):
-            return None
+        for marker, begin, end in iter_segments(content):
+            if marker in START_OF_FRAME:
+                frame, rows_at = read_frame(content, begin), begin + 1
+                can_stop &= marker != PROGRESSIVE  # each of its scans covers all rows
+            elif marker == RESTART_INTERVAL:
+                can_stop = False  # restart markers make the rest look different to the decoder
+            elif upright and marker == EXIF and content[begin : begin + 6] == b"Exif\0\0":
+                orientation = _read_orientation(bytes(content[begin:end]))
     except IndexError:  # truncated
         return None
-    marker, payload = frame
-    height, width = (content[i] << 8 | content[i + 1] for i in (payload + 1, payload + 3))
-    if not height * width:
+    if frame is None or frame.precision != 8 or frame.num_components not in (1, 3) or not frame.height * frame.width:
         return None
-    # Progressive scans each cover all rows. Restart markers make the rest look different to the decoder.
-    return _JpegHeader(height, width, payload + 1 if marker != 0xC2 and not restarts else None, orientation)
+    return _JpegHeader(frame.height, frame.width, rows_at if can_stop else None, orientation)
 
 
 def _read_orientation(exif: bytes) -> int:
     try:
         parsed = Image.Exif()
         parsed.load(exif)
-        orientation = parsed.get(_ORIENTATION_TAG, 1)
+        orientation = parsed.get(ExifTags.Base.Orientation, 1)
     except Exception:  # as `_guard`: whatever is wrong with the metadata, the photograph may be whole
         return 1
     return orientation if orientation in _TURNS else 1

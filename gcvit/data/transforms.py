@@ -23,7 +23,8 @@ from torchvision.transforms import CenterCrop, ColorJitter, FiveCrop, Interpolat
 
 from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
-from gcvit.data.decode import MAX_PIXELS, Box, Bytes, DecodeError, EncodedImage, Pixels, decode
+from gcvit.data.decode import Box, Bytes, DecodeError, EncodedImage, Pixels, decode
+from gcvit.data.image_files import MAX_PIXELS
 from gcvit.data.stage_timer import Stopwatch
 from gcvit.errors import UserError
 

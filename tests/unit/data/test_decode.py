@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from gcvit.config.schema import AugmentConfig, DataConfig
 from gcvit.data import decode as module
-from gcvit.data.decode import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
+from gcvit.data.decode import Box, DecodeError, EncodedImage, decode
+from gcvit.data.image_files import MAX_PIXELS
 from gcvit.data.transforms import EvalTransform, TrainTransform, preserved_generators, seed_sample
 
 WHOLE = 1 << 20  # a smallest side at which nothing is decoded smaller

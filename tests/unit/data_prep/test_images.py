@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_prep import images
-from data_prep.images import EXTENSIONS, MAX_PIXELS, Reduction, image_extension, reduce_image
+from data_prep.images import EXTENSIONS, Reduction, image_extension, reduce_image
+from gcvit.data.image_files import MAX_PIXELS
 
 ORIENTATION = 0x0112
 
