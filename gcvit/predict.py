@@ -20,20 +20,24 @@ from torch import Tensor
 
 from gcvit.checkpoint.weights_source import Classifier, open_classifier
 from gcvit.data.decode import DecodeError
-from gcvit.data.folder_source import SUFFIXES
+from gcvit.data.image_files import SUFFIXES, has_image_suffix, walk_files
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError
 from gcvit.runtime.entrypoint import run_main
 
 
 def list_images(places: Sequence[Path]) -> list[Path]:
-    """The files among these places, and the images in the folders among them, sorted. Errors: UserError for none."""
+    """List the files among these places, and the images in and below the folders among them, sorted.
+
+    Raises:
+        UserError: A folder holds no images.
+    """
     images: list[Path] = []
     for place in places:
         if not place.is_dir():
             images.append(place)
             continue
-        found = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        found = sorted(place / path for path in walk_files(place) if has_image_suffix(path))
         if not found:
             raise UserError("a folder without images", got=place, expected=", ".join(f"*{end}" for end in SUFFIXES))
         images += found

@@ -13,10 +13,11 @@ import numpy as np
 from data_prep.shards.byte_range import Place
 from data_prep.shards.tar_writer import encode_key
 from data_prep.sources.archives import Spans, first_member, scan_class_tars, scan_nested, scan_validation
-from data_prep.sources.class_folders import ARCHIVES, LAYOUT, group_classes, list_folder, list_tree, refuse_loose
+from data_prep.sources.class_folders import ARCHIVES, LAYOUT, group_classes, list_tree, refuse_loose
 from data_prep.sources.class_map import read_class_map
 from data_prep.sources.parquet import Rows, find_parquet, scan_parquet, spool_rows
 from data_prep.sources.val_split import choose_val
+from gcvit.data.image_files import list_folder
 from gcvit.errors import UserError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

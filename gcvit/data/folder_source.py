@@ -2,16 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from gcvit.data.image_files import has_image_suffix, list_folder, walk_files
 from gcvit.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LAYOUT = "DATA_DIR/train/CLASS/*.jpg and DATA_DIR/val/CLASS/*.jpg"
 
 
@@ -92,34 +92,22 @@ def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSou
     length: list[int] = []
     label: list[int] = []
     for name in folders:
-        files = sorted(_walk(root, name))
+        files = sorted(path for path in walk_files(root, name) if has_image_suffix(path))
         if not files:
             raise UserError("a class folder holds no images", got=root / name, hint="fill it or remove it")
-        paths += [os.fsencode(path) for path, _ in files]
-        length += [num_bytes for _, num_bytes in files]
+        paths += map(os.fsencode, files)
+        length += [_file_size(root / path) for path in files]
         label += [label_of[name]] * len(files)
     return FolderSource(root, classes, np.array(paths), np.array(length, np.uint32), np.array(label, np.int32))
 
 
 def class_folders(root: Path) -> list[str]:
     """Sorted names of the folders in `root`; hidden ones are no classes."""
-    try:
-        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError("cannot read a data directory", got=f"{root} ({error.strerror})") from None
+    return sorted(list_folder(root)[0])
 
 
-def _walk(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """Path relative to `root`, and size in bytes, of each image in and below `folder`."""
+def _file_size(path: Path) -> int:
     try:
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    yield from _walk(root, path)
-                elif entry.name.lower().endswith(SUFFIXES):
-                    yield path, entry.stat().st_size
+        return os.stat(path).st_size
     except OSError as error:
-        raise UserError("cannot read a class folder", got=f"{root / folder} ({error.strerror})") from None
+        raise UserError("cannot read a sample", got=f"{path} ({error.strerror})") from None
