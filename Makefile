@@ -1,5 +1,6 @@
 # make demo [ENGINE=fsdp|zero|ddp]   real images to shards, to a trained GC ViT, to its exact accuracy
 # make test                          everything that is not slow; make test-slow for the rest
+# make test-gpu                      every test that can run on a GPU, on this machine's GPU
 # make test-slurm                    launch/ on a real SLURM of three nodes on this machine; as root, with SLURM installed
 # make install                       the virtual environment in .venv; the other targets do it where needed
 # make clean                         remove what the demo, the tests and the linters wrote; .venv stays
@@ -7,13 +8,11 @@
 SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL:
-.PHONY: install lint test test-unit test-parity test-integration test-slow test-slurm demo clean
+.PHONY: install lint test test-unit test-parity test-integration test-slow test-gpu test-slurm demo clean
 
 BIN := .venv/bin
 # One thread per process: two processes share the cores of a small machine, and sums keep their order.
 export OMP_NUM_THREADS := 1
-# The demo and the tests start more processes than a workstation has GPUs, and are made for the CPU.
-export CUDA_VISIBLE_DEVICES :=
 
 # ---- environment ----------------------------------------------------------------------------------------------
 
@@ -41,7 +40,8 @@ $(BIN)/pip:
 
 # ---- checks ---------------------------------------------------------------------------------------------------
 
-PYTEST := $(BIN)/python -m pytest
+# The tests start more processes than a workstation has GPUs: they hide them, test-gpu apart.
+PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 # Two processes at a time; the tests of a file share what is set up for them.
 TWO := -n 2 --dist loadfile
 
@@ -68,6 +68,14 @@ test-integration: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) tests -m slow --timeout 1800 $(TWO) --durations 15 || test $$? -eq 5
 
+# In one process: the tests measure the GPU's memory and time. GPU_TESTS_ON_CPU=1 runs them without a GPU.
+test-gpu: $(INSTALLED)
+	@test '$(GPU_TESTS_ON_CPU)' = 1 || $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
+	    echo "error: no GPU: PyTorch sees none; hint: run this on a machine with one, or set GPU_TESTS_ON_CPU=1" >&2; \
+	    exit 2; \
+	}
+	$(BIN)/python -m pytest tests -m 'gpu and not slow' --ignore tests/integration/slurm --durations 15
+
 # They start daemons and take all cores: no part of `make test`. Without SLURM or root they are skipped, and say so.
 test-slurm: $(INSTALLED)
 	$(PYTEST) tests/integration/slurm --timeout 600 --durations 10
@@ -81,8 +89,9 @@ ifneq (1 $(ENGINE),$(words $(ENGINE)) $(filter $(DEMO_ENGINES),$(ENGINE)))
 endif
 DEMO_RUN := runs/demo-$(ENGINE)
 DIGITS := data/digits
+# On the CPU, as the tests: two processes need no two GPUs.
 # The evaluation's line of JSON must be the last line of output: its log goes to stderr.
-TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node 2
+TORCHRUN := CUDA_VISIBLE_DEVICES= $(BIN)/torchrun --standalone --nproc-per-node 2
 
 # The demo starts afresh: without the rm, train.py would find its run finished and have nothing to do.
 demo: $(INSTALLED) $(DIGITS)/train/manifest.json

@@ -1,13 +1,17 @@
-"""Settings for all tests; what several test files need lies beside them, not here."""
+"""Settings for all tests, and the device that they compute on."""
 
 import os
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from gcvit.runtime import signals
+
+if TYPE_CHECKING:
+    import torch
 
 # Before torch is imported: one thread per process, so that sums keep their order and processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,11 +22,19 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """A training in the tests' own process takes SIGTERM for a notice; whoever wants to end the tests does not."""
+def restored_signals() -> Iterator[None]:
+    """Restore the signal handlers: a training in the tests' process keeps SIGTERM, which must end the tests again."""
     handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def device() -> "torch.device":
+    """Give the device of tests marked `gpu`: a GPU if one is visible, as in `make test-gpu`; else the CPU."""
+    import torch  # here, because most tests of data_prep start without it
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

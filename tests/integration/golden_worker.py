@@ -83,5 +83,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    with join_world() as world:
+    with join_world(deterministic=torch.cuda.is_available()) as world:
         run_all(spec, world)

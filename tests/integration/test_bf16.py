@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.launching import succeed, torchrun
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 each_engine = pytest.mark.parametrize("engine", ENGINES)

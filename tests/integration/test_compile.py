@@ -12,6 +12,8 @@ import pytest
 from tests.helpers.launching import succeed, torchrun
 from tests.integration.compile_worker import NUM_ROUNDS, RUNS
 
+pytestmark = pytest.mark.dist
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)

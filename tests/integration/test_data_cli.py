@@ -14,6 +14,8 @@ from PIL import Image
 from gcvit.data.source import open_source
 from tests.helpers.launching import python, succeed, torchrun
 
+pytestmark = pytest.mark.dist
+
 CONFIG = Path(__file__).parents[1] / "helpers/golden.yaml"
 NUM_TRAIN, NUM_VAL = 96, 31
 

@@ -21,6 +21,8 @@ from tests.helpers.command_lines import Command, find_commands, read_command
 from tests.helpers.launching import ROOT, environment
 from tests.integration.test_readme import picture
 
+pytestmark = pytest.mark.docs
+
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 each_page = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
 TOOLS = ("python", "torchrun", "deepspeed", "sbatch")

@@ -187,6 +187,7 @@ def test_predictions_hold_every_sample_once(both):
             assert sum(top5) == line["correct_top5"]
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_again_it_is_the_same_and_on_more_processes_too(run, sets, both, tmp_path, num_processes):
     words = ["evaluate.py", run[0], *places(sets), "--batch-size", 4, "--weights", "both"]
@@ -239,6 +240,7 @@ def test_an_average_of_checkpoints_seen_from_both_sides(run, sets, tmp_path, cal
     assert (record["checkpoint"]["step"], record["options"]["tta"]) == (None, "flip")
 
 
+@pytest.mark.dist
 def test_ten_crops_at_two_sizes(run, sets, tmp_path):
     """Their numbers are test_views.py's; here, that everything goes through, on two processes."""
     words = ["--data_dir", f"v2={sets}/v2", "--tta", "ten-crop", "--img-size", "32,64", "--crop-pct", "0.8"]
@@ -275,6 +277,7 @@ def test_mistakes_are_told(words, message, run, sets, monkeypatch):
     assert message in refusal(evaluate.main, monkeypatch, run[0], *[word.format(sets=sets) for word in words])
 
 
+@pytest.mark.dist
 def test_a_corrupt_checkpoint_is_told_by_all_ranks(run, sets, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     part = next((folder / "checkpoints/step_00000008").glob("*.distcp"))

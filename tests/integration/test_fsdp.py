@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers.launching import succeed, torchrun
 
+pytestmark = pytest.mark.dist
+
 RUNS = ["ddp", "fsdp", "hsdp", "hsdp keeping", "fsdp offloaded", "hsdp offloaded", "fsdp summing in bf16"]
 HALF = ["ddp fp16", "hsdp fp16"]
 HSDP = [name for name in (*RUNS, *HALF) if name.startswith("hsdp")]

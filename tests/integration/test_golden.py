@@ -23,6 +23,7 @@ from gcvit.optim.lr_schedule import build_schedule
 from tests.helpers.golden_runs import CASES, CONFIG, ENGINES, make_images, overrides, train_all
 
 STEPS = 20
+pytestmark = pytest.mark.dist
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def plain_run(config: Config) -> Run:
+def plain_run(config: Config, device: torch.device) -> Run:
     """The same training by PyTorch's own parts: one process, no engine, mean loss, `clip_grad_norm_`, plain AdamW."""
     torch.set_num_threads(1)
     source = open_source(config.data.dir, "train")
-    model = build_model(config.model).train()
+    model = build_model(config.model).train().to(device)
     model.init_weights(config.seed)
     no_decay = [n for n, p in model.named_parameters() if p.ndim == 1]
     named = dict(model.named_parameters())
@@ -79,7 +80,7 @@ def plain_run(config: Config) -> Run:
     stream = train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
     losses, norms = [], []
     for step, (batch,) in zip(range(STEPS), stream, strict=False):
-        x, y = augment(batch, step, torch.device("cpu"))
+        x, y = augment(batch, step, device)
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), config.optim.clip_norm).item())
@@ -92,7 +93,7 @@ def plain_run(config: Config) -> Run:
         losses.append(loss.item())
     tensors = {f"model.{n}": p.detach() for n, p in named.items()} | {f"ema.{n}": t for n, t in ema.items()}
     tensors |= {f"exp_avg.{n}": optimizer.state[p]["exp_avg"] for n, p in named.items()}
-    return Run(np.array(losses), np.array(norms), tensors)
+    return Run(np.array(losses), np.array(norms), {name: tensor.cpu() for name, tensor in tensors.items()})
 
 
 def check_equal(got: Run, wanted: Run) -> str:
@@ -118,18 +119,18 @@ def check_equal(got: Run, wanted: Run) -> str:
 
 
 @pytest.fixture(scope="module")
-def plain(images) -> dict[str, Run]:
+def plain(images, device) -> dict[str, Run]:
     runs = {}
     for case in CASES:
         config, _ = load_config(CONFIG, [*CASES[case], f"data.dir={images}"])
-        runs[case] = plain_run(config)
+        runs[case] = plain_run(config, device)
     return runs
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        (1, "a"),
+        pytest.param((1, "a"), marks=pytest.mark.gpu),
         (2, "abc"),
         (3, "a"),
         pytest.param((1, "bc"), marks=pytest.mark.slow),

@@ -20,6 +20,8 @@ import torch
 from gcvit.checkpoint.store import has_kind, latest, list_checkpoints, open_checkpoint, read_tensors, step_of
 from tests.helpers.trainings import KINDS, Trainings, read_rows, read_tensors_of, write_noise
 
+pytestmark = pytest.mark.dist
+
 STEPS = 6
 OVERRIDES = [
     f"schedule.cosine={STEPS} steps",

@@ -21,7 +21,7 @@ from tests.helpers.launching import ROOT, environment, succeed, torchrun
 from tests.helpers.norms_worker import STAGES as PARTS
 from tests.helpers.trainings import read_rows, write_noise
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 FAKES = ROOT / "tests/integration/fake_wandb"
 KEY = "SECRET0123456789"

@@ -17,6 +17,8 @@ from tests.helpers.golden_runs import ENGINES, train_all
 from tests.integration.golden_worker import digest_tensors
 from tests.integration.test_golden import images, read_run  # noqa: F401  (images is a fixture)
 
+pytestmark = pytest.mark.dist
+
 HSDP = [*ENGINES["fsdp"], "fsdp.shard_size=2"]
 CHOICES = ENGINES | {"hsdp": HSDP}
 # (engine, processes)

@@ -37,6 +37,24 @@ def test_a_trial_runs_out_of_memory_and_recovers(trial):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.gpu
+def test_a_trial_leaves_neither_memory_nor_random_numbers_behind(device):
+    """On a GPU also after terabytes of images, for which no limit has to be injected."""
+    config = load_config(ROOT / "tests/helpers/golden.yaml", WORDS)[0]
+    trial = Trial(config, World(0, 1, device, None))  # type: ignore[arg-type]
+    assert trial.fits(24)
+    trial.end()
+    before, generator = torch.cuda.memory_allocated(), torch.random.get_rng_state()
+    assert trial.fits(24)
+    if device.type == "cuda":
+        assert not trial.fits(200_000_000)
+        assert trial.fits(24)
+    trial.end()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.equal(torch.random.get_rng_state(), generator)
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 def test_all_ranks_take_what_fits_the_smallest_and_keep_the_global_batch(trial, tmp_path):
     """Rank 1 has room for half of its share. What follows is the run that was told that number, step by step."""

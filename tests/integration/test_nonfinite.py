@@ -16,7 +16,8 @@ from tests.helpers.launching import succeed, torchrun
 from tests.helpers.trainings import write_noise
 from tests.integration.nonfinite_worker import BAD_RANK, ENGINES, KINDS
 
-pytestmark = pytest.mark.slow  # its one run takes over a minute; the rule itself: tests/unit/training/test_nonfinite.py
+# Slow: the one run takes over a minute. tests/unit/training/test_nonfinite.py tests the rule itself.
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 

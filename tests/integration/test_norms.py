@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.launching import succeed, torchrun
 from tests.helpers.norms_worker import ENGINES, NUM_STEPS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

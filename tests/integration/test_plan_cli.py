@@ -114,6 +114,7 @@ def test_what_shards_or_skips_is_learned_by_one_process_too(data):
     assert "\nLEARNED: " in done.stdout
 
 
+@pytest.mark.dist
 def test_one_batch_is_for_one_process(data):
     words = ["train.py", "--config", GOLDEN, "--overfit-one-batch", "--data_dir", data]
     done = torchrun(2, *words)

@@ -24,6 +24,8 @@ from gcvit.monitoring.schema import TIMED_KEYS
 from tests.helpers.launching import ROOT, environment, python, succeed
 from tests.helpers.trainings import Trainings, newest_step, read_rows, read_tensors_of, write_noise
 
+pytestmark = pytest.mark.dist
+
 STEPS = 8
 OVERRIDES = [
     f"schedule.cosine={STEPS} steps",

@@ -29,6 +29,8 @@ from gcvit.model import create_model, weights
 from tests.helpers.command_lines import find_blocks, find_commands
 from tests.helpers.launching import ROOT, environment
 
+pytestmark = pytest.mark.docs
+
 README = (ROOT / "README.md").read_text()
 # What this file cannot run inside itself, and where it is run.
 COVERED = {

@@ -56,6 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [("fsdp", "gradient"), *(pytest.param(name, "output", marks=pytest.mark.slow) for name in ("ddp", "zero3"))],
@@ -88,6 +89,7 @@ def test_a_defect_is_found_where_it_was_planted(engine, kind, images, tmp_path):
     assert other == "the outputs of all modules are finite"
 
 
+@pytest.mark.dist
 @pytest.mark.slow
 def test_a_replayed_step_is_the_runs_own(images, tmp_path):
     """To the bit, from the newest checkpoint before it, or from the beginning; and what is not there is said."""

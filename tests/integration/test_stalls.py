@@ -10,6 +10,8 @@ from gcvit.monitoring.schema import STAGES, find_faults
 from tests.helpers.launching import ROOT, succeed, torchrun
 from tests.helpers.trainings import read_rows, write_noise
 
+pytestmark = pytest.mark.dist
+
 COMMON = ["global_batch_size=12", "data.lanes=2", "trainer.eval_every=90 steps", "trainer.keep_checkpoints=1"]
 COMMON += ["ema=null", "model.overrides.width=8"]
 ENGINES = {

@@ -102,6 +102,7 @@ def test_a_plain_process_leaves_a_complete_run(trained):
     assert (found.state.best_step, found.state.best_top1) == (best["step"], best["top1"])
 
 
+@pytest.mark.dist
 def test_torchrun_trains_as_one_process_does(images, trained):
     others = ["engine=fsdp", "optim.lr=1e-4", "data.num_workers=1"]
     done = succeed(torchrun(2, *arguments(images, trained.parent, "torchrun", *others)))
@@ -197,6 +198,7 @@ def test_init_from_takes_the_weights_alone(images, trained, tmp_path):
             torch.testing.assert_close(stored[name], parameter.detach(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.dist
 def test_fine_tuning_of_weights_with_other_classes_and_windows(images, tmp_path):
     """Weights of 64 pixels and seven classes, in timm's layout, sharded over two processes: windows follow, the head
     is new and at first moves alone."""
@@ -264,6 +266,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(images, trained, alone):
     assert alone["top1"] == pytest.approx(open_checkpoint(trained / "checkpoints/step_00000010").state.best_top1)
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_counts_are_the_same_on_any_number_of_processes(images, trained, alone, num_processes):
     evaluation = ["evaluate.py", trained, "--data_dir", images, "--batch-size", 4]

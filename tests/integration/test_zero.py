@@ -9,6 +9,8 @@ import pytest
 from tests.helpers.launching import succeed, torchrun
 from tests.integration.zero_worker import BAD_STEP, NUM_STEPS, RUNS
 
+pytestmark = pytest.mark.dist
+
 each_run = pytest.mark.parametrize("name", RUNS)
 
 

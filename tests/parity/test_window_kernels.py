@@ -1,7 +1,7 @@
-"""The Triton kernels: right in Triton's interpreter, and compiled for GPUs. Both on machines without one.
+"""The Triton kernels are right in Triton's interpreter, compile for GPUs, and are right on a GPU if there is one.
 
-The files in kernels/ are ordinary tests, and run by hand as below. Triton takes either way for a whole process, from
-the start, so that each has its own here.
+The files in kernels/ are ordinary tests. Triton interprets or compiles for the whole life of a process, so each file
+runs in a process of its own. The first two need no GPU.
 """
 
 import os
@@ -53,7 +53,11 @@ def test_all_windows(file: str, is_interpreted: bool, tmp_path: Path) -> None:
     run_tests(file, tmp_path, is_interpreted=is_interpreted, is_slow=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("is_slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_on_a_gpu(is_slow: bool, tmp_path: Path) -> None:
-    run_tests("numbers.py", tmp_path, is_interpreted=False, is_slow=is_slow)
+@pytest.mark.parametrize(
+    ("file", "is_slow"),
+    [("numbers.py", False), ("operators.py", False), pytest.param("numbers.py", True, marks=pytest.mark.slow)],
+)
+def test_on_a_gpu(file: str, is_slow: bool, tmp_path: Path) -> None:
+    run_tests(file, tmp_path, is_interpreted=False, is_slow=is_slow)

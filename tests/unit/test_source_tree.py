@@ -1,5 +1,6 @@
 """Rules of the source tree that no linter checks; import-linter checks who imports whom."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ UNSAFE = {
     "eval": r"(?<![\w.])(?:eval|exec)\(",
     "yaml": r"yaml\.(?:unsafe_load|full_load|Loader|UnsafeLoader|FullLoader)\b",
 }
+# What starts ranks in a test: each is a function or class of tests/helpers, or a helper of a test file by itself.
+STARTS_RANKS = {"torchrun", "Trainings", "TORCHRUN", "train_all"}
 
 
 def module_name(path: Path) -> str:
@@ -73,3 +76,56 @@ def test_nothing_runs_what_a_file_says():
 def test_each_unsafe_call_is_found(text, name):
     assert find_unsafe(text) == [name]
     assert find_unsafe("torch.load(file, weights_only=True); model.eval(); yaml.safe_load(file)") == []
+
+
+def find_imports(text: str) -> set[str]:
+    """Find the modules that a file imports, at any place in it."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_unit_tests_and_helpers_import_nothing_from_other_folders_of_tests():
+    others = {"unit": ("tests.integration", "tests.parity")}
+    others["helpers"] = (*others["unit"], "tests.unit")
+    found = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for folder, forbidden in others.items()
+        for path in ROOT.glob(f"tests/{folder}/**/*.py")
+        for module in find_imports(path.read_text())
+        if module.startswith(forbidden)
+    ]
+    assert not found
+
+
+def find_unmarked(text: str) -> list[str]:
+    """Find the tests that start ranks, by themselves or through functions of their file, and are not marked `dist`."""
+    tree = ast.parse(text)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    uses = {
+        name: {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} | {a.arg for a in node.args.args}
+        for name, node in functions.items()
+    }
+    starting = set(STARTS_RANKS)
+    while more := {name for name, used in uses.items() if name not in starting and used & starting}:
+        starting |= more
+    tests = [node for name, node in functions.items() if name.startswith("test_") and name in starting]
+    is_marked = re.search(r"^pytestmark = .*mark\.dist\b", text, re.MULTILINE)
+    marks = {node.name: " ".join(map(ast.unparse, node.decorator_list)) for node in tests}
+    return [] if is_marked else [name for name, decorators in marks.items() if "mark.dist" not in decorators]
+
+
+def test_tests_that_start_ranks_are_marked():
+    found = {path.name: find_unmarked(path.read_text()) for path in ROOT.glob("tests/integration/**/test_*.py")}
+    assert not {name: tests for name, tests in found.items() if tests}
+
+
+def test_an_unmarked_test_is_found():
+    body = "def start():\n    torchrun(2)\n\ndef test_a(start):\n    pass\n\ndef test_b():\n    pass\n"
+    assert find_unmarked(body) == ["test_a"]
+    assert find_unmarked(f"pytestmark = [pytest.mark.dist, pytest.mark.slow]\n{body}") == []
+    assert find_unmarked(body.replace("def test_a", "@pytest.mark.dist\ndef test_a")) == []

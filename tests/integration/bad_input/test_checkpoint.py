@@ -90,6 +90,7 @@ def test_a_checkpoint_of_another_model(monkeypatch, images, finished):
     assert hashes(finished) == before
 
 
+@pytest.mark.dist
 def test_a_checkpoint_of_another_model_is_told_by_all_ranks(images, finished, tmp_path):
     """Under ZeRO the part that differs, here the last stage's heads, may lie on the last rank alone."""
     before = hashes(finished)

@@ -158,6 +158,7 @@ def test_a_file_that_is_no_image(kind, monkeypatch, images, shards, finished, tm
         assert ".jpg" in message
 
 
+@pytest.mark.dist
 def test_a_sample_that_is_no_image_ends_all_ranks_and_loaders(images, tmp_path):
     shutil.copytree(images, tmp_path / "data")
     (tmp_path / "data/train/bee/0.jpg").write_text("this is no image")
@@ -172,6 +173,7 @@ def test_a_sample_that_is_no_image_ends_all_ranks_and_loaders(images, tmp_path):
     assert "bee/0.jpg" in errors[0]
 
 
+@pytest.mark.dist
 def test_more_processes_than_samples(images, tmp_path):
     """Of val, which has a single sample: told at the start, not at the first evaluation."""
     for split in ("train", "val"):

@@ -1,9 +1,10 @@
 """The Triton attention as torch sees it: in autograd, compiled, checkpointed, under autocast, in a whole model.
 
-test_window_kernels.py runs this file in Triton's interpreter.
+test_window_kernels.py runs this file in Triton's interpreter; without TRITON_INTERPRET=1 it runs on a GPU.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +16,19 @@ from gcvit.errors import UserError
 from gcvit.model import create_model
 from gcvit.model.attention import WindowAttention
 from gcvit.model.kernels.window_attention import run_backward, run_forward, window_attention
+from gcvit.model.kernels.window_kernels import IS_INTERPRETED
 from gcvit.model.layers import Block
 from gcvit.parallel.activation_checkpointing import recompute
 
+DEVICE = "cpu" if IS_INTERPRETED.value else "cuda"
 FORWARD, BACKWARD, LINEAR = "gcvit::window_attention", "gcvit::window_attention_backward", "aten::addmm"
 LOCAL_AND_GLOBAL = pytest.mark.parametrize("shared", [False, True], ids=["local", "global"])
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 class CountOperations(TorchDispatchMode):
@@ -130,7 +139,7 @@ def test_autocast(shared: bool) -> None:
     x, queries = torch.randn(2, 3, 5, 32), torch.randn(2, 3, 3, 32)
     expected = run(make_attention(shared, "reference").double(), x.double(), queries.double())
     attention = make_attention(shared)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         ours = run(attention, x, queries)
     assert [gradient.dtype for gradient in ours] == [torch.bfloat16, *[torch.float32] * (len(ours) - 1)]
     assert is_close([gradient.double() for gradient in ours], expected, 3e-2)
@@ -143,7 +152,7 @@ def test_a_whole_model() -> None:
         create_model("gc_vit_xxtiny", img_size=(32, 52), drop_path_rate=0.0, attention=path, **sizes)
         for path in ("triton", "reference")
     ]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
         for ours, other in zip(*(model.parameters() for model in models), strict=True):
             if ours.ndim > 1:

@@ -27,7 +27,6 @@ from gcvit.data.transforms import (
 )
 from gcvit.errors import UserError
 
-CPU = torch.device("cpu")
 DATA = DataConfig()
 PLAIN = AugmentConfig(rand_augment=None, erase_prob=0, mix=None, label_smoothing=0)
 
@@ -188,35 +187,38 @@ def random_batch(positions: list[int], img_size: int = 24) -> Batch:
     return make_batch(images, torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64), rows)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mix", [MixConfig(group_size=8), MixConfig(cutmix=0, group_size=2), None])
-def test_augmentation_does_not_depend_on_the_partition(mix):
+def test_augmentation_does_not_depend_on_the_partition(mix, device):
     augment = DeviceAugment(AugmentConfig(mix=mix), DATA, num_classes=7, seed=3)
-    images, targets = augment(random_batch(list(range(20))), 5, CPU)
+    images, targets = augment(random_batch(list(range(20))), 5, device)
     assert (images.dtype, targets.shape) == (torch.float32, (20, 7))
-    torch.testing.assert_close(targets.sum(1), torch.ones(20))
+    torch.testing.assert_close(targets.sum(1), torch.ones(20, device=device))
     for part in ([4, 5], [0, 1, 18, 19], [6, 7, 8, 9, 10, 11], list(range(2, 20))):
-        part_images, part_targets = augment(random_batch(part), 5, CPU)
+        part_images, part_targets = augment(random_batch(part), 5, device)
         assert torch.equal(part_images, images[part])
         assert torch.equal(part_targets, targets[part])
     if mix:
-        other_images, _ = augment(random_batch(list(range(20))), 6, CPU)
+        other_images, _ = augment(random_batch(list(range(20))), 6, device)
         assert not torch.equal(images, other_images)
 
 
-def test_partners_share_labels_and_nobody_else():
+@pytest.mark.gpu
+def test_partners_share_labels_and_nobody_else(device):
     augment = DeviceAugment(AugmentConfig(label_smoothing=0, erase_prob=0), DATA, num_classes=8, seed=0)
     batch = make_batch(empty_images(8, 16), torch.arange(8), torch.arange(8), torch.zeros((8, 5), dtype=torch.int64))
     for step in range(20):
-        _, targets = augment(batch, step, CPU)
+        _, targets = augment(batch, step, device)
         for row in range(8):
             others = [label for label in range(8) if label not in (row, row ^ 1)]
             assert targets[row, others].sum() == 0
             assert targets[row, row] == pytest.approx(float(targets[row ^ 1, row ^ 1]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mix", [MixConfig(), None])
-def test_an_empty_batch_passes(mix):
-    images, targets = DeviceAugment(AugmentConfig(mix=mix), DATA, 7, 0)(random_batch([]), 0, CPU)
+def test_an_empty_batch_passes(mix, device):
+    images, targets = DeviceAugment(AugmentConfig(mix=mix), DATA, 7, 0)(random_batch([]), 0, device)
     assert images.shape == (0, 3, 24, 24)
     assert targets.shape == (0, 7)
 

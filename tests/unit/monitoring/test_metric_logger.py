@@ -18,6 +18,7 @@ from gcvit.optim.adamw import StepResult
 from gcvit.runtime.distributed import World, join_world
 from tests.helpers.launching import ROOT
 
+pytestmark = pytest.mark.gpu
 BATCH_SIZE = 32  # of golden.yaml
 TOTAL_STEPS = 20
 

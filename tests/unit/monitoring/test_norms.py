@@ -10,15 +10,10 @@ from gcvit.config.load import load_config
 from gcvit.monitoring.norms import Norms
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
-from gcvit.runtime.distributed import join_world
 from tests.helpers.launching import ROOT
 from tests.helpers.norms_worker import STAGES, Shown, true_norms
 
-
-@pytest.fixture(scope="module")
-def world():
-    with join_world() as joined:
-        yield joined
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01, 100.0])
@@ -32,8 +27,8 @@ def test_they_are_those_of_the_step_before_clipping(clip_norm, world):
     random = torch.Generator().manual_seed(0)
     wanted = {}
     for step in range(3):
-        images = torch.randn(32, 3, 32, 32, generator=random)
-        targets = torch.randn(32, 4, generator=random).softmax(1) * (step + 1)
+        images = torch.randn(32, 3, 32, 32, generator=random).to(world.device)
+        targets = torch.randn(32, 4, generator=random).softmax(1).to(world.device) * (step + 1)
         twin = copy.deepcopy(engine.module)
         engine.backward(soft_target_loss(engine(images), targets).sum())
         norms.watch(step, lambda: engine.step(1e-3))
@@ -53,7 +48,7 @@ def test_a_refused_update_has_no_gradient(world):
     config, _ = load_config(ROOT / "tests/helpers/golden.yaml")
     engine = build_engine(config, world, num_micro_steps=1)
     norms, shown = Norms(engine, config.optim, lambda step: True), Shown()
-    engine.backward(engine(torch.randn(32, 3, 32, 32)).sum() * torch.nan)
+    engine.backward(engine(torch.randn(32, 3, 32, 32, device=world.device)).sum() * torch.nan)
     norms.watch(0, lambda: engine.step(1e-3))
     norms.log(shown)
     assert [kind for _, kind, _ in shown] == ["parameter_norms"]

@@ -10,14 +10,7 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.monitoring.profiler import Profiler, read_memory_use
-from gcvit.runtime.distributed import join_world
 from tests.helpers.launching import ROOT
-
-
-@pytest.fixture(scope="module")
-def world():
-    with join_world() as joined:
-        yield joined
 
 
 def configure(tmp_path, profile: str) -> Config:

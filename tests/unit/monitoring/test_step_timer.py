@@ -17,7 +17,6 @@ from gcvit.data.loader import _await_batch
 from gcvit.monitoring import step_timer
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.step_timer import LOADING, Seconds, StepClock, attribute, watch_waits
-from gcvit.runtime.distributed import join_world
 
 TIMES = st.floats(0, 100)
 
@@ -168,13 +167,13 @@ def held_methods() -> dict[str, object]:
     return {**vars(dist.Work), **{f"group.{name}": method for name, method in vars(dist.ProcessGroup).items()}}
 
 
-def talk(group: dist.ProcessGroup | None = None) -> None:
-    """Collectives of each kind that a run has, through PyTorch's functions and methods."""
-    tensor, box = torch.ones(3), ["word"]
+def talk(device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Run a collective of each kind that a run has, through PyTorch's functions and methods."""
+    tensor, box = torch.ones(3, device=device), ["word"]
     dist.broadcast(tensor, src=0, group=group)
     dist.all_reduce(tensor, group=group)
-    dist.all_gather_into_tensor(torch.empty(3), tensor, group=group)
-    dist.reduce_scatter_tensor(torch.empty(3), tensor, group=group)
+    dist.all_gather_into_tensor(torch.empty(3, device=device), tensor, group=group)
+    dist.reduce_scatter_tensor(torch.empty(3, device=device), tensor, group=group)
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None
     work.wait()
@@ -186,30 +185,36 @@ def talk(group: dist.ProcessGroup | None = None) -> None:
     assert tensor.tolist() == [1, 1, 1]
 
 
+def issuing_stage(device: torch.device) -> str:
+    """Name the stage of a collective's call: on a GPU it queues the work, and what takes time there is a wait."""
+    return "waiting" if device.type == "cuda" else "communication"
+
+
 @pytest.fixture(scope="module")
-def engine():
+def engine(world):
     """As one of two ranks, of which this process is the only one: its collectives are real, and end at once."""
-    with join_world() as world:
-        stem = nn.Linear(2, 2)
-        place = SimpleNamespace(size=2, device=world.device, new_group=world.new_host_group)
-        yield SimpleNamespace(world=place, module=SimpleNamespace(stem=stem))
+    stem = nn.Linear(2, 2).to(world.device)
+    place = SimpleNamespace(size=2, device=world.device, new_group=world.new_host_group)
+    return SimpleNamespace(world=place, module=SimpleNamespace(stem=stem))
 
 
-def test_collectives_work_within_and_after_a_watch(engine):
-    before, clock = held_methods(), StepClock(torch.device("cpu"))
+@pytest.mark.gpu
+def test_collectives_work_within_and_after_a_watch(engine, device):
+    before, clock = held_methods(), StepClock(device)
     with watch_waits(clock, engine):
         assert held_methods() != before
         clock.switch("compute")
-        talk()
+        talk(device)
         assert clock.stage == "compute"
         clock.switch(None)
     assert held_methods() == before
-    assert {"waiting", "communication"} <= set(clock.take().clock)
-    talk()
+    assert {"waiting", issuing_stage(device)} <= set(clock.take().clock)
+    talk(device)
 
 
-def test_an_error_gives_the_methods_back(engine):
-    before, clock = held_methods(), StepClock(torch.device("cpu"))
+@pytest.mark.gpu
+def test_an_error_gives_the_methods_back(engine, device):
+    before, clock = held_methods(), StepClock(device)
 
     def fail() -> None:
         with watch_waits(clock, engine):
@@ -220,23 +225,25 @@ def test_an_error_gives_the_methods_back(engine):
         fail()
     assert clock.stage == "compute"  # not the collective's
     assert held_methods() == before
-    talk()
+    talk(device)
 
 
-def test_watches_may_lie_within_each_other(engine):
-    before, outer, inner = held_methods(), StepClock(torch.device("cpu")), StepClock(torch.device("cpu"))
+@pytest.mark.gpu
+def test_watches_may_lie_within_each_other(engine, device):
+    before, outer, inner = held_methods(), StepClock(device), StepClock(device)
     with watch_waits(outer, engine):
         outer.switch("compute")
         with watch_waits(inner, engine):
             inner.switch("compute")
-            talk()
-        talk()
+            talk(device)
+        talk(device)
     assert held_methods() == before
-    assert min(clock.take().clock["communication"] for clock in (outer, inner)) > 0
-    talk()
+    assert min(clock.take().clock[issuing_stage(device)] for clock in (outer, inner)) > 0
+    talk(device)
 
 
-def test_another_thread_talks_untimed_while_watches_come_and_go(engine):
+@pytest.mark.gpu
+def test_another_thread_talks_untimed_while_watches_come_and_go(engine, device):
     """As the one that writes checkpoints does, on a group of its own."""
     group, is_over, failures, num_talks = engine.world.new_group(), threading.Event(), [], 0
 
@@ -244,12 +251,12 @@ def test_another_thread_talks_untimed_while_watches_come_and_go(engine):
         nonlocal num_talks
         try:
             while not is_over.is_set() or num_talks < 20:
-                talk(group)
+                talk(torch.device("cpu"), group)
                 num_talks += 1
         except BaseException as error:
             failures.append(error)
 
-    writer, clock = threading.Thread(target=write), StepClock(torch.device("cpu"))
+    writer, clock = threading.Thread(target=write), StepClock(device)
     writer.start()
     try:
         for _ in range(50):
@@ -262,16 +269,17 @@ def test_another_thread_talks_untimed_while_watches_come_and_go(engine):
         writer.join()
     assert not failures
     assert set(clock.take().clock) == {"compute", "waiting"}  # the latter of `take`
-    talk()
+    talk(device)
 
 
-def test_the_rest_of_a_backward_after_the_first_layer_s_gradient_is_waiting(engine):
-    clock = StepClock(torch.device("cpu"))
+@pytest.mark.gpu
+def test_the_rest_of_a_backward_after_the_first_layer_s_gradient_is_waiting(engine, device):
+    clock = StepClock(device)
     stem = engine.module.stem
     with watch_waits(clock, engine):
         clock.switch("compute")
-        stem(torch.ones(1, 2)).sum().backward()
+        stem(torch.ones(1, 2, device=device)).sum().backward()
         assert clock.stage == "waiting"
     clock.switch("compute")
-    stem(torch.ones(1, 2)).sum().backward()
+    stem(torch.ones(1, 2, device=device)).sum().backward()
     assert clock.stage == "compute"

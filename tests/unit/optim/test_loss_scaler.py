@@ -9,10 +9,10 @@ from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.loss_scaler import LossScale
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import fill
-from tests.unit.parallel.test_engines import configure, copy_all, draw_batch, train_step
-from tests.unit.parallel.test_engines import world as world  # the fixture
+from tests.helpers.engines import configure, copy_all, draw_batch, train_step
 
 APPLIED, REFUSED = torch.tensor(1.0), torch.tensor(0.0)
+pytestmark = pytest.mark.gpu
 OFFLOADED = ["fsdp.cpu_offload=true"]
 each_engine = pytest.mark.parametrize(
     ("name", "overrides"),
@@ -25,33 +25,33 @@ def build_fp16(name: str, world, *overrides: str, num_micro_steps: int = 1):
     return build_engine(configure(name, "precision=fp16", *overrides), world, num_micro_steps=num_micro_steps)
 
 
-def test_it_halves_at_once_and_doubles_after_2000():
-    scale = LossScale(torch.device("cpu"))
+def test_it_halves_at_once_and_doubles_after_2000(device):
+    scale = LossScale(device)
     assert scale.get() == (2.0**16, 0)
     value = scale.value
     for _ in range(1999):
-        scale.update(APPLIED)
+        scale.update(APPLIED.to(device))
     assert scale.get() == (2.0**16, 1999)
-    scale.update(APPLIED)
+    scale.update(APPLIED.to(device))
     assert scale.get() == (2.0**17, 0)
-    scale.update(APPLIED)
-    scale.update(REFUSED)
+    scale.update(APPLIED.to(device))
+    scale.update(REFUSED.to(device))
     assert scale.get() == (2.0**16, 0)
     assert scale.value is value
 
 
-def test_it_goes_on_from_where_it_was_set():
-    scale = LossScale(torch.device("cpu"))
+def test_it_goes_on_from_where_it_was_set(device):
+    scale = LossScale(device)
     scale.set(2.0**9, 1999)
     assert scale.get() == (2.0**9, 1999)
-    scale.update(APPLIED)
+    scale.update(APPLIED.to(device))
     assert scale.get() == (2.0**10, 0)
 
 
-def test_it_stays_finite():
-    scale = LossScale(torch.device("cpu"))
+def test_it_stays_finite(device):
+    scale = LossScale(device)
     scale.set(2.0**127, 1999)
-    scale.update(APPLIED)
+    scale.update(APPLIED.to(device))
     assert scale.get()[0] == 2.0**127
 
 
@@ -132,7 +132,7 @@ def test_a_step_reads_nothing_from_the_device(name, precision, world):
     engine = build_engine(configure(name, f"precision={precision}"), world, num_micro_steps=1)
     train_step(engine)
     with _Reads() as reads:
-        images, targets = draw_batch()
+        images, targets = draw_batch(world.device)
         loss = soft_target_loss(engine(images), targets).sum()
         engine.backward(loss)
         result = engine.step(1e-3)

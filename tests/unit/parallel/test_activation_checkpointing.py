@@ -22,7 +22,6 @@ from gcvit.parallel import activation_budget
 from gcvit.parallel.activation_budget import Compute, StorageTracker, activation_bytes, choose_parts, measure_parts
 from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
 from gcvit.parallel.build import build_engine
-from gcvit.runtime.distributed import join_world
 from tests.helpers.launching import ROOT
 
 MODES = ("none", "selective", "blocks", "full")
@@ -230,23 +229,23 @@ def test_a_budget_below_all_parts_is_refused_with_the_numbers():
         choose_parts(model, FP32, NUM_IMAGES, least - 1)
 
 
-def test_a_config_sets_the_budget_of_a_micro_batch_and_says_what_was_chosen():
+@pytest.mark.gpu
+def test_a_config_sets_the_budget_of_a_micro_batch_and_says_what_was_chosen(world):
     meta = build(on_meta=True)
     allowed = activation_bytes(meta, [], FP32, 4) // 2
     config = configure("activation_checkpointing=budget", f"activation_budget_bytes={allowed}")
     notices: list[str] = []
     before = torch.get_rng_state()
-    with join_world() as world:
-        build_engine(configure(), world, num_micro_steps=1)
-        plain = torch.get_rng_state()
-        torch.set_rng_state(before)
-        engine = build_engine(config, world, num_micro_steps=1, notices=notices)
-        assert torch.equal(torch.get_rng_state(), plain), "measuring has moved the random numbers"
-        images = torch.randn(4, 3, 64, 64)
-        engine.module.train()
-        with StorageTracker(engine.module.parameters()) as tracker:
-            _logits = engine.module(images)
-            stored = tracker.bytes_alive()
+    build_engine(configure(), world, num_micro_steps=1)
+    plain = torch.get_rng_state()
+    torch.set_rng_state(before)
+    engine = build_engine(config, world, num_micro_steps=1, notices=notices)
+    assert torch.equal(torch.get_rng_state(), plain), "measuring has moved the random numbers"
+    images = torch.randn(4, 3, 64, 64).to(world.device)
+    engine.module.train()
+    with StorageTracker(engine.module.parameters()) as tracker:
+        _logits = engine.module(images)
+        stored = tracker.bytes_alive()
     assert 0.5 * allowed < stored <= allowed
     assert len(notices) == 1
     assert f"{stored / 1e6:,.1f} MB of activations for 4 images within {allowed / 1e6:,.1f} MB" in notices[0]

@@ -9,8 +9,7 @@ from gcvit.optim.adamw import MODEL
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.training.trainer import seed_drop_path
-from tests.unit.parallel.test_engines import configure, draw_batch
-from tests.unit.parallel.test_engines import world as world  # the fixture
+from tests.helpers.engines import configure, draw_batch
 
 TWO_ALIKE = ["stages.0.blocks.0", "stages.0.blocks.2"]
 DEEPER = "model.overrides.depths=[4, 2, 2, 2]"
@@ -23,7 +22,7 @@ def run_steps(name: str, world, sizes: tuple[int, int], *overrides: str) -> tupl
     losses = []
     for step in range(2):
         for micro_step, size in enumerate(sizes):
-            images, targets = draw_batch(size, seed=10 * step + micro_step)
+            images, targets = draw_batch(world.device, size, seed=10 * step + micro_step)
             seed_drop_path(0, step, micro_step, world.rank)
             loss = soft_target_loss(engine(images), targets).sum()
             engine.backward(loss)
@@ -31,12 +30,13 @@ def run_steps(name: str, world, sizes: tuple[int, int], *overrides: str) -> tupl
         engine.step(1e-3)
     engine.module.eval()
     with torch.no_grad():
-        images, targets = draw_batch(seed=20)
+        images, targets = draw_batch(world.device, seed=20)
         losses.append(soft_target_loss(engine(images), targets).sum().item())
     return losses, {n: part.data.clone() for n, part in engine.fragments()[MODEL].items()}
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "overrides", "sizes", "num_graphs"),
     [

@@ -1,77 +1,31 @@
-"""Every engine in a world of one: the same contract, tested by the same tests. More processes: the golden
-runs."""
+"""Every engine in a world of one: the same tests prove the same contract. The golden runs have more processes."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.config.load import load_config
-from gcvit.config.schema import Config
 from gcvit.model.from_config import build_model
 from gcvit.optim.adamw import EXP_AVG, EXP_AVG_SQ, MODEL, Counters
 from gcvit.optim.loss import soft_target_loss
-from gcvit.parallel.build import build_engine
-from gcvit.parallel.engine import Engine, fill
-from gcvit.runtime.distributed import World, join_world
+from gcvit.parallel.engine import fill
 from gcvit.training.ema import Ema
-from tests.helpers.launching import ROOT
+from tests.helpers.engines import (
+    ENGINES,
+    build,
+    build_bare_model,
+    compute_logits,
+    configure,
+    copy_all,
+    draw_batch,
+    train_step,
+)
 
-ENGINES = {
-    "ddp": ["engine=ddp"],
-    "fsdp": ["engine=fsdp"],
-    "fsdp keeping": ["engine=fsdp", "fsdp.reshard_after_forward=false"],
-    "zero1": ["engine=zero", "zero.stage=1"],
-    "zero2": ["engine=zero", "zero.stage=2"],
-    "zero3": ["engine=zero", "zero.stage=3"],
-}
-# At 32x32 the variant's own windows are single positions, in which attention is constant and queries have no
-# gradient.
-SHAPE = ["model.overrides.depths=[2, 2, 2, 2]", "model.overrides.windows=[4, 2, 2, 1]"]
 each_engine = pytest.mark.parametrize("name", ENGINES)
 each_kind = pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """One group for the whole file: DeepSpeed remembers the first that it met."""
-    torch.set_num_threads(1)
-    with join_world() as joined:
-        yield joined
-
-
-def configure(name: str, *overrides: str) -> Config:
-    return load_config(ROOT / "tests/helpers/golden.yaml", [*ENGINES[name], *SHAPE, *overrides])[0]
-
-
-def build(name: str, world: World, *overrides: str, num_micro_steps: int = 1) -> Engine:
-    return build_engine(configure(name, *overrides), world, num_micro_steps=num_micro_steps)
-
-
-def draw_batch(num_images: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(num_images, 3, 32, 32, generator=generator)
-    return images, torch.softmax(torch.randn(num_images, 4, generator=generator), 1)
-
-
-@torch.no_grad()
-def logits_of(engine: Engine, training: bool = False) -> Tensor:
-    engine.module.train(training)
-    return engine(draw_batch()[0])
-
-
-def train_step(engine: Engine, seed: int = 0, factor: float = 1.0, lr: float = 1e-3):
-    images, targets = draw_batch(seed=seed)
-    engine.module.train()
-    engine.backward(soft_target_loss(engine(images), targets).sum() * factor)
-    return engine.step(lr)
-
-
-def copy_all(engine: Engine) -> dict[str, Tensor]:
-    return {f"{kind}.{n}": part.data.clone() for kind, parts in engine.fragments().items() for n, part in parts.items()}
+pytestmark = pytest.mark.gpu
 
 
 @each_engine
@@ -94,13 +48,13 @@ def test_fragments_cover_each_parameter_once_and_are_alive(name, world):
             assert part.data.data_ptr() == again[kind][n].data.data_ptr(), "a copy and no view"
 
     # They begin at the seed's initial weights.
-    model = build_model(configure(name).model).train()
+    model = build_bare_model(configure(name), world.device)
     model.init_weights(configure(name).seed)
     for n, p in model.named_parameters():
         assert torch.equal(kinds[MODEL][n].data.view(p.shape), p), n
 
     # A step of the engine shows in the fragments that were taken before it.
-    images, targets = draw_batch()
+    images, targets = draw_batch(world.device)
     torch.nn.functional.cross_entropy(model(images), targets).backward()
     before = copy_all(engine)
     train_step(engine)
@@ -117,39 +71,39 @@ def test_fragments_cover_each_parameter_once_and_are_alive(name, world):
 def test_what_is_written_is_computed_with(name, world):
     """Through fragments and `refresh`, also right after forward passes that left gathered copies behind."""
     engine = build(name, world)
-    model = build_model(configure(name).model)
+    model = build_bare_model(configure(name), world.device)
     for seed in (11, 12):
         for training in (True, False):
-            logits_of(engine, training)
+            compute_logits(engine, training)
         model.init_weights(seed)
         fill(engine.fragments()[MODEL], lambda n: dict(model.named_parameters())[n].detach())
         engine.refresh()
         with torch.no_grad():
-            expected = model.eval()(draw_batch()[0])
-        torch.testing.assert_close(logits_of(engine), expected, rtol=1e-5, atol=1e-6)
+            expected = model.eval()(draw_batch(world.device)[0])
+        torch.testing.assert_close(compute_logits(engine), expected, rtol=1e-5, atol=1e-6)
 
 
 @each_engine
 def test_a_swapped_in_average_leaves_no_trace(name, world):
     engine = build(name, world)
     ema = Ema(engine.fragments()[MODEL], half_life_samples=64, global_batch_size=32)
-    first = logits_of(engine)
+    first = compute_logits(engine)
     for seed in range(2):
         train_step(engine, seed)
         ema.update()
-    before, weights = logits_of(engine), copy_all(engine)
+    before, weights = compute_logits(engine), copy_all(engine)
     average = {n: part.data.clone() for n, part in ema.fragments.items()}
     with ema.swapped_in(engine):
-        inside = logits_of(engine)
-    assert torch.equal(logits_of(engine), before)
+        inside = compute_logits(engine)
+    assert torch.equal(compute_logits(engine), before)
     assert all(torch.equal(tensor, weights[n]) for n, tensor in copy_all(engine).items())
     assert all(torch.equal(part.data, average[n]) for n, part in ema.fragments.items())
 
     # And inside it was the average indeed: neither the weights of now nor those of the beginning.
-    model = build_model(configure(name).model).eval()
+    model = build_bare_model(configure(name), world.device).eval()
     model.load_state_dict({n: average[n].view(p.shape) for n, p in model.named_parameters()})
     with torch.no_grad():
-        torch.testing.assert_close(inside, model(draw_batch()[0]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(inside, model(draw_batch(world.device)[0]), rtol=1e-5, atol=1e-6)
     assert min((inside - other).abs().max() for other in (before, first)) > 1e-5
 
 
@@ -167,9 +121,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, factor, world):
     assert all(torch.equal(tensor, before[n]) for n, tensor in copy_all(engine).items())
     assert engine.counters().updates == 1
     # Nothing of the refused gradient is left: the next one is what a bare model has here.
-    model = build_model(configure(name).model).train()
+    model = build_bare_model(configure(name), world.device)
     model.load_state_dict({n: before[f"model.{n}"].view(p.shape) for n, p in model.named_parameters()})
-    images, targets = draw_batch(seed=5)
+    images, targets = draw_batch(world.device, seed=5)
     (torch.nn.functional.cross_entropy(model(images), targets, reduction="sum") / 32).backward()
     result = train_step(engine, seed=5)
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -183,7 +137,7 @@ def test_micro_steps_add_up(name, world):
     """Three of 5, 3 and 0 samples (one of zero target, as a rank without samples has) are one of 8."""
     whole = build(name, world, "global_batch_size=8")
     parts = build(name, world, "global_batch_size=8", num_micro_steps=3)
-    images, targets = draw_batch(8)
+    images, targets = draw_batch(world.device, 8)
     for engine, cuts in ((whole, [slice(0, 8)]), (parts, [slice(0, 5), slice(5, 8), slice(0, 1)])):
         engine.module.train()
         for i, cut in enumerate(cuts):
@@ -191,7 +145,7 @@ def test_micro_steps_add_up(name, world):
             engine.backward(loss)
     norms = [engine.step(1e-3).grad_norm for engine in (whole, parts)]
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=0)
-    model = build_model(configure(name).model).train()
+    model = build_bare_model(configure(name), world.device)
     model.init_weights(configure(name).seed)
     torch.nn.functional.cross_entropy(model(images), targets).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -208,7 +162,7 @@ def test_ddp_has_one_memory_for_gradients(world):
     """That of the buckets, from the first micro-step of the first step on."""
     engine = build("ddp", world, num_micro_steps=2)
     engine.module.train()
-    images, targets = draw_batch()
+    images, targets = draw_batch(world.device)
     places = [[p.grad.data_ptr() for p in engine.module.parameters()]]
     for _ in range(2):
         for _ in range(2):
@@ -236,15 +190,15 @@ def test_the_count_of_updates_can_be_set(name, world):
 # ---- recomputation -------------------------------------------------------------------------------
 
 
-def run_counted(mode: str, drop_path: float = 0.0) -> tuple[int, int, dict[str, Tensor]]:
+def run_counted(mode: str, device: torch.device, drop_path: float = 0.0) -> tuple[int, int, dict[str, Tensor]]:
     """FLOPs of forward and of backward, and the gradients."""
     from gcvit.parallel.activation_checkpointing import recompute_parts
 
     config = configure("ddp", f"model.drop_path={drop_path}")
-    model = build_model(config.model).train()
+    model = build_bare_model(config, device)
     model.init_weights(0)
     recompute_parts(model, mode)
-    images, targets = draw_batch()
+    images, targets = draw_batch(device)
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as forward:
         loss = soft_target_loss(model(images), targets).sum()
@@ -255,9 +209,9 @@ def run_counted(mode: str, drop_path: float = 0.0) -> tuple[int, int, dict[str, 
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_full_checkpointing_computes_forward_again_and_the_same_gradients(drop_path):
-    forward, backward, gradients = run_counted("none", drop_path)
-    forward_full, backward_full, gradients_full = run_counted("full", drop_path)
+def test_full_checkpointing_computes_forward_again_and_the_same_gradients(drop_path, device):
+    forward, backward, gradients = run_counted("none", device, drop_path)
+    forward_full, backward_full, gradients_full = run_counted("full", device, drop_path)
     assert forward_full == forward
     # All but the head and what is behind the last tensor that a part needs to have back.
     assert 0.9 * forward <= backward_full - backward <= forward
@@ -274,7 +228,7 @@ def test_checkpointing_works_in_every_engine(name, mode, world):
     counts = []
     for engine in (plain, full):
         torch.manual_seed(1)
-        images, targets = draw_batch()
+        images, targets = draw_batch(world.device)
         engine.module.train()
         loss = soft_target_loss(engine(images), targets).sum()
         with FlopCounterMode(display=False) as backward:
@@ -296,7 +250,7 @@ def test_the_head_alone_moves(name, world):
     """The rest keeps its bits but gathers its moments, and goes on with them."""
     engine = build(name, world, "optim.frozen_backbone=1 step", "optim.layer_decay=0.8")
     before = copy_all(engine)
-    images, targets = draw_batch()
+    images, targets = draw_batch(world.device)
     engine.module.train()
     engine.backward(soft_target_loss(engine(images), targets).sum())
     assert engine.step(1e-3, head_only=True).applied.item() == 1

@@ -8,7 +8,7 @@ from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.deepspeed_config import build_settings
-from tests.unit.parallel.test_engines import configure, world  # noqa: F401  (a fixture)
+from tests.helpers.engines import configure
 
 SMALL = nn.Linear(1000, 1000, device="meta")
 
@@ -76,7 +76,7 @@ def test_a_key_that_contradicts_ours_is_refused_with_its_hint(extra, hint):
         "{zero_optimization: {zero_quantized_weights: true}}",  # here, without a GPU
     ],
 )
-def test_what_deepspeed_refuses_is_the_users_to_mend(extra, world):  # noqa: F811
+def test_what_deepspeed_refuses_is_the_users_to_mend(extra, world):
     config = configure("zero2", f"zero.extra={extra}")
     with pytest.raises(UserError, match=r"zero\.extra"):
         build_engine(config, world, num_micro_steps=1)

@@ -11,7 +11,7 @@ from gcvit.data.transforms import DeviceAugment
 from gcvit.model.from_config import build_model
 from gcvit.monitoring.step_timer import StepClock
 from gcvit.optim.loss import soft_target_loss
-from gcvit.runtime.distributed import World, join_world
+from gcvit.runtime.distributed import World
 from gcvit.training.trainer import copy_to_device, seed_drop_path
 from tests.helpers.launching import ROOT
 from tests.helpers.streaming import whole_batch
@@ -54,12 +54,6 @@ def test_neighbouring_places_draw_otherwise():
 # ---- a rank without samples ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def world():
-    with join_world() as joined:
-        yield joined
-
-
 def draw_batch(num_images: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     return whole_batch(
@@ -70,6 +64,7 @@ def draw_batch(num_images: int) -> Batch:
     )
 
 
+@pytest.mark.gpu
 def test_a_rank_without_samples_takes_part_with_exact_zeros(world: World):
     config, _ = load_config(ROOT / "tests/helpers/golden.yaml")
     augment = DeviceAugment(config.augment, config.data, num_classes=4, seed=config.seed)
