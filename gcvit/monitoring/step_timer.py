@@ -10,16 +10,15 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from gcvit.data.batch import Batch
 from gcvit.data.stage_timer import Stopwatch
+from gcvit.monitoring.process_group_hooks import Around, wrap_collectives
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.engine import Engine
 
@@ -29,11 +28,6 @@ LOADING = STAGES[:4]
 _DATA, _WAITING = "data", "waiting"  # for a batch; for other ranks. They become stages of a row by `attribute`.
 _TALKING = ("compute", "checkpoint", _WAITING)  # stages in which ranks talk to each other
 _MAX_MARKS = 4096  # in a GPU's stream, before those that it has passed are added up
-# What the training's own thread may stand still in. DDP waits in C++ and is seen by `watch_waits`.
-_ISSUE = (
-    *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "allgather", "all_gather_single", "_allgather_base"),
-    *("reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base", "allgather_into_tensor_coalesced"),
-)
 
 
 class StepClock:
@@ -158,11 +152,11 @@ def attribute(of_ranks: Sequence[Seconds]) -> Bound:
 
 @contextmanager
 def watch_waits(clock: StepClock, engine: Engine) -> Iterator[None]:
-    """While inside, the clock tells what of compute and of a save is communication, and what is waiting.
+    """Have the clock separate communication and waiting from compute and from saving, while the block runs.
 
-    PyTorch has no hook on waits, so its methods are wrapped. On a CPU a collective is issued and then waited for;
-    on a GPU it takes its place in a stream, and what the stream of the training stands still for is all waiting.
-    Called by the thread that trains; collectives of other threads pass through untimed.
+    On a CPU a collective is issued and then awaited. On a GPU it is queued in a stream of its own, and all the time
+    that the training's stream stands still is waiting. Call it from the thread that trains: collectives of other
+    threads, a checkpoint's for example, are not timed.
     """
     if engine.world.size == 1:
         yield
@@ -172,39 +166,29 @@ def watch_waits(clock: StepClock, engine: Engine) -> Iterator[None]:
     trainer = threading.current_thread()
 
     def is_training() -> bool:
-        # Checkpoints are written by a thread that talks to other ranks too.
         here = threading.current_thread()
         is_ours = here is trainer or (is_cuda and isinstance(here, threading._DummyThread))  # a GPU's autograd
         return is_ours and clock.stage in _TALKING and (not is_cuda or torch.cuda.current_stream() == main_stream)
 
-    def timed(method: Callable[..., Any], stage: str) -> Callable[..., Any]:
-        @wraps(method)
-        def call(*arguments: Any, **options: Any) -> Any:
+    def timed_as(stage: str) -> Around:
+        def run(call: Callable[[], Any]) -> Any:
             if clock.stage == stage or not is_training():
-                return method(*arguments, **options)
+                return call()
             with clock.during(stage):
-                return method(*arguments, **options)
+                return call()
 
-        return call
+        return run
 
-    issuing = _WAITING if is_cuda else "communication"
-    wrapped: list[tuple[type, str, str]] = [
-        (dist.ProcessGroup, name, issuing) for name in _ISSUE if name in vars(dist.ProcessGroup)
-    ]
-    wrapped += [(dist.Work, "wait", _WAITING)]
-    wrapped += [(torch.cuda.Stream, name, _WAITING) for name in ("wait_event", "wait_stream") if is_cuda]
-
-    def see_last_gradient(parameter: torch.Tensor) -> None:
-        # Of the first layer: what is left of the backward pass is the exchange of gradients.
+    def begin_waiting(parameter: torch.Tensor) -> None:
+        # The first layer's gradient comes last: what follows in the backward pass is the exchange of gradients.
         if clock.stage == "compute":
             clock.switch(_WAITING)
 
     first_weight = next(engine.module.stem.parameters())
-    handle = first_weight.register_post_accumulate_grad_hook(see_last_gradient)
-    with ExitStack() as stack:
-        stack.callback(handle.remove)
-        for owner, name, stage in wrapped:
-            # Not what `getattr` gives, which would not be bound to its object when it is put back.
-            stack.callback(setattr, owner, name, vars(owner)[name])
-            setattr(owner, name, timed(getattr(owner, name), stage))
-        yield
+    handle = first_weight.register_post_accumulate_grad_hook(begin_waiting)
+    issuing = timed_as(_WAITING if is_cuda else "communication")
+    try:
+        with wrap_collectives(issuing=issuing, waiting=timed_as(_WAITING), has_streams=is_cuda):
+            yield
+    finally:
+        handle.remove()

@@ -6,9 +6,6 @@ ranges of flattened tensors. Reaching them takes private names of DeepSpeed 0.19
 and the tests compare digests. DeepSpeed's own checkpoints are not used: they do not move between world sizes.
 """
 
-import contextlib
-import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +13,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
@@ -29,6 +23,11 @@ from gcvit.model.layers import Stem
 from gcvit.optim.adamw import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, StepResult, build_adamw, create_moment, set_lr
 from gcvit.optim.loss_scaler import LossScale
 from gcvit.parallel.deepspeed_config import build_settings
+from gcvit.parallel.deepspeed_patches import (
+    prepare_environment,
+    release_linear_weights,
+    use_zero_optimizer_in_bf16,
+)
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World
 
@@ -53,14 +52,14 @@ class ZeroEngine:
                 got="precision=fp16, engine=zero",
                 hint="set precision=bf16, or take engine=ddp or engine=fsdp",
             )
-        _prepare_environment(world)
+        prepare_environment(world.device.type)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         settings = build_settings(optim, zero, module, num_micro_steps, dtype)
         check_settings(settings, world.device.type)
         shapes = {name: p.shape for name, p in module.named_parameters()}
         module.to(dtype)  # the masters stay fp32
         if zero.stage == 3:
-            _release_weights(module)
+            release_linear_weights(module)
             _materialize_in_parts(module, world.device, settings)
             _gather_by_parts(module)
         else:
@@ -68,7 +67,7 @@ class ZeroEngine:
         module.init_buffers()
         parameters = ((name, tuple(shapes[name]), p) for name, p in module.named_parameters())
         optimizer = build_adamw(parameters, optim, module.find_layers())
-        with _zero_in_bf16_too():
+        with use_zero_optimizer_in_bf16():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = module
         self._zero = self._engine.optimizer
@@ -192,36 +191,6 @@ def check_settings(settings: dict[str, Any], device_type: str) -> None:
         raise UserError("DeepSpeed refuses zero.extra", got=error, hint="correct or remove what it names") from error
 
 
-@contextlib.contextmanager
-def _zero_in_bf16_too() -> Iterator[None]:
-    """Have stage 1 in bf16 sum gradients in fp32 like all the others.
-
-    DeepSpeed would take another optimizer for that, which knows nothing of fragments, refusing and buckets here.
-    """
-    choose = DeepSpeedEngine._do_optimizer_sanity_check
-    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: ZERO_OPTIMIZATION
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._do_optimizer_sanity_check = choose
-
-
-def _release_weights(module: GCViT) -> None:
-    """Let linear layers forget their gathered weights between forward and backward.
-
-    PyTorch's own keep a transposed view, so that the gathered weight would live on. DeepSpeed by default replaces
-    `torch.nn.functional.linear` in the whole process, for good; this touches our layers alone.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            layer.forward = functools.partial(_run_linear, layer)  # type: ignore[method-assign]
-
-
-def _run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    y: Tensor = zero3_linear_wrap(x, layer.weight, layer.bias)
-    return y
-
-
 def _gather_by_parts(module: GCViT) -> None:
     """Gather each part of the model in one message, and not its every layer in one of its own.
 
@@ -239,13 +208,3 @@ def _materialize_in_parts(module: GCViT, device: torch.device, settings: dict[st
         if next(part.parameters(recurse=False), None) is not None:
             part.to_empty(device=device, recurse=False)
             deepspeed.zero.Init(module=part, config_dict_or_path=settings)
-
-
-def _prepare_environment(world: World) -> None:
-    """Spare the user what DeepSpeed would do at its start."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on it, for one plain process too
-    if world.device.type == "cpu":
-        # It would compile a shared-memory collective for half a minute, which gloo does without.
-        from deepspeed.ops import __compatible_ops__
-
-        __compatible_ops__["deepspeed_shm_comm"] = False
