@@ -34,7 +34,7 @@ def main() -> None:
 
         return print_plan(config, messages, num_gpus=arguments.gpus, gpu=arguments.gpu, mfu=arguments.mfu)
     if arguments.replay is None and not arguments.overfit_one_batch:
-        signals.heed()
+        signals.install_handlers()
     if config.data.num_workers:
         loader_context()  # takes seconds to be ready, as do the next imports: side by side
     from gcvit.data.source import open_sources

@@ -34,4 +34,4 @@ class Preempted(Exception):
     """The run leaves before its end, because it was told to; all ranks alike. A restart goes on."""
 
     def __init__(self) -> None:
-        super().__init__("told to leave by SIGUSR1 or SIGTERM")
+        super().__init__("preempted by SIGUSR1 or SIGTERM")

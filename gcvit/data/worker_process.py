@@ -19,7 +19,7 @@ def loader_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gcvit.data.loader"])
     for server in (resource_tracker, forkserver):
-        with signals.held_back():  # once for each: the tracker lets SIGTERM through again on its way
+        with signals.block_signals():  # once for each: the tracker lets SIGTERM through again on its way
             server.ensure_running()
     return context
 

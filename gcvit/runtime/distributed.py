@@ -1,4 +1,4 @@
-"""Who am I: rank, world size and device, from torchrun, the deepspeed launcher, or one plain process."""
+"""Rank, world size, device and process groups, from torchrun, the deepspeed launcher or one plain process."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,32 +18,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, with its `device`."""
+    """The process group, seen by one of its ranks."""
 
     rank: int
     size: int
     device: torch.device
-    host_group: dist.ProcessGroup  # gloo: host-side words between ranks must not queue behind kernels
-    timeout: timedelta | None = None  # of a collective; None is torch's
+    host_group: dist.ProcessGroup  # gloo: small objects must not queue behind kernels
+    timeout: timedelta | None = None  # of a collective; None for PyTorch's default
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place."""
+        """Sum `tensor` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value on every rank; a small plain Python object."""
+        """Return rank 0's value, a small plain Python object, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
     def on_rank0(self, act: Callable[[], T]) -> T:
-        """What `act()` gives on rank 0, on every rank; its `UserError` too, so that all ranks stop alike."""
+        """Call `act()` on rank 0, and return its result on every rank.
+
+        Raises:
+            UserError: on every rank, if `act()` raises it.
+        """
         outcome: T | UserError | None = None
         if self.is_rank0:
             try:
@@ -56,16 +60,17 @@ class World:
         return cast(T, outcome)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank; small plain Python objects."""
+        """Return the values of all ranks, small plain Python objects, on every rank."""
         boxes = [value] * self.size
         dist.all_gather_object(boxes, value, group=self.host_group)
         return boxes
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         dist.barrier(group=self.host_group)
 
     def new_host_group(self) -> dist.ProcessGroup:
-        """One more like `host_group`, for another thread or purpose. Every rank calls it."""
+        """Create another group like `host_group`, for a thread or a purpose of its own. Every rank calls it."""
         return _new_host_group(self.timeout)
 
 
@@ -77,21 +82,27 @@ def _new_host_group(timeout: timedelta | None) -> dist.ProcessGroup:
 
 @contextmanager
 def join_world(deterministic: bool = False, hang_timeout: float | None = None) -> Iterator[World]:
-    """Start the process group named by the environment, and leave it in the end.
+    """Initialize the process group that the environment names, and destroy it at the end of the block.
 
-    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them this process is
-    a world of one (which still has a process group: FSDP2 and DeepSpeed want one). With `deterministic` it takes
-    kernels that give the same bits in every run, and fails at an operation that has none. With `hang_timeout`, in
-    seconds, a watchdog ends it where it hangs; collectives may wait for longer, since its stacks tell more than they.
+    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*. Without them this process is
+    a world of one. It has a process group too, which FSDP2 and DeepSpeed require.
+
+    Args:
+        deterministic: Use kernels that give the same bits in every run, and fail at an operation that has none.
+        hang_timeout: Seconds without progress after which a watchdog ends this process. Collectives may wait for
+            longer, because the watchdog prints stacks and a collective's timeout does not.
+
+    Raises:
+        UserError: if this node has more processes than GPUs.
     """
-    # PyTorch's default for convolutions of fp32, which it would round to 10 bits; its products are exact by default.
+    # By default PyTorch rounds the inputs of fp32 convolutions to 10 bits of mantissa. Its matrix products are exact.
     torch.backends.cudnn.allow_tf32 = False
     if deterministic:
-        # Read when the first product is launched: with a workspace of its own, cuBLAS does not choose by what is free.
+        # cuBLAS reads it at the first product. With a fixed workspace it does not choose kernels by free memory.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        # It would also fill all new memory with NaN, which costs time: nothing here reads what it has not written.
+        # PyTorch would also fill new memory with NaN, which costs time. Nothing here reads memory before writing it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -115,5 +126,5 @@ def join_world(deterministic: bool = False, hang_timeout: float | None = None) -
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         yield World(rank, size, device, _new_host_group(timeout), timeout)
-        # Not after an error: the other ranks may be inside a collective, and leaving the group would wait for them.
+        # Not after an error: destroying the group would wait for ranks that are inside a collective.
         dist.destroy_process_group()

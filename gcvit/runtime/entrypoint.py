@@ -1,4 +1,4 @@
-"""How an entry point ends: its exit code, and one line on stderr for an error that the user can mend."""
+"""Run an entry point, and turn its errors into exit codes and one line on stderr."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from gcvit.errors import Preempted, UserError
-from gcvit.runtime.exit_status import CRASHED, FINISHED, PREEMPTED, USER_ERROR, here, report
+from gcvit.runtime.exit_status import CRASHED, FINISHED, PREEMPTED, USER_ERROR, describe_process, write_report
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point and exit: 0 when it returns, 2 with one line on stderr for a `UserError`, 75 if `Preempted`.
-    A `UserError` that may pass exits with 1.
+    """Run an entry point and exit: 0 if it returns, 2 with one line on stderr for a `UserError`, 75 if `Preempted`.
 
-    Every rank of a job meets a bad config alike, so one of each node speaks: what is wrong may lie on one node
-    alone. What a single rank meets (a corrupt sample, say) is said by that rank.
+    A `UserError` that may pass exits with 1. All ranks fail alike on a bad config, so the first rank of each node
+    prints the line: the cause may be on one node alone. A rank whose error is `rank_local`, a corrupt sample for
+    example, prints its own.
     """
     try:
         main()
@@ -25,31 +25,31 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "rank_local", False):
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"error{where}: {line}", file=sys.stderr, flush=True)
-        _leave(CRASHED if error.may_pass else USER_ERROR, line)
+        _exit_now(CRASHED if error.may_pass else USER_ERROR, line)
     except Preempted as error:
-        _leave(PREEMPTED, str(error))
+        _exit_now(PREEMPTED, str(error))
     except SystemExit as end:  # argparse's way to refuse a command line
         code = end.code if isinstance(end.code, int) else FINISHED if end.code is None else CRASHED
-        report(code, f"exit with {end.code}")
+        write_report(code, f"exit with {end.code}")
         raise
     except BaseException as error:
         what = traceback.format_exception_only(error)[-1].strip()
         if isinstance(error, KeyboardInterrupt) or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            report(CRASHED, what)
+            write_report(CRASHED, what)
             raise
         traceback.print_exc()
-        print(f"failed ({here()}): {what}", file=sys.stderr, flush=True)
-        _leave(CRASHED, what)
-    report(FINISHED, "")
+        print(f"failed ({describe_process()}): {what}", file=sys.stderr, flush=True)
+        _exit_now(CRASHED, what)
+    write_report(FINISHED, "")
     sys.exit(FINISHED)
 
 
-def _leave(code: int, what: str) -> NoReturn:
+def _exit_now(code: int, what: str) -> NoReturn:
     """Exit without running exit handlers.
 
-    Another rank may be inside a collective, and waiting for it would turn a clear message into a hang. It also spares
-    the user torch's teardown warnings.
+    Another rank may be inside a collective. Waiting for it would turn a clear message into a hang. The user does not
+    see PyTorch's teardown warnings either.
     """
-    report(code, what)
+    write_report(code, what)
     sys.stdout.flush()
     os._exit(code)

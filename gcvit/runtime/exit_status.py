@@ -1,7 +1,8 @@
-"""How a process ended: its exit code, and a report of it for batch scripts.
+"""Exit codes, and a report of how each process ended, which batch scripts read.
 
-torchrun, srun and the deepspeed launcher turn every exit code into one of their own. So where the environment names a
-folder in GCVIT_REPORT_DIR, every process leaves `rank_N.json` there: who it was, how it ended, why, at which step.
+torchrun, srun and the deepspeed launcher replace every exit code by one of their own. So if the environment names a
+folder in GCVIT_REPORT_DIR, every process writes `rank_N.json` there: its rank and host, its outcome, the reason and
+the step.
 """
 
 import json
@@ -15,20 +16,20 @@ from gcvit.runtime import heartbeat
 
 FINISHED = 0
 CRASHED = 1
-USER_ERROR = 2  # a restart cannot mend it
-PREEMPTED = 75  # EX_TEMPFAIL: saved, and a restart goes on
+USER_ERROR = 2  # a restart cannot help
+PREEMPTED = 75  # EX_TEMPFAIL: it has saved, and a restart resumes
 HUNG = 76
 
 _WORDS = {FINISHED: "finished", USER_ERROR: "user error", PREEMPTED: "preempted", HUNG: "hung"}
 
 
-def here() -> str:
-    """This process in words: "rank 3 on node2"."""
+def describe_process() -> str:
+    """Return the rank and host of this process, such as "rank 3 on node2"."""
     return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
-def report(code: int, what: str) -> None:
-    """Leave the report that this process ends with `code`, because of `what`. Where it cannot be written, say so."""
+def write_report(code: int, what: str) -> None:
+    """Write the report that this process ends with `code` because of `what`, or print why it cannot be written."""
     folder = os.environ.get("GCVIT_REPORT_DIR")
     if not folder:
         return
@@ -40,7 +41,7 @@ def report(code: int, what: str) -> None:
         "exit": code,
         "what": " ".join(what.split()),
         "step": heartbeat.last_step(),
-        "time": time.time(),  # the first to fail is the cause, the others' connections to it broke
+        "time": time.time(),  # the first failure is the cause; other ranks fail because they lose the connection
     }
     path = Path(folder) / f"rank_{rank}.json"
     try:

@@ -1,7 +1,7 @@
-"""GPUs by name: their memory, and the most operations a second that they can do. For plans, and for shares of the peak.
+"""List the memory and the peak FLOP/s of GPUs, for plans and for model FLOPs utilization.
 
-Peaks are those of dense matrices; a data sheet that counts zeros of sparse ones ("with sparsity") says twice as much,
-and is halved here. In fp32 nothing is rounded to TF32 (see `gcvit.runtime.distributed`), so tensor cores stand still.
+Peaks are for dense matrices. Data sheets that state them "with sparsity" count zeros and are halved here. fp32 is
+not rounded to TF32 (see `gcvit.runtime.distributed`), so its peak is without tensor cores.
 """
 
 import difflib
@@ -15,30 +15,30 @@ _TERA = 1e12
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of GPU. `peaks` are FLOP/s by the config's precision; what it cannot compute in has none."""
+    """Describe one model of GPU. `peaks` are FLOP/s by precision; an unsupported precision has none."""
 
     name: str
     torch_names: tuple[str, ...]
-    """As `torch.cuda.get_device_name` has it; a slice of a GPU (MIG) has a longer one."""
+    """The names that `torch.cuda.get_device_name` returns. A slice of a GPU (MIG) has a longer name."""
     memory_bytes: int
-    """By the data sheet, whose GB are 10^9 bytes. What a driver shows differs by a few percent either way."""
+    """From the data sheet, whose GB are 10^9 bytes. A driver reports a few percent more or less."""
     peaks: Mapping[str, float]
 
     @property
     def runs_triton(self) -> bool:
-        """Whether attention "auto" takes our kernels there: from `kernels.CAPABILITY` on, which bf16 came with."""
+        """Whether attention "auto" uses the Triton kernels: from `kernels.CAPABILITY` on, as bf16 does."""
         return "bf16" in self.peaks
 
 
 def _device(name: str, torch_names: tuple[str, ...], gigabytes: int, fp32: float, half: float, bf16: bool) -> Device:
-    """`fp32` and `half` (16 bits, summed in fp32) in TFLOP/s."""
+    """Make a row of the table; `fp32` and `half` (16 bits, accumulated in fp32) are in TFLOP/s."""
     peaks = {"fp32": fp32 * _TERA, "fp16": half * _TERA} | ({"bf16": half * _TERA} if bf16 else {})
     return Device(name, torch_names, gigabytes * 10**9, peaks)
 
 
 # fmt: off
 _ALL = [
-    # V100 data sheet (NVIDIA 1165301, January 2020): SXM2; its tensor cores know fp16 alone.
+    # V100 data sheet (NVIDIA 1165301, January 2020): SXM2; its tensor cores support fp16 only.
     _device("v100-32", ("Tesla V100-SXM2-32GB",), 32, 15.7, 125, bf16=False),
     # A100 data sheet (NVIDIA 1758950, June 2021): the same peaks for PCIe and SXM.
     _device("a100-40", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 19.5, 312, bf16=True),
@@ -62,12 +62,16 @@ DEVICES: dict[str, Device] = {device.name: device for device in _ALL}
 
 
 def find_device(torch_name: str) -> Device | None:
-    """The row of a GPU, by the name that PyTorch gives it; None for what is not in the table."""
+    """Return the row of a GPU by the name that PyTorch gives it, or None if the table lacks it."""
     return next((device for device in _ALL if torch_name in device.torch_names), None)
 
 
 def get_device(name: str) -> Device:
-    """The row by its own name. Errors: UserError for an unknown one, with the nearest."""
+    """Return the row named `name`.
+
+    Raises:
+        UserError: if there is none; the hint names the nearest.
+    """
     if name not in DEVICES:
         near = [known for known in DEVICES if known.startswith(name)] or difflib.get_close_matches(name, DEVICES, n=1)
         hint = f"did you mean {near[0]}?" if near else None

@@ -1,26 +1,27 @@
-"""Signs of life of this process: what it has got done, for its watchdog and for the report of its end."""
+"""Count the progress of this process, for its watchdog and for its exit report."""
 
 _num_marks = 0
 _step: int | None = None
 
 
 def mark() -> None:
-    """Something was got done: an evaluation batch, a piece of a checkpoint. Any thread calls it."""
+    """Record that some work is done: an evaluation batch, a part of a checkpoint. Any thread may call it."""
     global _num_marks
     _num_marks += 1
 
 
 def mark_step(step: int) -> None:
-    """The run's step number `step` was finished."""
+    """Record that the training step `step` is done."""
     global _step
     _step = step
     mark()
 
 
 def num_marks() -> int:
+    """Return how often progress was recorded."""
     return _num_marks
 
 
 def last_step() -> int | None:
-    """The last step that this process finished, None before the first."""
+    """Return the last training step that this process finished, None before the first."""
     return _step

@@ -1,9 +1,9 @@
-"""The lock of a run's folder: one writer at a time, and how a dead one's is taken over.
+"""Lock a run folder: one process writes at a time, and a restart takes over the lock of a dead process.
 
-The system's lock on the file `lock` comes first: it is gone when its process is. Two things it cannot do on every file
-system: let go of the lock of a node that lost its power, and hold between nodes at all. So the file says who holds it,
-with the time of its last heartbeat, and whoever takes it over renames a new file over the old: a holder that was only
-cut off reads there that it was outbid, and writes no more.
+The operating system's lock on the file `lock` comes first: it ends with its process. On some file systems it survives
+a node that lost its power, or does not hold between nodes. So the file names its holder and the time of the last
+heartbeat. A process that takes the lock over renames a new file over the old one. A holder that was only cut off
+reads there that it has lost the lock, and stops writing.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ from typing import IO, Self
 from gcvit.errors import UserError
 
 _BEAT_SECONDS = 5.0
-_WATCH_SECONDS = 12.0  # in which a live holder is seen to beat, whatever the clocks of two nodes say
+_WATCH_SECONDS = 12.0  # a live holder beats within this time, whatever the difference of two clocks
 _DEAD_SECONDS = 60.0  # since the last beat
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """Identify the process that holds a lock."""
 
     job: str | None  # of SLURM
     restart: int  # how often SLURM has requeued it
@@ -41,7 +41,7 @@ class Holder:
 
 
 class RunLock:
-    """Held while inside, by one process. The system frees it when that process ends, however it ends."""
+    """Hold the lock of a run folder while the block runs. The system frees it whenever and however the process ends."""
 
     def __init__(self, run_dir: Path):
         self._run_dir, self._path = run_dir, run_dir / "lock"
@@ -55,7 +55,11 @@ class RunLock:
         self._is_over = threading.Event()
 
     def __enter__(self) -> Self:
-        """Errors: UserError where a live run holds it, or the folder cannot be written."""
+        """Acquire the lock, and start its heartbeat.
+
+        Raises:
+            UserError: if a live run holds the lock, or the folder cannot be written.
+        """
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._file = self._acquire()
@@ -72,26 +76,31 @@ class RunLock:
         self._is_over.set()
         self._thread.join()
         with suppress(OSError):
-            self._file.truncate(0)  # so that nobody on another node waits for a next beat
+            self._file.truncate(0)  # so that no other node waits for the next beat
         self._file.close()
 
     def check(self) -> None:
-        """Errors: UserError where another run has taken the lock over; OSError where the file cannot be read."""
+        """Check that this process still holds the lock.
+
+        Raises:
+            UserError: if another run has taken the lock over.
+            OSError: if the file cannot be read.
+        """
         holder, _ = _read(self._path)
         if holder is not None and holder != self.holder:
             raise UserError(
                 "another run has taken this run's folder over",
                 got=f"{self._run_dir}, now held by {holder}",
-                hint="nothing: that one goes on; this one was too long without a sign of life",
+                hint="do nothing: that run continues; this one wrote no heartbeat for too long",
             )
 
     def _acquire(self) -> IO[bytes]:
         while True:
-            file = _open(self._path)  # closed in the end; closing frees the lock
+            file = _open(self._path)  # closing it frees the lock
             if not _lock(file, self._run_dir):
                 file.close()
                 return self._take_over()
-            if not _is_at(file, self._path):  # it was renamed over meanwhile
+            if not _is_at(file, self._path):  # another process has renamed a new file over it
                 file.close()
                 continue
             holder, _ = _read(self._path)
@@ -102,7 +111,7 @@ class RunLock:
             return file
 
     def _take_over(self) -> IO[bytes]:
-        """The system says that it is locked, which may be the lock of a dead node."""
+        """Acquire a lock that the system reports as held, if it is a dead node's."""
         holder, beat = _read(self._path)
         if holder is None:
             raise self._refusal("a run that is just starting")
@@ -116,7 +125,7 @@ class RunLock:
         return file
 
     def _follows(self, holder: Holder) -> bool:
-        """Whether that is an earlier start of the same job, which SLURM has ended."""
+        """Return whether `holder` is an earlier start of the same job, which SLURM has ended."""
         mine = self.holder
         return mine.job is not None and mine.job == holder.job and mine.restart > holder.restart
 
@@ -136,7 +145,7 @@ class RunLock:
         )
 
     def _sign(self, file: IO[bytes]) -> None:
-        # Always of one length and in one piece, so that a reader finds no half.
+        # One write of a constant length: a reader never sees half of it.
         content = json.dumps({**asdict(self.holder), "heartbeat": int(time.time())}).encode()
         file.truncate(len(content))
         os.pwrite(file.fileno(), content, 0)
@@ -144,7 +153,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._is_over.wait(_BEAT_SECONDS):
-            with suppress(OSError):  # a full disk: the lock of the system still holds
+            with suppress(OSError):  # the disk is full: the system's lock still holds
                 self._sign(self._file)
 
 
@@ -153,7 +162,11 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lock(file: IO[bytes], run_dir: Path) -> bool:
-    """Whether the file is locked for this process now. Errors: UserError where there are no locks."""
+    """Lock the file for this process, and return whether that succeeded.
+
+    Raises:
+        UserError: if the file system has no locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,9 +187,9 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[Holder | None, float]:
-    """Who has signed the lock, and the time of the last heartbeat; nobody where it is empty. Errors: OSError."""
+    """Read the holder of a lock and the time of its last heartbeat; (None, 0.0) if nobody has signed it."""
     try:
         content = json.loads(path.read_bytes())
         return Holder(**{name: content[name] for name in Holder.__annotations__}), float(content["heartbeat"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # signed by nobody, or being signed
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # nobody has signed it, or somebody is about to
         return None, 0.0

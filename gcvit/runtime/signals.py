@@ -1,10 +1,10 @@
-"""The notice that this process must leave: SIGUSR1, SLURM's warning, or SIGTERM, when the machine is taken away.
+"""The preemption signals of this process: SIGUSR1, which SLURM sends ahead, and SIGTERM, which precedes a kill.
 
-It only raises a flag here. What follows is agreed among the ranks in `preemption.py`.
+A signal only sets a flag here. `preemption.py` has all ranks agree on the step at which they stop.
 
-SLURM gives USR1 to all processes of a job. One that we start (a compiler, a pool of compilers) would die of it, and
-does not where we hold it back, since that is inherited. So it is awaited by a thread; a handler takes it where other
-threads, older than that, let it through.
+SLURM sends SIGUSR1 to all processes of a job. It would kill a process that the training starts, a compiler for example.
+A blocked signal does not, and child processes inherit the block. So the main thread blocks SIGUSR1, and a thread waits
+for it. The handler serves the threads that started before the block, which receive the signal all the same.
 """
 
 import signal
@@ -15,31 +15,32 @@ from types import FrameType
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
-_is_given = False
+_is_received = False
 
 
-def heed() -> None:
-    """Take the signals for a notice from now on, however often they come. The main thread calls it."""
+def install_handlers() -> None:
+    """Have the signals set the flag from now on, however often they come. Call it in the main thread."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, _set_flag)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    threading.Thread(target=_await, name="notice", daemon=True).start()
+    threading.Thread(target=_await, name="preemption signal", daemon=True).start()
 
 
-def ignore() -> None:
-    """Take no notice any more. Python, once it shuts down, would otherwise be killed by these signals."""
+def ignore_signals() -> None:
+    """Ignore the signals from now on: they would kill Python while it shuts down."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # only then are those dropped that came meanwhile
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # last, so that pending ones are ignored
 
 
-def is_given() -> bool:
-    return _is_given
+def is_received() -> bool:
+    """Return whether this process has received a preemption signal."""
+    return _is_received
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Let no signal through while inside, nor ever to the processes that are started in it, which inherit that."""
+def block_signals() -> Iterator[None]:
+    """Block the signals while the block runs. Processes that are started in it inherit the block for good."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -49,9 +50,9 @@ def held_back() -> Iterator[None]:
 
 def _await() -> None:
     while True:
-        _note(signal.sigwait({signal.SIGUSR1}), None)
+        _set_flag(signal.sigwait({signal.SIGUSR1}), None)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    global _is_given
-    _is_given = True
+def _set_flag(number: int, frame: FrameType | None) -> None:
+    global _is_received
+    _is_received = True

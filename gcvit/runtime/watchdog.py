@@ -1,4 +1,4 @@
-"""Ends a process that hangs, with the stacks of all its threads in the log."""
+"""End a process that hangs, with the stacks of all its threads in the log."""
 
 import faulthandler
 import os
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from gcvit.runtime import exit_status, heartbeat
 
 _PATIENCE_BEFORE_FIRST_STEP = 4  # times the limit: compilation, first reads
-_SECONDS_TO_TELL = 20
+_SECONDS_TO_REPORT = 20
 
 
 @contextmanager
 def watchdog(seconds: float | None) -> Iterator[None]:
-    """While inside, end this process when it shows no progress for so long; None does nothing.
+    """End this process if it makes no progress for `seconds` while the block runs; None disables it.
 
-    It exits with 76, after the stacks and its report. The ranks that wait for one that hangs do not move either, so
-    that all of them tell where they are.
+    The process prints its stacks, writes its report and exits with 76. Ranks that wait for a hanging rank make no
+    progress either, so all of them print where they are.
     """
     if seconds is None:
         yield
@@ -39,7 +39,7 @@ def _watch(seconds: float, is_over: threading.Event) -> None:
     idle, seen, before = 0.0, heartbeat.num_marks(), time.monotonic()
     while not is_over.wait(tick):
         now = time.monotonic()
-        idle += min(now - before, 2 * tick)  # a process that was stopped, and this thread with it, does not hang
+        idle += min(now - before, 2 * tick)  # a stopped process does not hang; this thread was stopped with it
         before = now
         if heartbeat.num_marks() != seen:
             idle, seen = 0.0, heartbeat.num_marks()
@@ -49,7 +49,7 @@ def _watch(seconds: float, is_over: threading.Event) -> None:
 
 
 def _is_debugged() -> bool:
-    """Whether the training runs in pdb, where a person may sit at the prompt."""
+    """Return whether the main thread runs in pdb, where a person may be at the prompt."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
         if frame.f_globals.get("__name__") == "bdb":
@@ -59,15 +59,15 @@ def _is_debugged() -> bool:
 
 
 def _end(idle: float, pause: float) -> None:
-    # What makes us hang, a dead file system say, may make the telling hang too: then the system ends us, with 1.
-    faulthandler.dump_traceback_later(_SECONDS_TO_TELL + pause, exit=True)
+    # A dead file system, for example, may block the report too. Then faulthandler ends the process, with 1.
+    faulthandler.dump_traceback_later(_SECONDS_TO_REPORT + pause, exit=True)
     step = heartbeat.last_step()
     what = f"no progress for {idle:.0f} s " + ("before the first step" if step is None else f"after step {step}")
     lines = [f"hung: {what}; the stacks of all threads:", *_read_stacks().splitlines()]
-    with open(2, "wb", closefd=False) as stderr:  # in one piece, and not through a lock that another thread may hold
-        stderr.write("".join(f"[{exit_status.here()}] {line}\n" for line in lines).encode())
-    exit_status.report(exit_status.HUNG, what)
-    time.sleep(pause)  # the other ranks tell theirs, before a launcher ends them because of this one
+    with open(2, "wb", closefd=False) as stderr:  # in one piece, and without a lock that another thread may hold
+        stderr.write("".join(f"[{exit_status.describe_process()}] {line}\n" for line in lines).encode())
+    exit_status.write_report(exit_status.HUNG, what)
+    time.sleep(pause)  # a launcher ends the other ranks after this one: let them print theirs
     os._exit(exit_status.HUNG)
 
 

@@ -102,10 +102,10 @@ def test_options_of_a_gpu_cluster_and_a_device_for_each_process(cluster):
     """All options that such clusters ask for; each of two nodes with eight (false) GPUs."""
     (cluster.tree / "show_device.py").write_text(
         "import os, sys\n"
-        "from gcvit.runtime.exit_status import report\n"
+        "from gcvit.runtime.exit_status import write_report\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')\n"
         "sys.stdout.write('device ' + ' '.join(os.environ[n] for n in names) + '\\n')\n"
-        "report(0, '')\n"
+        "write_report(0, '')\n"
     )
     text = (ROOT / "launch/train.sbatch").read_text().replace("run_job train.py", "run_job show_device.py")
     (cluster.tree / "show_device.sbatch").write_text(text)

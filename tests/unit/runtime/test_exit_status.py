@@ -25,7 +25,7 @@ ENDS = {
     "try: raise OSError(116, 'Stale file handle')\n    except OSError: raise UserError('cannot read')": (
         *("failed", 1, "cannot read"),
     ),
-    "raise Preempted": ("preempted", 75, "told to leave by SIGUSR1 or SIGTERM"),
+    "raise Preempted": ("preempted", 75, "preempted by SIGUSR1 or SIGTERM"),
     "raise ValueError('ours')": ("failed", 1, "ValueError: ours"),
     "raise KeyboardInterrupt": ("failed", -2, "KeyboardInterrupt"),
     "sys.exit(2)": ("user error", 2, "exit with 2"),
