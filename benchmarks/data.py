@@ -43,6 +43,7 @@ from benchmarks.data_scale import (
 )
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.data.loader import train_stream
 from gcvit.data.source import open_source
 
@@ -100,10 +101,9 @@ def our_batches(shards: Path, batch_size: int, rand_augment: str | None) -> Iter
     stream = train_stream(
         open_source(shards, "train"),
         config,
+        BatchPlan.from_config(config, world_size=1, micro_batch_size=None),
         start_step=0,
-        world_size=1,
         rank=0,
-        micro_batch_size=None,
         pin_memory=False,
     )
     return (batch.images for (batch,) in stream)

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 
 from gcvit.config.schema import Config
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.data.epoch_order import EpochOrder
 from gcvit.data.loader import train_stream
 from gcvit.data.manifest import Shard, read_manifest, write_manifest
@@ -40,7 +41,8 @@ def tree_mb(pid: int) -> float:
 
 def measure_memory(source: Source, config: Config, num_epochs: int) -> dict[str, Any]:
     """RSS of this process and its loader processes after each epoch; growth from epochs 2-6 to the last 5."""
-    stream = train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
+    batch_plan = BatchPlan.from_config(config, world_size=1, micro_batch_size=None)
+    stream = train_stream(source, config, batch_plan, start_step=0, rank=0, pin_memory=False)
     sizes = []
     for _ in range(num_epochs):
         for _ in range(source.num_samples // config.global_batch_size):
@@ -83,10 +85,9 @@ def measure_resume(folder: Path, config: Config) -> dict[str, float]:
             train_stream(
                 source,
                 config,
+                BatchPlan.from_config(config, WORLD_SIZE, micro_batch_size=None),
                 start_step=step,
-                world_size=WORLD_SIZE,
                 rank=0,
-                micro_batch_size=None,
                 pin_memory=False,
             )
         )
@@ -108,7 +109,8 @@ def measure_reads(folder: Path, config: Config) -> dict[str, float]:
         return sizes[-1]
 
     source = open_source(folder, "train")
-    stream = train_stream(source, config, start_step=0, world_size=2, rank=0, micro_batch_size=None, pin_memory=False)
+    batch_plan = BatchPlan.from_config(config, world_size=2, micro_batch_size=None)
+    stream = train_stream(source, config, batch_plan, start_step=0, rank=0, pin_memory=False)
     with mock.patch.object(os, "preadv", count):
         for _ in range(source.num_samples // config.global_batch_size):
             next(stream)
@@ -126,10 +128,9 @@ def measure_boundary(folder: Path, config: Config) -> dict[str, float]:
     stream = train_stream(
         source,
         config,
+        BatchPlan.from_config(config, WORLD_SIZE, micro_batch_size=None),
         start_step=last_step - 2 * num_around,
-        world_size=WORLD_SIZE,
         rank=0,
-        micro_batch_size=None,
         pin_memory=False,
     )
     waits = []

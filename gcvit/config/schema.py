@@ -192,6 +192,11 @@ class AugmentConfig(Section):
             raise ValueError("color_jitter has no effect where rand_augment is on (as in timm): set one to null")
         return self
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether samples 2k and 2k+1 of a batch are mixed with each other."""
+        return self.mix is not None
+
 
 class OptimConfig(Section):
     lr: Positive
@@ -365,7 +370,7 @@ class Config(Section):
                 "trainer.micro_batch_size=auto and activation_checkpointing=budget each follow the other: "
                 "give a number, or another mode"
             )
-        if self.augment.mix and self.global_batch_size % 2:
+        if self.augment.is_paired and self.global_batch_size % 2:
             raise ValueError("global_batch_size must be even where mixup or cutmix is on: samples are mixed in pairs")
         return self
 

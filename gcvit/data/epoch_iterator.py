@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from gcvit.config.schema import Config
+from gcvit.config.schema import DataConfig
 from gcvit.data.epoch_order import EpochOrder, Picks
 from gcvit.data.source import Source
 
@@ -22,15 +22,23 @@ class Epochs:
     this rank's lanes are asked for in the order of their use.
     """
 
-    def __init__(self, source: Source, config: Config, share: Indices, start_step: int):
-        self._source, self._config = source, config
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        seed: int,
+        share: Indices,
+        global_batch_size: int,
+        start_step: int,
+    ):
+        self._source, self._data, self._seed = source, data, seed
         # A batch's slot meets only lanes that are congruent to it, less the epoch's first sample, modulo this.
-        self._period = math.gcd(config.global_batch_size, config.data.lanes)
+        self._period = math.gcd(global_batch_size, data.lanes)
         self._slots = np.unique(share % self._period)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._orders: dict[int, Future[EpochOrder]] = {}
-        self._start_epoch, start = divmod(start_step * config.global_batch_size, source.num_samples)
-        self._start_entry = start // config.data.lanes
+        self._start_epoch, start = divmod(start_step * global_batch_size, source.num_samples)
+        self._start_entry = start // data.lanes
         self._use: dict[tuple[int, int], int] = {}  # epoch and shard to its place among the shards asked for
         self._prefetcher = source.prefetch(self._shards())
 
@@ -47,30 +55,29 @@ class Epochs:
         return picks
 
     def _plan(self, epoch: int) -> EpochOrder:
-        order = order_of(self._source, self._config, epoch)
+        order = order_of(self._source, self._data, self._seed, epoch)
         order.plan(self._lanes(epoch))
         return order
 
     def _lanes(self, epoch: int) -> Indices:
-        slots = (np.arange(self._config.data.lanes) + epoch * self._source.num_samples) % self._period
+        slots = (np.arange(self._data.lanes) + epoch * self._source.num_samples) % self._period
         return np.flatnonzero(np.isin(slots, self._slots))
 
     def _shards(self) -> Iterator[int]:
         """Shards in the order in which they are needed, epoch after epoch; runs in the prefetcher's thread."""
         for epoch in itertools.count(self._start_epoch):
             start_entry = self._start_entry if epoch == self._start_epoch else 0
-            for shard in order_of(self._source, self._config, epoch).shards(self._lanes(epoch), start_entry):
+            for shard in order_of(self._source, self._data, self._seed, epoch).shards(self._lanes(epoch), start_entry):
                 self._use[epoch, shard] = len(self._use) + 1
                 yield shard
 
 
-def order_of(source: Source, config: Config, epoch: int) -> EpochOrder:
+def order_of(source: Source, data: DataConfig, seed: int, epoch: int) -> EpochOrder:
     """The order in which a run takes the samples of an epoch, which counts from 0; no lane is planned yet."""
-    data = config.data
     return EpochOrder(
         source.first,
         source.length,
-        seed=config.seed,
+        seed=seed,
         epoch=epoch,
         lanes=data.lanes,
         chunk_bytes=data.chunk_bytes,
@@ -78,7 +85,7 @@ def order_of(source: Source, config: Config, epoch: int) -> EpochOrder:
     )
 
 
-def find_samples(source: Source, config: Config, numbers: Indices) -> Indices:
+def find_samples(source: Source, data: DataConfig, seed: int, numbers: Indices) -> Indices:
     """The samples that a run takes as its `numbers` [n]: step * global_batch_size + position, counted from 0.
 
     Their lanes are planned anew, in seconds for a large set: for the rare look back.
@@ -87,5 +94,5 @@ def find_samples(source: Source, config: Config, numbers: Indices) -> Indices:
     samples = np.empty_like(places)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        samples[here] = order_of(source, config, int(epoch)).take(places[here]).samples
+        samples[here] = order_of(source, data, seed, int(epoch)).take(places[here]).samples
     return samples

@@ -1,4 +1,4 @@
-"""Who reads what: the order of an epoch, and each rank's share of a global batch. Pure functions of numbers.
+"""The order in which an epoch reads its samples: a pure function of numbers.
 
 An epoch's order is a bijection from positions [0, N) to samples; it knows nothing of batches, ranks, workers:
 
@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from gcvit.errors import UserError
 
 _BLOCK_SAMPLES = 1 << 18  # lanes are planned in blocks of about so many samples, to bound memory and fit caches
 _WINDOW_RUNS = 256  # of a lane, which are shuffled together: more mix better, fewer ask less of a cache of shards
@@ -208,72 +206,3 @@ def _hash(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint
     mixed *= np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return mixed
-
-
-def deal_share(
-    global_batch_size: int, world_size: int, rank: int, *, lanes: int, paired: bool
-) -> npt.NDArray[np.int64]:
-    """Positions within the global batch that `rank` takes, ascending; `paired` keeps 2k and 2k+1 together.
-
-    Shares differ by at most one pair (or one sample). They are cut lane by lane, so that a rank holds whole
-    lanes through an epoch wherever the numbers allow it (`holds_whole_lanes`).
-    """
-    unit = 2 if paired else 1
-    num_units = global_batch_size // unit
-    assert num_units * unit == global_batch_size, "the config refuses an odd batch where samples are paired"
-    by_lane = np.arange(num_units).reshape(-1, _lane_period(num_units, lanes // unit)).T.reshape(-1)
-    low, high = _cut_batch(num_units, world_size)[rank : rank + 2]
-    units = np.sort(by_lane[low:high])
-    return (units[:, None] * unit + np.arange(unit)).reshape(-1)
-
-
-def holds_whole_lanes(global_batch_size: int, world_size: int, *, lanes: int, paired: bool) -> bool:
-    """Whether each lane is one rank's through an epoch, so that ranks read runs from begin to end, and alone.
-
-    So it is where the world divides the lanes and the lanes divide the batch, and in some other cases.
-    """
-    unit = 2 if paired else 1
-    num_units = global_batch_size // unit
-    slots_per_lane = num_units // _lane_period(num_units, lanes // unit)
-    return lanes % unit == 0 and all(cut % slots_per_lane == 0 for cut in _cut_batch(num_units, world_size))
-
-
-def _cut_batch(num_units: int, world_size: int) -> list[int]:
-    return [num_units * rank // world_size for rank in range(world_size + 1)]
-
-
-def _lane_period(num_units: int, lane_units: int) -> int:
-    # Slot k of the batch meets only lanes that are congruent to k (plus a constant of the epoch) modulo this.
-    return math.gcd(num_units, lane_units)
-
-
-def cut_micro_batches(share: npt.NDArray[np.int64], num_steps: int, size: int) -> list[npt.NDArray[np.int64]]:
-    """`num_steps` pieces of `share` of `size` each; the last ones may be short or empty."""
-    assert len(share) <= num_steps * size
-    return [share[step * size : (step + 1) * size] for step in range(num_steps)]
-
-
-def micro_batch_capacity(global_batch_size: int, world_size: int, micro_batch_size: int | None, *, paired: bool) -> int:
-    """Samples of a full micro-batch: `micro_batch_size`, even where `paired`, at most the largest share.
-
-    Errors: UserError where a pair does not fit into a micro-batch.
-    """
-    unit = 2 if paired else 1
-    largest_share = -(-(global_batch_size // unit) // world_size) * unit
-    if micro_batch_size is None:
-        return largest_share
-    if micro_batch_size < unit:
-        raise UserError(
-            "trainer.micro_batch_size holds no pair of samples, which mixup and cutmix need",
-            got=micro_batch_size,
-            expected="2 or more, or null",
-            hint="raise it, or write augment.mix=null",
-        )
-    return min(micro_batch_size // unit * unit, largest_share)
-
-
-def num_micro_steps(global_batch_size: int, world_size: int, micro_batch_size: int | None, paired: bool) -> int:
-    """Micro-steps in an optimizer step: the same on all ranks, though their shares may differ by a pair."""
-    unit = 2 if paired else 1
-    largest_share = -(-(global_batch_size // unit) // world_size) * unit
-    return -(-largest_share // micro_batch_capacity(global_batch_size, world_size, micro_batch_size, paired=paired))

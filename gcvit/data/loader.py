@@ -2,7 +2,7 @@
 
 1. The run's place is one integer, the samples consumed: step t begins at t * global_batch_size.
 2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the
-   sample. Of each global batch it takes its rank's share (`gcvit.data.epoch_order`), cuts it into micro-batches,
+   sample. Of each global batch it takes its rank's share (`gcvit.data.batch_plan`), cuts it into micro-batches,
    and each of these into one task per loader process, of a few numbers.
 3. A run of neighbouring samples is one loader process's, which reads it at once and keeps it until its last sample
    is used. (Where a rank does not keep its lanes, runs are several ranks', and samples are read one by one.)
@@ -32,24 +32,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gcvit.config.schema import Config, DataConfig
+from gcvit.config.schema import AugmentConfig, Config, DataConfig
 from gcvit.data.batch import Batch, Corruption, EvalBatch, Piece, empty_images, join_pieces
+from gcvit.data.batch_plan import BatchPlan, check_world, cut_consecutive
 from gcvit.data.decode import DecodeError
 from gcvit.data.epoch_iterator import Epochs
-from gcvit.data.epoch_order import (
-    cut_micro_batches,
-    deal_share,
-    holds_whole_lanes,
-    micro_batch_capacity,
-    num_micro_steps,
-)
 from gcvit.data.source import CorruptSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
 from gcvit.data.worker_process import loader_context
 from gcvit.errors import UserError
 from gcvit.runtime import signals
 
-__all__ = ["Batch", "EvalBatch", "eval_stream", "num_micro_steps", "train_stream"]
+__all__ = ["Batch", "EvalBatch", "eval_stream", "train_stream"]
 
 Loaded = TypeVar("Loaded", Piece, EvalBatch)
 Indices = npt.NDArray[np.int64]
@@ -78,29 +72,25 @@ class _TrainTask:
 def train_stream(
     source: Source,
     config: Config,
+    batch_plan: BatchPlan,
     *,
     start_step: int,
-    world_size: int,
     rank: int,
-    micro_batch_size: int | None,
     pin_memory: bool,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Endless: for each optimizer step from `start_step` on, this rank's `num_micro_steps` batches.
+    """Endless: for each optimizer step from `start_step` on, this rank's `batch_plan.num_micro_steps` batches.
 
     Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an unknown
     RandAugment policy; later, with `rank_local`, for files that cannot be read, and for nothing but corruption.
     """
-    check_world(source, world_size)
-    # Plan before the loader starts, so that mistakes in the numbers are told before processes exist.
-    batch_size, paired = config.global_batch_size, config.augment.mix is not None
-    num_steps = num_micro_steps(batch_size, world_size, micro_batch_size, paired)
-    share = deal_share(batch_size, world_size, rank, lanes=config.data.lanes, paired=paired)
-    capacity = micro_batch_capacity(batch_size, world_size, micro_batch_size, paired=paired)
-    micro_batches = cut_micro_batches(share, num_steps, capacity)
-    in_runs = source.in_runs and holds_whole_lanes(batch_size, world_size, lanes=config.data.lanes, paired=paired)
-    tasks = _plan_training(source, config, start_step, micro_batches, in_runs)
-    pieces = _load(_TrainLoader(source, config), tasks, config.data.num_workers, config.data, pin_memory)
-    return _group(pieces, micro_batches, _num_pieces(config.data))
+    check_world(source.num_samples, batch_plan.world_size)
+    data = config.data
+    # Plan before the loader starts, so that errors in the numbers are raised before processes exist.
+    micro_batches = batch_plan.micro_batches(rank, data.lanes)
+    tasks = _plan_training(source, data, config.seed, batch_plan, micro_batches, start_step)
+    loader = _TrainLoader(source, data, config.augment, config.model.img_size, config.seed)
+    pieces = _load(loader, tasks, data.num_workers, data, pin_memory)
+    return _group(pieces, micro_batches, _num_pieces(data))
 
 
 def eval_stream(
@@ -120,32 +110,30 @@ def eval_stream(
     A rank takes consecutive samples. A corrupt one is an error, or with `skip_corrupt` a row of padding. With
     `five_crop` each sample has five images, one behind the other (`EvalTransform`). Errors: as `train_stream`.
     """
-    check_world(source, world_size)
+    check_world(source.num_samples, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
-    tasks = _plan_evaluation(source, cut_micro_batches(np.arange(low, high), num_batches, batch_size))
+    tasks = _plan_evaluation(source, cut_consecutive(np.arange(low, high), num_batches, batch_size))
     loader = _EvalLoader(source, data, img_size, batch_size, skip_corrupt, five_crop)
     return _load(loader, tasks, min(data.num_workers, num_batches), data, pin_memory)
 
 
-def check_world(source: Source, world_size: int) -> None:
-    if world_size > source.num_samples:
-        raise UserError(
-            "more processes than samples",
-            got=f"{world_size} for {source.num_samples}",
-            hint="start fewer processes",
-        )
-
-
 def _plan_training(
-    source: Source, config: Config, start_step: int, micro_batches: list[Indices], in_runs: bool
+    source: Source,
+    data: DataConfig,
+    seed: int,
+    batch_plan: BatchPlan,
+    micro_batches: list[Indices],
+    start_step: int,
 ) -> Iterator[_TrainTask]:
-    orders = Epochs(source, config, np.concatenate(micro_batches), start_step)
+    in_runs = source.in_runs and batch_plan.holds_whole_lanes(data.lanes)
+    batch_size = batch_plan.global_batch_size
+    orders = Epochs(source, data, seed, np.concatenate(micro_batches), batch_size, start_step)
     for step in itertools.count(start_step):
         for positions in micro_batches:
-            epochs, places = np.divmod(step * config.global_batch_size + positions, source.num_samples)
-            yield from _cut_tasks(orders, epochs, places, in_runs, _num_pieces(config.data))
+            epochs, places = np.divmod(step * batch_size + positions, source.num_samples)
+            yield from _cut_tasks(orders, epochs, places, in_runs, _num_pieces(data))
 
 
 def _cut_tasks(
@@ -187,10 +175,10 @@ def _num_pieces(data: DataConfig) -> int:
 class _TrainLoader(Dataset[Piece | UserError]):
     """Runs in the loader processes: a task becomes a piece of a batch."""
 
-    def __init__(self, source: Source, config: Config):
-        self._source, self._seed, self._img_size = source, config.seed, config.model.img_size
-        self._transform = TrainTransform(config.augment, config.data, config.model.img_size)
-        self._erase_prob = config.augment.erase_prob
+    def __init__(self, source: Source, data: DataConfig, augment: AugmentConfig, img_size: int, seed: int):
+        self._source, self._seed, self._img_size = source, seed, img_size
+        self._transform = TrainTransform(augment, data, img_size)
+        self._erase_prob = augment.erase_prob
         self._runs: dict[tuple[int, int], list[memoryview]] = {}  # that are open, by epoch and first sample
 
     def __getitem__(self, task: _TrainTask) -> Piece | UserError:

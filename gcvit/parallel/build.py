@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
-from gcvit.data.epoch_order import micro_batch_capacity
-from gcvit.model import GCViT
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.model.from_config import build_model
 from gcvit.optim.adamw import MODEL
 from gcvit.parallel.activation_budget import Compute, recompute_within
@@ -32,7 +31,9 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
     if config.activation_budget_bytes is None:
         recompute_parts(module, config.activation_checkpointing)
     else:
-        notice = _recompute_within_budget(module, config, dtype, world)
+        capacity = BatchPlan.from_config(config, world.size, config.trainer.resolved_micro_batch_size).capacity
+        compute = Compute(world.device, dtype, autocast=config.engine == "ddp")
+        notice = recompute_within(config.activation_budget_bytes, module, compute, capacity, world)
         if notices is not None:
             notices.append(notice)
     if config.compile:
@@ -50,13 +51,3 @@ def build_engine(config: Config, world: World, *, num_micro_steps: int, notices:
     fill(engine.fragments()[MODEL], lambda name: module.initial_value(name, config.seed))
     engine.refresh()
     return engine
-
-
-def _recompute_within_budget(module: GCViT, config: Config, dtype: torch.dtype, world: World) -> str:
-    paired = config.augment.mix is not None
-    num_images = micro_batch_capacity(
-        config.global_batch_size, world.size, config.trainer.resolved_micro_batch_size, paired=paired
-    )
-    compute = Compute(world.device, dtype, autocast=config.engine == "ddp")
-    assert config.activation_budget_bytes is not None
-    return recompute_within(config.activation_budget_bytes, module, compute, num_images, world)

@@ -8,7 +8,6 @@ import torch
 
 from gcvit.config.schema import Config
 from gcvit.data.download import is_remote
-from gcvit.data.epoch_order import holds_whole_lanes
 from gcvit.data.source import open_sources
 from gcvit.errors import UserError
 from gcvit.model.flops import TRAINING_PASSES
@@ -81,9 +80,10 @@ def describe_recipe(plan: Plan) -> Iterator[str]:
     decay = f"{config.optim.weight_decay:g} on the others"
     yield f"{plan.num_undecayed} of {plan.num_tensors} tensors without decay, {decay}"
     share = config.global_batch_size / plan.num_gpus
+    batches = plan.batch_plan
     yield (
-        f"{_figure(share)} images a GPU and update, in {plan.micro_steps} micro-step(s) of at most {plan.micro_batch}: "
-        "these alone follow the number of GPUs"
+        f"{_figure(share)} images a GPU and update, in {batches.num_micro_steps} micro-step(s) of at most "
+        f"{batches.capacity}: these alone follow the number of GPUs"
     )
 
 
@@ -98,7 +98,8 @@ def describe_memory(plan: Plan) -> Iterator[str]:
     if memory.host:
         yield f"and {memory.host / _GB:,.2f} GB of the host's for each GPU, to which states are offloaded"
     yield ""
-    yield f"at the peak with {plan.micro_batch} images, and how many images would fit, by engine and recomputing:"
+    micro_batch = plan.batch_plan.capacity
+    yield f"at the peak with {micro_batch} images, and how many images would fit, by engine and recomputing:"
     yield _row(("engine", "recomputing"), (*KINDS, "all", "would fit"))
     for cell in plan.cells:
         yield _row((cell.engine, cell.mode), (*_amounts(cell.memory.at_peak, size), f"{cell.largest:,}"))
@@ -163,7 +164,7 @@ def describe_checkpoints(plan: Plan) -> Iterator[str]:
 def find_doubts(plan: Plan) -> Iterator[str]:
     """What will work, but not well."""
     config, data = plan.config, plan.data
-    if config.global_batch_size < plan.num_gpus * (2 if config.augment.mix else 1):
+    if plan.batch_plan.has_empty_shares:
         yield f"{plan.num_gpus} GPUs for a global batch of {config.global_batch_size}: some have nothing to do"
     if not _has_whole_lanes(plan):
         yield (
@@ -191,9 +192,7 @@ def find_doubts(plan: Plan) -> Iterator[str]:
 
 
 def _has_whole_lanes(plan: Plan) -> bool:
-    config = plan.config
-    paired = config.augment.mix is not None
-    return holds_whole_lanes(config.global_batch_size, plan.num_gpus, lanes=config.data.lanes, paired=paired)
+    return plan.batch_plan.holds_whole_lanes(plan.config.data.lanes)
 
 
 def _count_readers(plan: Plan) -> int:

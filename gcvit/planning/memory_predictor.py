@@ -5,7 +5,6 @@ tensor of a step has as many elements as images, or as weights, or the sum of bo
 """
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.config.schema import Config, FsdpConfig, ZeroConfig
-from gcvit.data.epoch_order import num_micro_steps
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.from_config import build_model
@@ -63,7 +62,7 @@ class Forecast:
 
         Errors: UserError for an activation budget that is too small.
         """
-        micro_steps = num_micro_steps(config.global_batch_size, world_size, num_images, config.augment.mix is not None)
+        micro_steps = BatchPlan.from_config(config, world_size, num_images).num_micro_steps
         played = player_of(config)(config, self._layout, world_size, micro_steps, self._on_gpu)
         return played.play(self._events(config, num_images))
 
@@ -72,8 +71,9 @@ class Forecast:
 
         It may be more than a rank's share of the global batch, which then leaves room.
         """
-        unit, share = share_of(config, world_size)
-        fits, fails = 0, share // unit
+        batch_plan = BatchPlan.from_config(config, world_size, None)
+        unit = batch_plan.unit
+        fits, fails = 0, batch_plan.largest_share // unit
         # A share without accumulation holds less for the same images: it stands apart.
         while self._fits(config, world_size, fails * unit, limit_bytes):
             fits, fails = fails, 2 * fails
@@ -140,19 +140,6 @@ def condense(num_bytes: npt.NDArray[Any], marks: list[tuple[int, Event]]) -> lis
             events.append(mark)
         start = place + 1
     return events
-
-
-def share_of(config: Config, world_size: int) -> tuple[int, int]:
-    """Samples that stay together (pairs, where they are mixed), and the largest share of a rank in a global batch."""
-    unit = 1 if config.augment.mix is None else 2
-    return unit, math.ceil(config.global_batch_size / unit / world_size) * unit
-
-
-def split_evenly(config: Config, world_size: int, most: int) -> int:
-    """The smallest micro-batch with which a share takes no more micro-steps than with `most` images in one."""
-    unit, share = share_of(config, world_size)
-    micro_steps = math.ceil(share / (max(most, unit) // unit * unit))
-    return math.ceil(share / unit / micro_steps) * unit
 
 
 def _count_flops(part: nn.Module, inputs: Iterable[tuple[torch.Size, torch.dtype]], compute: Compute) -> float:

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from gcvit.config.schema import Config
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.errors import UserError
 from gcvit.model.kernels import serve_device
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.activation_budget import Compute
 from gcvit.parallel.build import DTYPES
-from gcvit.planning.memory_predictor import Forecast, share_of, with_micro_batch
+from gcvit.planning.memory_predictor import Forecast, with_micro_batch
 from gcvit.runtime.distributed import World
 
 _DECISIVE = ("global_batch_size", "engine", "fsdp", "zero", "precision", "activation_checkpointing")
@@ -42,7 +43,7 @@ def resolve_micro_batch(config: Config, world: World, trained: Mapping[str, Any]
         notices.append(f"trainer.micro_batch_size=auto: {size or 'the whole share'}, as the checkpoint had it")
         return with_micro_batch(config, size)
     trial = Trial(config, world)
-    size = min(world.gather(find_largest(config, world.size, trial.fits)))
+    size = min(world.gather(find_largest(BatchPlan.from_config(config, world.size, None), trial.fits)))
     trial.end()
     if not size:
         raise UserError(
@@ -50,36 +51,36 @@ def resolve_micro_batch(config: Config, world: World, trained: Mapping[str, Any]
             got="trainer.micro_batch_size=auto",
             hint="see what does: --plan --gpus N --gpu NAME",
         )
-    share = share_of(config, world.size)[1]
-    steps = -(-share // size)
-    notices.append(f"trainer.micro_batch_size=auto: {size} of {share} images fit at once, {steps} micro-step(s)")
+    found = BatchPlan.from_config(config, world.size, size)
+    notices.append(
+        f"trainer.micro_batch_size=auto: {size} of {found.largest_share} images fit at once, "
+        f"{found.num_micro_steps} micro-step(s)"
+    )
     return with_micro_batch(config, size)
 
 
-def find_largest(config: Config, world_size: int, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch that `fits`, of those that divide a rank's share evenly; 0 where none does.
+def find_largest(batch_plan: BatchPlan, fits: Callable[[int], bool]) -> int:
+    """Find the largest micro-batch that `fits`, of those that divide the largest share evenly.
 
-    Tries as few as it can: one that is too large takes time to find out.
+    It tries as few as it can: a micro-batch that is too large takes time to find out.
+
+    Returns:
+        Samples of the micro-batch; 0 if none fits.
     """
-    unit, share = share_of(config, world_size)
-    most_steps = share // unit
+    most_steps = batch_plan.largest_share // batch_plan.unit
     enough = 1
-    while not fits(_split(share, unit, enough)):
+    while not fits(batch_plan.even_micro_batch(enough)):
         if enough == most_steps:
             return 0
         enough = min(2 * enough, most_steps)
     too_few = enough // 2
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
-        if fits(_split(share, unit, middle)):
+        if fits(batch_plan.even_micro_batch(middle)):
             enough = middle
         else:
             too_few = middle
-    return _split(share, unit, enough)
-
-
-def _split(share: int, unit: int, num_steps: int) -> int:
-    return -(-share // unit // num_steps) * unit
+    return batch_plan.even_micro_batch(enough)
 
 
 class Trial:

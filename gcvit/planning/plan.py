@@ -13,8 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcvit.config.schema import Config, FsdpConfig
-from gcvit.data.epoch_order import micro_batch_capacity, num_micro_steps
-from gcvit.data.loader import check_world
+from gcvit.data.batch_plan import BatchPlan, check_world
 from gcvit.data.source import Source
 from gcvit.errors import UserError
 from gcvit.model import GCViT
@@ -29,8 +28,6 @@ from gcvit.planning.memory_predictor import (
     MODES,
     Forecast,
     engine_name,
-    share_of,
-    split_evenly,
     with_engine,
     with_micro_batch,
 )
@@ -89,8 +86,7 @@ class Plan:
     num_parameters: int
     num_undecayed: int
     num_tensors: int
-    micro_batch: int
-    micro_steps: int
+    batch_plan: BatchPlan
     memory: Memory
     cells: tuple[Cell, ...]
 
@@ -102,9 +98,8 @@ class Plan:
     @property
     def images_per_second(self) -> float:
         """Of all GPUs, which wait for no data, and for the one that has the most images of a batch."""
-        largest_share = share_of(self.config, self.num_gpus)[1]
         of_each = self.mfu * self.device.peaks[self.config.precision] / self.train_flops
-        return of_each * self.config.global_batch_size / largest_share
+        return of_each * self.config.global_batch_size / self.batch_plan.largest_share
 
     @property
     def num_trained(self) -> int:
@@ -160,7 +155,7 @@ def make_plan(
     data = IMAGENET
     if sources is not None:
         train, val = sources
-        check_world(train, num_gpus)
+        check_world(train.num_samples, num_gpus)
         mean = float(train.length.mean(dtype="float64"))
         places = (len(train.first) - 1, train.in_runs)
         data = Data(str(config.data.dir), train.num_samples, val.num_samples, mean, *places)
@@ -176,10 +171,10 @@ def make_plan(
         check_shards(forecast.model, (config.fsdp or FsdpConfig()).shard_size or num_gpus, num_gpus)
     limit = ROOM * device.memory_bytes
     if config.trainer.micro_batch_size == "auto":
-        config = with_micro_batch(config, split_evenly(config, num_gpus, forecast.largest(config, num_gpus, limit)))
-    given = config.trainer.resolved_micro_batch_size
-    batching = (config.global_batch_size, num_gpus, given)
-    micro_batch = micro_batch_capacity(*batching, paired=config.augment.mix is not None)
+        shares = BatchPlan.from_config(config, num_gpus, None)
+        config = with_micro_batch(config, shares.split_evenly(forecast.largest(config, num_gpus, limit)))
+    batch_plan = BatchPlan.from_config(config, num_gpus, config.trainer.resolved_micro_batch_size)
+    micro_batch = batch_plan.capacity
     memory = forecast.predict(config, num_gpus, micro_batch)
     if memory.peak > limit:
         raise UserError(
@@ -202,8 +197,7 @@ def make_plan(
         num_parameters=sum(map(math.prod, shapes.values())),
         num_undecayed=sum(not decays(name, shape, decay_bias_tables=bias_tables) for name, shape in shapes.items()),
         num_tensors=len(shapes),
-        micro_batch=micro_batch,
-        micro_steps=num_micro_steps(*batching, config.augment.mix is not None),
+        batch_plan=batch_plan,
         memory=memory,
         cells=tuple(compare(config, forecast, num_gpus, micro_batch, limit)),
     )
@@ -247,11 +241,12 @@ def propose(config: Config, forecast: Forecast, num_gpus: int, limit: float) -> 
     _, *others = _engines(config, forecast, num_gpus)
     others.sort(key=lambda other: other.engine != config.engine)
     candidates = [*own, *(by_mode for other in others for by_mode in _modes(other, MODES))]
-    for enough in (min(_SMALL, share_of(config, num_gpus)[1]), 1):
+    shares = BatchPlan.from_config(config, num_gpus, None)
+    for enough in (min(_SMALL, shares.largest_share), 1):
         for candidate in candidates:
             most = forecast.largest(candidate, num_gpus, limit)
             if most >= enough:
-                micro_batch = split_evenly(candidate, num_gpus, most)
+                micro_batch = shares.split_evenly(most)
                 peak = forecast.predict(candidate, num_gpus, micro_batch).peak
                 return f"{' '.join(_overrides(config, candidate, micro_batch))}, which takes {peak / 1e9:,.1f} GB"
     return "take more GPUs, or larger ones: without offloading nothing fits these"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gcvit.config.schema import Config
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.data.loader import train_stream
 from gcvit.data.source import Source
 from gcvit.data.transforms import DeviceAugment
@@ -90,7 +91,8 @@ def simplify(config: Config, train: Source) -> Config:
 
 def load_batch(config: Config, world: World, train: Source) -> tuple[Tensor, Tensor]:
     """Images [b, 3, H, W] and soft targets [b, C] of the first step, on the device."""
-    stream = train_stream(train, config, start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
+    batch_plan = BatchPlan.from_config(config, world_size=1, micro_batch_size=None)
+    stream = train_stream(train, config, batch_plan, start_step=0, rank=0, pin_memory=False)
     (batch,) = next(stream)
     augment = DeviceAugment(config.augment, config.data, num_classes=config.model.num_classes, seed=config.seed)
     return augment(batch, 0, world.device)

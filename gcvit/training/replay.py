@@ -159,7 +159,7 @@ def _describe_samples(trainer: Trainer, batches: Sequence[Batch], output: StepOu
     """A line for each sample of the global batch, in the order of their positions."""
     trainer.corruption.add(batches)
     trainer.corruption.settle(trainer.world)
-    is_mixed = trainer.config.augment.mix is not None
+    is_mixed = trainer.config.augment.is_paired
     here = []
     for batch, losses in zip(batches, output.losses, strict=True):
         labels = [trainer.train_source.classes[label] for label in batch.labels.tolist()]

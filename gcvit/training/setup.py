@@ -10,9 +10,9 @@ from gcvit.checkpoint.manager import Saver
 from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.checkpoint.weights_source import describe_origin
 from gcvit.config.schema import Config
+from gcvit.data.batch_plan import BatchPlan, check_world
 from gcvit.data.corruption_budget import CorruptionBudget
-from gcvit.data.epoch_order import holds_whole_lanes
-from gcvit.data.loader import check_world, num_micro_steps, train_stream
+from gcvit.data.loader import train_stream
 from gcvit.data.source import Source, num_local_ranks
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
@@ -61,7 +61,7 @@ def build_trainer(
     """
     train_source, val_source = sources
     for source in sources:
-        check_world(source, world.size)  # before anything is built or written
+        check_world(source.num_samples, world.size)  # before anything is built or written
     length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": train_source.num_samples}
     schedule = build_schedule(config.schedule, config.optim, **length)
     intervals = Intervals(
@@ -77,8 +77,8 @@ def build_trainer(
         check_weights(config, found, init_from, reset_head)
         messages = list(messages)
         config = resolve_micro_batch(config, world, found.info if found else None, messages)
-        micro_batch_size, paired = config.trainer.resolved_micro_batch_size, config.augment.mix is not None
-        micro_steps = num_micro_steps(config.global_batch_size, world.size, micro_batch_size, paired)
+        batch_plan = BatchPlan.from_config(config, world.size, config.trainer.resolved_micro_batch_size)
+        micro_steps = batch_plan.num_micro_steps
         engine = build_engine(config, world, num_micro_steps=micro_steps, notices=messages)
         ema = build_ema(config, engine, length)
         state, changes = load_state(found, init_from, reset_head, engine, ema, config, train_source)
@@ -87,10 +87,9 @@ def build_trainer(
         stream = train_stream(
             train_source,
             config,
+            batch_plan,
             start_step=state.step,
-            world_size=world.size,
             rank=world.rank,
-            micro_batch_size=micro_batch_size,
             pin_memory=world.device.type == "cuda",
         )
         world.on_rank0(lambda: resolve.write_config(config))
@@ -98,7 +97,7 @@ def build_trainer(
         costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
         stack.push(lambda error, *_: metrics.close(finished=error is None))
-        for line in (*messages, *describe(config, world, train_source, schedule, micro_steps, state.step)):
+        for line in (*messages, *describe(config, world, train_source, schedule, batch_plan, state.step)):
             metrics.say(line)
         folder = resolve.checkpoints_of(config.run_dir)
         checkpoints = Saver(folder, world, metrics, keep=config.trainer.keep_checkpoints, check_lock=lock.check)
@@ -190,20 +189,19 @@ def load_state(
 
 
 def describe(
-    config: Config, world: World, train: Source, schedule: Schedule, micro_steps: int, first_step: int
+    config: Config, world: World, train: Source, schedule: Schedule, batch_plan: BatchPlan, first_step: int
 ) -> Iterator[str]:
     """What starts, and what is unusual about it, a line each."""
     data = config.data
     yield (
         f"{config.tag}: {config.model.name} by {config.engine} on {world.size} x {world.device.type}, "
         f"{train.num_samples} images, {schedule.total_steps} steps of {config.global_batch_size} "
-        f"in {micro_steps} micro-step(s), from step {first_step}"
+        f"in {batch_plan.num_micro_steps} micro-step(s), from step {first_step}"
     )
     num_bytes = data.lanes * data.shuffle_chunks * data.chunk_bytes
     if train.in_runs and num_bytes > _MUCH_MEMORY * world.size:
         yield f"the runs that are open take up to {num_bytes / world.size / 1e9:.1f} GB in each process"
-    paired = config.augment.mix is not None
-    if not holds_whole_lanes(config.global_batch_size, world.size, lanes=data.lanes, paired=paired):
+    if not batch_plan.holds_whole_lanes(data.lanes):
         yield (
             f"samples are read one by one: {world.size} processes do not divide data.lanes={data.lanes}, "
             f"or these not the global batch of {config.global_batch_size} (the samples are the same)"

@@ -267,7 +267,8 @@ class Trainer:
         """
 
         def find_names() -> list[str]:
-            samples = find_samples(self.train_source, self.config, np.array(numbers, dtype=np.int64)).tolist()
+            wanted = np.array(numbers, dtype=np.int64)
+            samples = find_samples(self.train_source, self.config.data, self.config.seed, wanted).tolist()
             replaced = " (corrupt: another stood in for it)"
             return [self.train_source.name(sample) + replaced * (sample in self.corruption.found) for sample in samples]
 

@@ -8,6 +8,7 @@ import torch
 from gcvit.config.load import parse_config
 from gcvit.config.schema import Config
 from gcvit.data.batch import Batch, Piece, join_pieces
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.data.epoch_order import EpochOrder
 from gcvit.data.loader import train_stream
 
@@ -38,10 +39,9 @@ def take_steps(source, config, num_steps, *, start_step=0, world_size=1, rank=0,
     steps = train_stream(
         source,
         config,
+        BatchPlan.from_config(config, world_size, micro_batch_size),
         start_step=start_step,
-        world_size=world_size,
         rank=rank,
-        micro_batch_size=micro_batch_size,
         pin_memory=False,
     )
     return list(itertools.islice(steps, num_steps))

@@ -15,6 +15,7 @@ import torch
 from gcvit.checkpoint.store import open_checkpoint, read_tensors
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.data.loader import train_stream
 from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
@@ -77,7 +78,8 @@ def plain_run(config: Config, device: torch.device) -> Run:
     schedule = build_schedule(config.schedule, config.optim, global_batch_size=32, samples_per_epoch=source.num_samples)
     ema = {n: p.detach().clone() for n, p in named.items()}
     augment = DeviceAugment(config.augment, config.data, num_classes=4, seed=config.seed)
-    stream = train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
+    batch_plan = BatchPlan.from_config(config, world_size=1, micro_batch_size=None)
+    stream = train_stream(source, config, batch_plan, start_step=0, rank=0, pin_memory=False)
     losses, norms = [], []
     for step, (batch,) in zip(range(STEPS), stream, strict=False):
         x, y = augment(batch, step, device)

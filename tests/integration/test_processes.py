@@ -133,14 +133,15 @@ def test_a_loader_takes_no_notice_and_yet_obeys_its_trainer(tmp_path):
     script = """
 import multiprocessing, subprocess
 from pathlib import Path
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.data.source import open_source
 from gcvit.data.loader import train_stream
 from tests.helpers.streaming import make_config
 
 if __name__ == "__main__":
     source, config = open_source(Path({root!r}), "train"), make_config(8, num_workers=1)
-    place = dict(start_step=0, world_size=1, rank=0, micro_batch_size=None, pin_memory=False)
-    stream = train_stream(source, config, **place)
+    batch_plan = BatchPlan.from_config(config, world_size=1, micro_batch_size=None)
+    stream = train_stream(source, config, batch_plan, start_step=0, rank=0, pin_memory=False)
     next(stream)
     (loader,) = multiprocessing.active_children()
     for name in ("-USR1", "-TERM"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gcvit.config.load import load_config
-from gcvit.data.epoch_order import cut_micro_batches, deal_share, micro_batch_capacity, num_micro_steps
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.optim.lr_schedule import build_schedule, to_samples
 from gcvit.training.ema import Ema
 from tests.helpers.launching import ROOT
@@ -33,21 +33,18 @@ DECAY = 0.99979999
 def test_the_golden_table(world_size):
     found = []
     for micro_batch in MICRO_BATCHES:
-        capacity = micro_batch_capacity(BATCH, world_size, micro_batch, paired=True)
-        found.append(f"{capacity} x {num_micro_steps(BATCH, world_size, micro_batch, paired=True)}")
+        plan = BatchPlan(BATCH, world_size, micro_batch, paired=True)
+        found.append(f"{plan.capacity} x {plan.num_micro_steps}")
     assert tuple(found) == GOLDEN[world_size]
 
 
 @pytest.mark.parametrize("world_size", GOLDEN)
 @pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 def test_every_image_of_the_batch_is_taken_once(world_size, micro_batch):
-    capacity = micro_batch_capacity(BATCH, world_size, micro_batch, paired=True)
-    micro_steps = num_micro_steps(BATCH, world_size, micro_batch, paired=True)
-    taken = []
-    for rank in range(world_size):
-        share = deal_share(BATCH, world_size, rank, lanes=1024, paired=True)
-        taken += cut_micro_batches(share, micro_steps, capacity)
-    assert sorted(np.concatenate(taken).tolist()) == list(range(BATCH))
+    plan = BatchPlan(BATCH, world_size, micro_batch, paired=True)
+    micro_batches = [positions for rank in range(world_size) for positions in plan.micro_batches(rank, lanes=1024)]
+    assert len(micro_batches) == world_size * plan.num_micro_steps
+    assert sorted(np.concatenate(micro_batches).tolist()) == list(range(BATCH))
 
 
 @pytest.mark.parametrize("micro_batch", MICRO_BATCHES)

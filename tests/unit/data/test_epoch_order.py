@@ -4,20 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from gcvit.data.epoch_order import (
-    EpochOrder,
-    cut_micro_batches,
-    deal_share,
-    holds_whole_lanes,
-    micro_batch_capacity,
-    num_micro_steps,
-)
-from gcvit.errors import UserError
+from gcvit.data.epoch_order import EpochOrder
 from tests.helpers.streaming import order_epoch
 
 SIZES = {"lanes": 8, "chunk_bytes": 1000, "shuffle_chunks": 3}
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=9)
-worlds = st.integers(1, 64)
 GOLDEN_ORDER = [14, 1, 8, 13, 0, 7, 15, 4, 9, 12, 3, 6, 10, 2, 5, 11]
 
 
@@ -254,94 +245,3 @@ def test_mixup_partners_of_a_source_sorted_by_class_are_strangers():
     pairs = label[order].reshape(-1, 2)
     # 100 classes: one pair in a hundred by chance; the same 512 pairs of lanes last all epoch: a wide spread.
     assert np.mean(pairs[:, 0] == pairs[:, 1]) < 0.03
-
-
-@given(num_pairs=st.integers(1, 300), world_size=worlds, lanes=st.integers(1, 128), paired=st.booleans())
-@settings(max_examples=200, deadline=None)
-def test_shares_partition_the_batch(num_pairs, world_size, lanes, paired):
-    unit = 2 if paired else 1
-    batch_size = num_pairs * unit
-    shares = [deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)]
-    assert sorted(np.concatenate(shares).tolist()) == list(range(batch_size))
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= unit
-    for share in shares:
-        assert (np.diff(share) > 0).all()
-        if paired:
-            assert np.array_equal(share[::2] ^ 1, share[1::2])
-
-
-@given(
-    num_units=st.integers(1, 300),
-    world_size=worlds,
-    micro=st.integers(2, 50) | st.none(),
-    paired=st.booleans(),
-)
-@settings(max_examples=200, deadline=None)
-def test_all_ranks_take_equally_many_micro_steps(num_units, world_size, micro, paired):
-    unit = 2 if paired else 1
-    batch_size = num_units * unit
-    num_steps = num_micro_steps(batch_size, world_size, micro, paired)
-    capacity = micro_batch_capacity(batch_size, world_size, micro, paired=paired)
-    assert micro is None or capacity <= micro
-    for rank in range(world_size):
-        share = deal_share(batch_size, world_size, rank, lanes=16, paired=paired)
-        pieces = cut_micro_batches(share, num_steps, capacity)
-        assert len(pieces) == num_steps
-        assert np.array_equal(np.concatenate(pieces), share)
-        assert all(len(piece) <= capacity and len(piece) % unit == 0 for piece in pieces)
-    largest = -(-num_units // world_size) * unit
-    assert (num_steps - 1) * capacity < largest <= num_steps * capacity  # no step is empty on every rank
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "micro", "paired", "expected"),
-    [
-        (32, 3, None, True, 1),
-        (32, 3, 4, True, 3),
-        (32, 2, 5, True, 4),
-        (32, 1, 1, False, 32),
-        (2, 5, None, True, 1),
-    ],
-)
-def test_num_micro_steps(batch_size, world_size, micro, paired, expected):
-    assert num_micro_steps(batch_size, world_size, micro, paired) == expected
-
-
-def test_shares_of_three_ranks():
-    def sizes(paired):
-        return [len(deal_share(32, 3, rank, lanes=1024, paired=paired)) for rank in range(3)]
-
-    assert sorted(sizes(paired=True)) == [10, 10, 12]
-    assert sorted(sizes(paired=False)) == [10, 11, 11]
-
-
-def test_a_micro_batch_must_hold_a_pair():
-    with pytest.raises(UserError, match=r"micro_batch_size.*got 1.*mix=null"):
-        num_micro_steps(32, 2, 1, paired=True)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "whole"),
-    [
-        (1024, 32, True),
-        (4096, 32, True),
-        (512, 8, True),
-        (1024, 3, True),
-        (2048, 3, False),
-        (1000, 32, False),
-        (3072, 512, True),
-    ],
-)
-@pytest.mark.parametrize("paired", [True, False])
-def test_ranks_hold_whole_lanes_where_the_numbers_allow(batch_size, world_size, whole, paired):
-    lanes, num_samples, epoch = 1024, 20_001, 3
-    assert holds_whole_lanes(batch_size, world_size, lanes=lanes, paired=paired) == whole
-    owners = [set() for _ in range(lanes)]
-    shares = [deal_share(batch_size, world_size, rank, lanes=lanes, paired=paired) for rank in range(world_size)]
-    for start in range(0, (epoch + 2) * num_samples, batch_size):
-        for rank, share in enumerate(shares):
-            in_epoch, position = np.divmod(start + share, num_samples)
-            for lane in np.unique(position[in_epoch == epoch] % lanes):
-                owners[lane].add(rank)
-    assert (max(map(len, owners)) == 1) == whole

@@ -51,7 +51,7 @@ def test_a_samples_number_is_found_again(image_tree):
     config = make_config(augment=plain)
     labels = []
     for step, (batch,) in enumerate(take_steps(source, config, NUM_STEPS)):
-        samples = find_samples(source, config, 12 * step + batch.positions.numpy())
+        samples = find_samples(source, config.data, config.seed, 12 * step + batch.positions.numpy())
         assert source.label[samples].tolist() == batch.labels.tolist()
         labels += samples.tolist()
     assert sorted(labels[:47]) == list(range(47)), "an epoch has each sample once"

@@ -10,13 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gcvit.data import loader as module
-from gcvit.data.epoch_order import (
-    cut_micro_batches,
-    deal_share,
-    holds_whole_lanes,
-    micro_batch_capacity,
-)
-from gcvit.data.loader import eval_stream, num_micro_steps, train_stream
+from gcvit.data.batch_plan import BatchPlan
+from gcvit.data.loader import eval_stream, train_stream
 from gcvit.data.source import open_source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
@@ -53,8 +48,9 @@ def test_every_world_sees_the_same_global_batches(source, reference, world_size,
         take_steps(source, config, 5, world_size=world_size, rank=rank, micro_batch_size=micro_batch_size)
         for rank in range(world_size)
     ]
+    batch_plan = BatchPlan(12, world_size, micro_batch_size, paired=True)
     for step, batches in enumerate(zip(*ranks, strict=True)):
-        assert {len(rank) for rank in batches} == {num_micro_steps(12, world_size, micro_batch_size, True)}
+        assert {len(rank) for rank in batches} == {batch_plan.num_micro_steps}
         assert_equal_rows(by_position(itertools.chain(*batches)), reference[step])
 
 
@@ -123,14 +119,10 @@ def test_each_epoch_takes_each_sample_once(
 
 def plan(source, config, world_size, rank, micro, start_step=0):
     """The endless tasks of a rank, and how many micro-steps make a step."""
-    paired = config.augment.mix is not None
-    numbers = (config.global_batch_size, world_size)
-    num_steps = num_micro_steps(*numbers, micro, paired)
-    share = deal_share(*numbers, rank, lanes=8, paired=paired)
-    capacity = micro_batch_capacity(*numbers, micro, paired=paired)
-    in_runs = source.in_runs and holds_whole_lanes(*numbers, lanes=8, paired=paired)
-    micro_batches = cut_micro_batches(share, num_steps, capacity)
-    return module._plan_training(source, config, start_step, micro_batches, in_runs), num_steps
+    batch_plan = BatchPlan.from_config(config, world_size, micro)
+    micro_batches = batch_plan.micro_batches(rank, lanes=8)
+    tasks = module._plan_training(source, config.data, config.seed, batch_plan, micro_batches, start_step)
+    return tasks, batch_plan.num_micro_steps
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -143,7 +135,8 @@ def test_a_rank_reads_its_share_once_in_runs(shard_dir, monkeypatch, world_size,
     monkeypatch.setattr(source, "fetch", lambda begin, end: fetched.append((begin, end)) or [memoryview(b"")] * 99)
     num_read = 0
     for rank in range(world_size):
-        loaders = [module._TrainLoader(source, config) for _ in range(num_workers)]
+        options = (source, config.data, config.augment, 32, config.seed)
+        loaders = [module._TrainLoader(*options) for _ in range(num_workers)]
         tasks, num_steps = plan(source, config, world_size, rank, None)
         most_open = 0
         wanted = 0
@@ -300,8 +293,9 @@ def test_more_processes_than_samples(image_tree):
 
 def test_mistakes_are_told_before_the_first_batch(source):
     for config, micro in ((make_config(), 1), (make_config(augment={"rand_augment": "rand-z1"}), None)):
+        batch_plan = BatchPlan.from_config(config, world_size=1, micro_batch_size=micro)
         with pytest.raises(UserError):
-            train_stream(source, config, start_step=0, world_size=1, rank=0, micro_batch_size=micro, pin_memory=False)
+            train_stream(source, config, batch_plan, start_step=0, rank=0, pin_memory=False)
 
 
 class Numbers:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcvit.config.load import load_config
-from gcvit.data.epoch_order import num_micro_steps
-from gcvit.planning.memory_predictor import Forecast, condense, engine_name, share_of, split_evenly, with_engine
+from gcvit.data.batch_plan import BatchPlan
+from gcvit.planning.memory_predictor import Forecast, condense, engine_name, with_engine
 from gcvit.planning.step_trace import Event
 from tests.helpers.launching import ROOT
 
@@ -28,7 +28,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(pairs, world_siz
     config = CONFIG.model_copy(update={"global_batch_size": 2 * pairs})
 
     def predict(_, world_size, num_images):
-        steps = num_micro_steps(2 * pairs, world_size, num_images, paired=True)
+        steps = BatchPlan(2 * pairs, world_size, num_images, paired=True).num_micro_steps
         return SimpleNamespace(peak=num_images + (accumulating if steps > 1 else 0))
 
     forecast = Forecast.__new__(Forecast)
@@ -36,18 +36,6 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(pairs, world_siz
     most = forecast.largest(config, world_size, limit)
     fitting = [n for n in range(2, limit + 1, 2) if predict(config, world_size, n).peak <= limit]
     assert most == max(fitting, default=0)
-
-
-@given(pairs=st.integers(1, 300), world_size=st.integers(1, 9), most=st.integers(1, 700))
-def test_a_share_is_split_evenly(pairs, world_size, most):
-    config = CONFIG.model_copy(update={"global_batch_size": 2 * pairs})
-    size, share = split_evenly(config, world_size, most), share_of(config, world_size)[1]
-    assert 0 < size <= max(most, 2)
-    assert size % 2 == 0
-    steps = -(-share // size)
-    assert steps == -(-share // max(most // 2 * 2, 2))
-    assert steps == num_micro_steps(2 * pairs, world_size, size, paired=True)
-    assert (size - 2) * steps < share  # no smaller one would do
 
 
 @given(st.lists(st.integers(-9, 9) | st.just("mark"), max_size=40))

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcvit.config.load import load_config
+from gcvit.data.batch_plan import BatchPlan
 from gcvit.errors import UserError
-from gcvit.planning.memory_predictor import share_of
 from gcvit.planning.micro_batch_finder import find_largest, resolve_micro_batch
 from gcvit.runtime.distributed import World
 from tests.helpers.launching import ROOT
@@ -34,15 +34,15 @@ def world_of(*others: int) -> World:
 
 @given(pairs=st.integers(1, 400), world_size=st.integers(1, 9), limit=st.integers(0, 900))
 def test_the_largest_that_fits_is_found_with_few_trials(pairs, world_size, limit):
-    config = AUTO.model_copy(update={"global_batch_size": 2 * pairs})
-    unit, share = share_of(config, world_size)
+    batch_plan = BatchPlan(2 * pairs, world_size, None, paired=True)
+    unit, share = batch_plan.unit, batch_plan.largest_share
     tried = []
 
     def fits(size):
         tried.append(size)
         return size <= limit
 
-    found = find_largest(config, world_size, fits)
+    found = find_largest(batch_plan, fits)
     even = {-(-share // unit // steps) * unit for steps in range(1, share // unit + 1)}
     assert found == max((size for size in even if size <= limit), default=0)
     assert len(tried) <= 2 * (share // unit).bit_length() + 1

@@ -181,8 +181,8 @@ def test_what_cannot_work_is_refused(overrides, options, words):
 
 def test_auto_becomes_the_largest_that_fits_split_evenly():
     found = plan("global_batch_size=2560", "trainer.micro_batch_size=auto")
-    assert (found.micro_batch, found.micro_steps) == (320, 2)
-    assert plan("global_batch_size=64", "trainer.micro_batch_size=auto").micro_batch == 16
+    assert (found.batch_plan.capacity, found.batch_plan.num_micro_steps) == (320, 2)
+    assert plan("global_batch_size=64", "trainer.micro_batch_size=auto").batch_plan.capacity == 16
 
 
 def test_time_follows_from_operations_and_the_assumed_share_of_the_peak():
