@@ -45,7 +45,7 @@ def main() -> None:
     from gcvit.training.setup import build_trainer
 
     check_wandb(config)
-    sources = open_sources(config)
+    sources = open_sources(config.data, config.model.num_classes)
     start_from = {"resume": arguments.resume, "init_from": arguments.init_from, "reset_head": arguments.reset_head}
     with join_world(config.trainer.deterministic, config.trainer.hang_timeout) as world:
         if arguments.overfit_one_batch:

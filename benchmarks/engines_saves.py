@@ -63,7 +63,10 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     targets = torch.full((IMAGES_PER_RANK, 4), 0.25)
     first: dict[bool, list[float]] = {True: [], False: []}
     whole: dict[bool, list[float]] = {True: [], False: []}
-    with join_world() as world, build_trainer(config, world, open_sources(config)) as trainer:
+    with (
+        join_world() as world,
+        build_trainer(config, world, open_sources(config.data, config.model.num_classes)) as trainer,
+    ):
         num_parameters = sum(p.numel() for p in trainer.engine.module.parameters())
 
         def step(with_save: bool) -> None:

@@ -68,7 +68,10 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     rows: list[float] = []
     steps: dict[bool, list[float]] = {True: [], False: []}
     row_every = min(LOG_EVERY, num_pairs)
-    with join_world() as world, build_trainer(config, world, open_sources(config)) as trainer:
+    with (
+        join_world() as world,
+        build_trainer(config, world, open_sources(config.data, config.model.num_classes)) as trainer,
+    ):
 
         def time_step(is_watched: bool) -> float:
             watching = watch_waits(trainer.timer, trainer.engine) if is_watched else unwatched()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32
 
-from gcvit.config.schema import Config
+from gcvit.config.schema import DataConfig
 from gcvit.data.download import is_remote
 from gcvit.data.folder_source import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, column_path, find_split, read_manifest
@@ -237,18 +237,25 @@ def open_source(
     return open_folder(data_dir / split, classes or None)
 
 
-def open_sources(config: Config) -> tuple[Source, Source]:
-    """The train and val split of `data.dir`. Errors: UserError for missing or corrupt data, or other classes."""
-    if config.data.dir is None:
+def open_sources(data: DataConfig, num_classes: int) -> tuple[Source, Source]:
+    """Open the train and the val split of `data.dir`.
+
+    Args:
+        data: section of the config.
+        num_classes: width of the model's head.
+
+    Raises:
+        UserError: the data is missing or corrupt, or its classes are not the model's, or differ between the splits.
+    """
+    if data.dir is None:
         raise UserError("no data", hint="give --data_dir DIR, a folder with train/ and val/")
-    data = config.data
-    train, val = (open_source(config.data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
+    train, val = (open_source(data.dir, split, data.cache_dir, data.cache_bytes) for split in ("train", "val"))
     for source, split in ((train, "train"), (val, "val")):
-        if len(source.classes) != config.model.num_classes:
+        if len(source.classes) != num_classes:
             raise UserError(
                 f"the data has another number of classes than the model ({split})",
-                got=f"{len(source.classes)} classes in {config.data.dir}",
-                expected=f"model.num_classes={config.model.num_classes}",
+                got=f"{len(source.classes)} classes in {data.dir}",
+                expected=f"model.num_classes={num_classes}",
                 hint=f"set model.num_classes={len(source.classes)}, or give other data",
             )
     if train.classes != val.classes:

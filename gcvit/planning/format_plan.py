@@ -29,7 +29,7 @@ def print_plan(
     if folder is not None and not is_remote(folder) and not Path(folder).exists():
         hint = "check --data_dir, or plan for ImageNet-1K with data.dir=null"
         raise UserError("the data directory is no directory", got=f"{folder} (missing)", hint=hint)
-    sources = None if folder is None else open_sources(config)
+    sources = None if folder is None else open_sources(config.data, config.model.num_classes)
     assumed = gpu is None and not torch.cuda.is_available()
     remarks = [f"there is no GPU here: {ASSUMED_GPU} is assumed, see --gpu and --gpus"] if assumed else []
     print(describe(make_plan(config, sources, num_gpus=num_gpus, gpu=gpu, mfu=mfu), [*notices, *remarks]), flush=True)

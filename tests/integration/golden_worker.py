@@ -70,7 +70,7 @@ def run_all(spec: dict, world: World) -> None:
         resume = run.get("resume", "none")
         with (
             sabotage(run.get("sabotage")),
-            build_trainer(config, world, open_sources(config), resume=resume) as trainer,
+            build_trainer(config, world, open_sources(config.data, config.model.num_classes), resume=resume) as trainer,
         ):
             before = digest_state(trainer)
             trainer.train()

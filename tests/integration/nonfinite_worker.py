@@ -141,11 +141,12 @@ def run_all(data: str, out: Path, world: World) -> dict[str, Any]:
         tag = f"{kind}-{engine}-{precision}"
         overrides = [*PLAIN, *ENGINES[engine], f"precision={precision}", f"tag={tag}", f"output_dir={out}"]
         config, _ = load_config(CONFIG, [*overrides, f"data.dir={data}"])
-        with build_trainer(config, world, open_sources(config), resume="none") as trainer:
+        sources = open_sources(config.data, config.model.num_classes)
+        with build_trainer(config, world, sources, resume="none") as trainer:
             seen = observe(trainer, KINDS[kind])
         again = {}
         if seen["error"]:
-            with build_trainer(config, world, open_sources(config)) as trainer:
+            with build_trainer(config, world, open_sources(config.data, config.model.num_classes)) as trainer:
                 state = trainer.state
                 again = {"step": state.step, "samples": state.samples, "digest": digest(trainer)}
         report[f"{kind} {engine} {precision}"] = world.gather({**seen, "again": again})

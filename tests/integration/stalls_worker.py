@@ -151,7 +151,7 @@ def run_all(spec: dict, world: World) -> None:
         SleepyLoader.sleeper = sleeper = Sleeper(run, world.rank)
         with (
             mock.patch.object(loader, "_TrainLoader", SleepyLoader),
-            build_trainer(config, world, open_sources(config)) as trainer,
+            build_trainer(config, world, open_sources(config.data, config.model.num_classes)) as trainer,
         ):
             train_slowly(trainer, sleeper, set(map(int, run["plan"])))
 

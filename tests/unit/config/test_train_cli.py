@@ -57,17 +57,17 @@ def parse(monkeypatch) -> Callable[..., Namespace]:
 
 @pytest.fixture
 def configure(monkeypatch) -> Callable[..., Config]:
-    """`configure(*words)`: the config that train.py's main makes, stopped where it would open the data."""
+    """`configure(*words)`: the config that train.py's main makes, stopped before it opens the data."""
 
     class Stop(Exception):
         pass
 
-    def open_sources(config: Config):
+    def stop(config: Config):
         raise Stop(config)
 
     def make_config(*words: str) -> Config:
         monkeypatch.setattr(sys, "argv", [train.__file__, "--config", CONFIG, *words])
-        monkeypatch.setattr("gcvit.data.source.open_sources", open_sources)
+        monkeypatch.setattr("gcvit.monitoring.writers.check_wandb", stop)
         monkeypatch.setitem(sys.modules, "gcvit.training.setup", SimpleNamespace(build_trainer=None))
         monkeypatch.setitem(sys.modules, "gcvit.training.replay", SimpleNamespace(replay=None))
         with pytest.raises(Stop) as stopped:

@@ -51,7 +51,7 @@ def begin(images: Path, out: Path, world: World, *overrides: str):
     small = ["model.overrides.width=8", "trainer.eval_batch_size=4", f"data.dir={images}", f"output_dir={out}"]
     common = ["global_batch_size=4", "schedule.cosine=8 steps", "trainer.eval_every=90 steps", "ema=null", *small]
     config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [*common, "trainer.save_every=90 steps", *overrides])
-    return build_trainer(config, world, open_sources(config))
+    return build_trainer(config, world, open_sources(config.data, config.model.num_classes))
 
 
 def rows(trainer: Trainer, kind: str) -> list[dict]:
