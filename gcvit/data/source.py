@@ -16,6 +16,7 @@ from gcvit.data.download import is_remote
 from gcvit.data.folder_source import LAYOUT, class_folders, open_folder
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, column_path, find_split, read_manifest
 from gcvit.data.shard_cache import Prefetcher, ShardCache, fetch_manifest
+from gcvit.data.shard_pattern import parse_pattern
 from gcvit.errors import UserError
 
 DEFAULT_CACHE = "~/.cache/gcvit"
@@ -102,6 +103,10 @@ class ShardSource:
     @property
     def digest(self) -> str:
         return self._manifest.digest
+
+    @property
+    def shard_names(self) -> list[str]:
+        return [shard.name for shard in self._manifest.shards]
 
     def name(self, index: int) -> str:
         return self._manifest.member_name(index)
@@ -191,13 +196,30 @@ def _reopen(
 def open_source(
     data_dir: str | Path, split: str, cache_dir: str | None = None, cache_bytes: int | None = None
 ) -> Source:
-    """The samples of `split` ("train" or "val") below `data_dir`: shards with a manifest, or class folders.
+    """Open the samples of `split` below `data_dir`: shards with a manifest, or class folders.
 
-    Where `data_dir` is a URL, its shards are kept in `cache_dir` (by default ~/.cache/gcvit), of which no more than
-    `cache_bytes`. The labels of a class-folder tree number the folders of its `train`, for other splits too. Errors:
-    UserError for a missing or empty directory, no such split, a class folder without images, tars without a
-    manifest or compressed, and a manifest that disagrees with its tars.
+    The labels of a class-folder tree number the folders of its `train`, for other splits too.
+
+    Args:
+        data_dir: a folder, a URL, or a pattern of shards (see `gcvit.data.shard_pattern`).
+        split: "train" or "val".
+        cache_dir: folder for the shards of a URL; None is ~/.cache/gcvit.
+        cache_bytes: most bytes of shards that are kept there; None keeps all.
+
+    Raises:
+        UserError: a missing or empty directory, no such split, a class folder without images, tars without a
+            manifest or compressed, a manifest that disagrees with its tars or with the pattern.
     """
+    pattern = parse_pattern(str(data_dir))
+    if pattern is None:
+        return _open_source(data_dir, split, cache_dir, cache_bytes)
+    source = _open_source(pattern.data_dir, split, cache_dir, cache_bytes)
+    if pattern.split in (None, split):
+        pattern.check_shards(source.shard_names if isinstance(source, ShardSource) else ())
+    return source
+
+
+def _open_source(data_dir: str | Path, split: str, cache_dir: str | None, cache_bytes: int | None) -> Source:
     if is_remote(str(data_dir)):
         url, folder = fetch_manifest(str(data_dir), split, Path(cache_dir or DEFAULT_CACHE).expanduser())
         manifest = read_manifest(folder, check_shards=False)

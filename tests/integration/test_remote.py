@@ -19,6 +19,7 @@ from gcvit.data import download
 from gcvit.data.download import Absent, hold
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
 from gcvit.data.shard_cache import CACHE_FOLDER, ShardCache, fetch_manifest
+from gcvit.data.source import open_source
 from gcvit.errors import UserError
 from tests.helpers.flaky_server import FlakyServer, serve
 
@@ -279,3 +280,13 @@ def test_a_forked_process_can_download_too(server, tmp_path):
     assert answers.get(timeout=30) is True
     child.join(10)
     assert child.exitcode == 0
+
+
+def test_shards_are_named_by_a_pattern(server, tmp_path):
+    """With a token in the URL's query, which every request repeats."""
+    cache_dir = str(tmp_path / "near")
+    source = open_source(f"{server.url}/train/train-{{000000..000005}}.tar?key=a", "train", cache_dir)
+    assert source.num_samples == NUM_SHARDS
+    assert all(target.endswith("?key=a") for target in server.targets)
+    with pytest.raises(UserError, match=r"train-000006\.tar is only in the pattern"):
+        open_source(f"{server.url}/train/train-{{000000..000006}}.tar?key=a", "train", cache_dir)
