@@ -53,6 +53,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
     from gcvit.optim.loss import soft_target_loss
     from gcvit.runtime.distributed import join_world
     from gcvit.training.setup import build_trainer
+    from gcvit.training.trainer import log_saves
 
     torch.set_num_threads(1)
     words = [f"data.dir={folder / 'images'}", f"output_dir={folder}", f"tag={name}", "ema={half_life: 9 steps}"]
@@ -80,7 +81,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
                 trainer.save()
 
         def cycle(with_save: bool) -> tuple[float, float]:
-            trainer.checkpoints.wait()
+            log_saves(trainer.metrics, trainer.checkpoints.wait())
             world.barrier()
             begin = time.perf_counter()
             step(with_save)
@@ -97,7 +98,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
                 seconds = cycle(with_save)
                 first[with_save].append(seconds[0])
                 whole[with_save].append(seconds[1])
-        trainer.checkpoints.wait()
+        log_saves(trainer.metrics, trainer.checkpoints.wait())
     if not world.is_rank0:
         return None
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]

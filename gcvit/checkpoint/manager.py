@@ -1,31 +1,50 @@
-"""Checkpoints beside the training: a snapshot to host memory, which stops it shortly, and a thread that writes it.
+"""Checkpoints beside the training: a snapshot to host memory stops it shortly, then another process writes it.
 
-The thread talks to those of the other ranks over a group of its own: messages of two threads on one group would mix.
-One write is under way at most. What goes wrong in it is told on all ranks alike, at the next look at it.
+The trainer's thread of a write only waits: for the writer's process (`writer_process.py`), which reads the snapshot
+from shared memory, and for the other ranks, over a group of its own, since messages of two threads on one group would
+mix. At most one write is under way. Its failure is raised on all ranks alike, at the next call.
 """
 
+import mmap
+import os
 import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gcvit.checkpoint import store
+from gcvit.checkpoint.format import FileRecord
+from gcvit.checkpoint.index_cache import IndexCache
 from gcvit.checkpoint.replica_check import check_replicas
-from gcvit.checkpoint.shard_files import own_part
-from gcvit.checkpoint.store import RunState
+from gcvit.checkpoint.store import RunState, own_part
+from gcvit.checkpoint.writer_process import WriterError, WriterProcess
 from gcvit.errors import UserError
-from gcvit.monitoring.metric_logger import Metrics
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class FinishedSave:
+    """A checkpoint that is complete on disk."""
+
+    step: int
+    stall_seconds: float
+    """For which the save stopped the training."""
+    write_seconds: float
+    """That the write took beside the training."""
+    bytes: int
+    """Of all files; 0 on other ranks than 0."""
+    messages: tuple[str, ...] = ()
+    """What the user should know of it."""
 
 
 @dataclass
@@ -34,34 +53,36 @@ class _Write:
 
     step: int
     prunes: bool  # the ones before it
-    stall_seconds: float  # for which it stopped the training
+    stall_seconds: float
     num_bytes: int = 0
     seconds: float = 0.0
     failure: UserError | None = None  # the same on all ranks
-    bug: str | None = None  # the traceback of any other error
+    bug: str | None = None  # any other error, in words
+    messages: tuple[str, ...] = ()
 
 
-class Saver:
+class CheckpointManager:
     """Writes and prunes the checkpoints of one run in `folder`. Every rank has one and makes the same calls.
 
-    `check_lock` is asked on rank 0 before files are touched and before a checkpoint gets its name. A context manager:
-    leaving it waits for the write under way.
+    Create it in the main thread, and end it with `close`, or with `abandon` after an error. `check_lock` is called on
+    rank 0 before files are touched and before a checkpoint gets its name.
     """
 
-    def __init__(
-        self, folder: Path, world: World, metrics: Metrics, *, keep: int, check_lock: Callable[[], None] = lambda: None
-    ):
-        self._folder, self._world, self._metrics, self._keep = folder, world, metrics, keep
+    def __init__(self, folder: Path, world: World, *, keep: int, check_lock: Callable[[], None] = lambda: None):
+        self._folder, self._world, self._keep = folder, world, keep
         self._check_lock = check_lock
         self._writers = replace(world, host_group=world.new_host_group())
-        self._snapshot = _Snapshot()
+        self._snapshot = Snapshot()
+        self._process = WriterProcess(self._snapshot.fd)
+        self._index = IndexCache()
         self._thread: threading.Thread | None = None
         self._write: _Write | None = None
 
     def begin(self, state: RunState, tensors: Mapping[str, Fragments]) -> str:
-        """Clear what a killed run left, and say what disk the checkpoints of these tensors take.
+        """Delete what a killed run left; returns in words what disk the checkpoints of these tensors need.
 
-        Errors, on all ranks alike: UserError where the folder cannot be written.
+        Raises:
+            UserError: On all ranks alike, where the folder cannot be written.
         """
         here = sum(own_part(part).data.nbytes for named in tensors.values() for part in named.values())
         num_bytes = sum(self._world.gather(here))
@@ -75,65 +96,82 @@ class Saver:
 
     def save(
         self, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], *, prunes: bool = True
-    ) -> None:
-        """Take a snapshot and begin to write it, once the write before it has ended; then prune, if it `prunes`.
+    ) -> list[FinishedSave]:
+        """Copy a snapshot and begin to write it, once the write before it has ended; then prune, if it `prunes`.
 
-        Errors, on all ranks alike: UserError where that write failed or replicas differ; then nothing is begun.
+        Returns the save before, if it was not returned yet.
+
+        Raises:
+            UserError: On all ranks alike, where that write failed or replicas differ; then nothing is begun.
+            RuntimeError: As `poll`.
         """
         begin = time.perf_counter()
-        if self._write and self._thread:
-            before, must_wait = self._write.step, self._thread.is_alive()
-            self.wait()
-            if must_wait:
-                waited = time.perf_counter() - begin
-                self._metrics.say(f"training waited {waited:.1f} s for the checkpoint of step {before} to be written")
+        must_wait = self._thread is not None and self._thread.is_alive()
+        finished = self.wait()
+        if must_wait:
+            waited = time.perf_counter() - begin
+            finished = [
+                replace(before, messages=(*before.messages, _describe_wait(waited, before.step))) for before in finished
+            ]
         check_replicas(tensors, self._world)
-        taken = self._snapshot.take(tensors)
-        write = _Write(state.step, prunes, time.perf_counter() - begin)
-        work = (write, replace(state), taken, dict(info))
+        copied = self._snapshot.copy(tensors)
+        write = _Write(state.step, prunes, time.perf_counter() - begin, messages=self._snapshot.pop_messages())
+        work = (write, replace(state), copied, dict(info))
         # A daemon: a second Ctrl-C ends the wait for it.
         self._thread = threading.Thread(target=self._run, args=work, name="checkpoint", daemon=True)
         self._write = write
         self._thread.start()
+        return finished
 
-    def poll(self) -> None:
-        """Log the write that has ended on all ranks. Errors, on all ranks alike: UserError where it failed."""
-        self._stop_at_a_bug()
-        if self._thread and all(self._world.gather(not self._thread.is_alive())):
-            self.wait()
+    def poll(self) -> list[FinishedSave]:
+        """Return the save that has ended on all ranks since the last call, without waiting.
 
-    def wait(self) -> None:
-        """Wait for the write under way on all ranks and log it. Errors: as `poll`."""
+        Raises:
+            UserError: On all ranks alike, where it failed by something that a user can change.
+            RuntimeError: On all ranks alike, where it failed otherwise.
+        """
+        if not self._thread or not self._write:
+            return []
+        of_ranks = self._world.gather((not self._thread.is_alive(), self._write.bug))
+        _raise_bug(self._write.step, next((bug for _, bug in of_ranks if bug), None))
+        return self.wait() if all(has_ended for has_ended, _ in of_ranks) else []
+
+    def wait(self) -> list[FinishedSave]:
+        """Wait for the write under way on all ranks and return it. Raises: as `poll`."""
+        if not self._thread or not self._write:
+            return []
+        self._thread.join()
+        # Without the other ranks, whose writers may wait for this one's: the launcher ends them.
+        _raise_bug(self._write.step, self._write.bug)
+        write, self._thread, self._write = self._write, None, None
+        failed = next((failure for failure in self._world.gather(write.failure) if failure), None)
+        if failed:
+            raise failed
+        return [FinishedSave(write.step, write.stall_seconds, write.seconds, write.num_bytes, write.messages)]
+
+    def close(self) -> list[FinishedSave]:
+        """Wait for the write under way, and end the writer's process. Raises: as `poll`."""
+        finished = self.wait()
+        dist.destroy_process_group(self._writers.host_group)
+        self._process.close()
+        self._snapshot.close()
+        return finished
+
+    def abandon(self) -> list[str]:
+        """Let the write under way end after an error of the training, and end the writer's process.
+
+        Returns what went wrong in it, in words. The other ranks' main threads may be inside a collective, but their
+        writers still take part.
+        """
+        messages = []
         if self._thread and self._write:
-            self._thread.join()
-            self._stop_at_a_bug()
-            write, self._thread, self._write = self._write, None, None
-            failed = next((failure for failure in self._world.gather(write.failure) if failure), None)
-            if failed:
-                raise failed
-            row = {"stall_seconds": write.stall_seconds, "write_seconds": write.seconds, "bytes": write.num_bytes}
-            self._metrics.log_checkpoint(write.step, row)
-
-    def _stop_at_a_bug(self) -> None:
-        """Without a word to the other ranks, whose writers may wait for this one's: the launcher ends them."""
-        if self._write and self._write.bug:
-            raise RuntimeError(f"the checkpoint of step {self._write.step} failed:\n{self._write.bug}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, place: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.wait()
-            dist.destroy_process_group(self._writers.host_group)
-        elif self._thread and self._write:
-            # The other ranks' main threads may be inside a collective, but their writers still take part.
             self._thread.join()
             wrong = self._write.failure or self._write.bug
             if wrong:
-                self._metrics.say(f"besides, the checkpoint of step {self._write.step} failed: {wrong}")
+                messages = [f"besides, the checkpoint of step {self._write.step} failed: {wrong}"]
+        self._process.close()
+        self._snapshot.close()
+        return messages
 
     def _describe_disk(self, num_bytes: int) -> str:
         """In words, for checkpoints of so many bytes each."""
@@ -149,41 +187,101 @@ class Saver:
 
     def _run(self, write: _Write, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any]) -> None:
         begin = time.perf_counter()
-        world = self._writers
+        world, write_file = self._writers, self._write_shared if self._snapshot.is_shared else store.write_here
         try:
-            path = store.save(self._folder, state, tensors, info, world, check_lock=self._check_lock)
+            path = store.save(
+                self._folder,
+                state,
+                tensors,
+                info,
+                world,
+                check_lock=self._check_lock,
+                write=write_file,
+                index=self._index,
+            )
             heartbeat.mark()
             if write.prunes:
                 world.on_rank0(lambda: store.prune(self._folder, keep=self._keep, best_step=state.best_step))
             write.num_bytes = sum(file.stat().st_size for file in path.iterdir()) if world.is_rank0 else 0
         except UserError as error:
             write.failure = error
-        except BaseException as error:  # as DCP's CheckpointException is; unseen it would pass for a success
+        except WriterError as error:
+            write.bug = str(error)
+        except BaseException as error:  # a thread's exception is seen by nobody, and would pass for a success
             write.bug = "".join(traceback.format_exception(error))
         write.seconds = time.perf_counter() - begin
 
+    def _write_shared(self, path: Path, header: bytes, tensors: Sequence[Tensor]) -> FileRecord:
+        """Have the snapshot written by the process: the tensors follow each other in its memory."""
+        return self._process.write(path, header, sum(tensor.nbytes for tensor in tensors), heartbeat.mark)
 
-class _Snapshot:
-    """This rank's part of each fragment in host memory, which is taken once and used again."""
+
+def _describe_wait(seconds: float, step: int) -> str:
+    return f"training waited {seconds:.1f} s for the checkpoint of step {step} to be written"
+
+
+def _raise_bug(step: int, bug: str | None) -> None:
+    if bug:
+        raise RuntimeError(f"the checkpoint of step {step} failed:\n{bug}")
+
+
+class Snapshot:
+    """This rank's part of each fragment, one after the other in host memory that is allocated once.
+
+    The memory is shared with the writer's process by the file descriptor `fd`. It is no file of /dev/shm, whose size
+    containers limit. Where the system does not give it, it is private memory, and `is_shared` is false.
+    """
 
     def __init__(self) -> None:
+        self.fd = os.memfd_create("checkpoint")
+        self.is_shared = True
         self._memory = torch.empty(0)
+        self._messages: list[str] = []
 
     @torch.no_grad()
-    def take(self, tensors: Mapping[str, Fragments]) -> dict[str, Fragments]:
+    def copy(self, tensors: Mapping[str, Fragments]) -> dict[str, Fragments]:
         """Copy the parts that this rank writes; the result holds until the next call."""
         parts = {kind: {name: own_part(part) for name, part in named.items()} for kind, named in tensors.items()}
         everything = [part.data for named in parts.values() for part in named.values()]
         on_cuda = any(data.is_cuda for data in everything)
         num_elements = sum(data.numel() for data in everything)
         if self._memory.numel() != num_elements:
-            self._memory = torch.empty(num_elements, pin_memory=on_cuda)
+            self._memory = self._allocate(num_elements, on_cuda)
         copies = iter(self._memory.split([data.numel() for data in everything]))
 
         def copy(part: Fragment) -> Fragment:
             return replace(part, data=next(copies).copy_(part.data, non_blocking=True))
 
-        taken = {kind: {name: copy(part) for name, part in named.items()} for kind, named in parts.items()}
+        copied = {kind: {name: copy(part) for name, part in named.items()} for kind, named in parts.items()}
         if on_cuda:
             torch.cuda.current_stream().synchronize()
-        return taken
+        return copied
+
+    def pop_messages(self) -> tuple[str, ...]:
+        """Return what the user should know of the memory, once."""
+        messages, self._messages = tuple(self._messages), []
+        return messages
+
+    def close(self) -> None:
+        """Let go of the descriptor; the memory is freed with the last copy."""
+        os.close(self.fd)
+
+    def _allocate(self, num_elements: int, on_cuda: bool) -> Tensor:
+        """Allocate memory, shared if the system gives it, that a GPU copies to at full speed if there is one."""
+        if not num_elements:
+            return torch.empty(0)
+        try:
+            os.ftruncate(self.fd, 0)
+            os.posix_fallocate(self.fd, 0, 4 * num_elements)  # else a lack of memory would be a SIGBUS later
+            memory = torch.frombuffer(mmap.mmap(self.fd, 4 * num_elements), dtype=torch.float32)
+        except OSError as error:
+            self.is_shared = False
+            self._messages.append(
+                f"no {4e-9 * num_elements:.3g} GB of shared memory for checkpoints ({error.strerror}): "
+                "the training's process writes them, which slows the steps beside a save"
+            )
+            return torch.empty(num_elements, pin_memory=on_cuda)
+        self.is_shared = True
+        if on_cuda:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        return memory

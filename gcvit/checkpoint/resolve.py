@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gcvit.checkpoint import store
+from gcvit.checkpoint.format import STATE_FILE, step_dir
 from gcvit.checkpoint.store import Checkpoint, CorruptCheckpointError
 from gcvit.config.load import dump_config
 from gcvit.config.schema import Config
@@ -91,7 +92,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Errors: UserError where there is none.
     """
-    if (path / store.STATE_FILE).exists():
+    if (path / STATE_FILE).exists():
         return path
     newest = store.latest(checkpoints_of(path))
     if newest is None:
@@ -102,7 +103,7 @@ def find_checkpoint(path: Path) -> Path:
             hint="check the path, or wait for the run's first save",
         )
     best_step = store.open_checkpoint(newest).state.best_step
-    best = newest.with_name(f"step_{best_step:08d}")
+    best = newest.with_name(step_dir(best_step))
     return best if best.exists() else newest
 
 

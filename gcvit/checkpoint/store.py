@@ -1,43 +1,60 @@
-"""One checkpoint for all engines and world sizes, both ways.
+"""Checkpoints of all engines and world sizes: write, read, list, prune. `format.py` says what is on disk.
 
-A checkpoint is a folder `step_N`: a `torch.distributed.checkpoint` directory that holds tensors only, each stored flat
-under its name ("model.head.weight", "exp_avg...", "exp_avg_sq...", "ema..."), and a readable `state.json`. Stored flat,
-what a rank holds under any engine is a contiguous range: rows under FSDP2, a cut through a matrix under ZeRO, a whole
-replica under DDP, which then writes its part of it.
+Stored flat, what a rank holds under any engine is a contiguous range of each tensor: rows under FSDP2, a cut through a
+matrix under ZeRO, a whole replica under DDP, which then writes its part of it. So any rank of any engine can read what
+it needs from the ranges of any other.
 
-Whole or not at all: the files are written to `step_N.tmp` and hashed on their way to the disk, flushed, and read back
-from it. `state.json`, with their sizes and hashes and one of itself, comes last; then rank 0 renames the folder, and
-only then old ones go. So a folder under its final name is complete, whenever a process is killed, and what a killed
+A checkpoint is complete or absent: the ranks write their files to `step_N.tmp`, flush them, and compare what the disk
+gives back. `state.json`, with their sizes and hashes and one of itself, comes last; then rank 0 renames the folder, and
+only then deletes old ones. So a folder under its final name is complete, whenever a process is killed. What a killed
 one leaves is named `.tmp`, which the next run or save removes. `manager.py` does this beside the training.
 
-Nothing is believed: sizes and hashes are checked before a tensor is touched. No pickle from a file is executed:
-tensors are read with `weights_only`, DCP's metadata through an allow-list.
+Sizes and hashes are checked before a tensor is read. Nothing in a checkpoint is executed.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from gcvit.checkpoint.shard_files import FileRecord, HashedFiles, read_fragments, read_metadata, write_fragments
+from gcvit.checkpoint.format import (
+    FORMAT,
+    LAST_COMMIT_OF_FORMAT_2,
+    STATE_FILE,
+    FileRecord,
+    Index,
+    ReadBackError,
+    Row,
+    decode_state,
+    encode_header,
+    encode_index,
+    encode_state,
+    find_pieces,
+    hash_file,
+    rank_file,
+    step_dir,
+    sync,
+    write_file,
+)
+from gcvit.checkpoint.index_cache import IndexCache
+from gcvit.checkpoint.writer_process import WriterError
 from gcvit.errors import UserError
 from gcvit.optim.adamw import Counters
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
 
-STATE_FILE = "state.json"
-FORMAT = 2
-
 T = TypeVar("T")
+WriteFile = Callable[[Path, bytes, Sequence[Tensor]], FileRecord]
+"""Writes a file of a header and tensors, raises as `format.write_file` does, or `WriterError`."""
 
 
 @dataclass
@@ -61,9 +78,14 @@ class Checkpoint:
     path: Path
     state: RunState
     info: Mapping[str, Any]  # "config" as plain values, "data" (its digest), "world_size", "classes"
-    shapes: Mapping[str, torch.Size]  # of every stored tensor, by name
+    index: Index  # shape and ranges of every stored tensor, by name
     files: Mapping[str, FileRecord]  # bytes and sha256 of every file but state.json, by name
     is_checked: bool = False  # whether the hashes were compared
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every stored tensor, by name."""
+        return {name: torch.Size(stored["shape"]) for name, stored in self.index.items()}
 
 
 class CorruptCheckpointError(UserError):
@@ -80,6 +102,19 @@ class CorruptCheckpointError(UserError):
         return type(self), self._arguments  # ranks tell each other, by pickle
 
 
+def own_part(fragment: Fragment) -> Fragment:
+    """Cut from a replicated fragment the part that this replica writes."""
+    per_replica = -(-fragment.data.numel() // fragment.num_replicas)
+    offset = min(fragment.replica * per_replica, fragment.data.numel())
+    return Fragment(fragment.data[offset : offset + per_replica], fragment.start + offset, fragment.shape)
+
+
+def write_here(path: Path, header: bytes, tensors: Sequence[Tensor]) -> FileRecord:
+    """Write a rank's file in this process. Raises: as `write_file`."""
+    pieces = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data for tensor in tensors]
+    return write_file(path, [memoryview(header), *pieces], heartbeat.mark)
+
+
 def save(
     folder: Path,
     state: RunState,
@@ -88,19 +123,39 @@ def save(
     world: World,
     *,
     check_lock: Callable[[], None] = lambda: None,
+    write: WriteFile = write_here,
+    index: IndexCache | None = None,
 ) -> Path:
-    """Write `folder/step_N` by all ranks together, and return it once it is complete and on disk.
+    """Write the checkpoint of a step by all ranks together, and return its folder once it is complete and on disk.
 
-    `check_lock` raises a UserError where the folder has become another's; then nothing there is touched any more.
-    Errors, on all ranks alike: UserError that names the file which cannot be written or does not read back the same.
+    Args:
+        folder: The run's folder of checkpoints.
+        state: Names the step.
+        tensors: What this rank holds, by kind and parameter.
+        info: Further members of `state.json`.
+        world: All ranks; its host group must be used by nobody else meanwhile.
+        check_lock: Raises a UserError where the folder has become another run's; nothing there is touched then.
+        write: Writes this rank's file.
+        index: The same in each save of a run, so that the index is merged once.
+
+    Raises:
+        UserError: On all ranks alike, naming the file that cannot be written or does not read back the same.
+        WriterError: On all ranks alike, where the writer of one has failed.
     """
-    final = folder / f"step_{state.step:08d}"
+    final = folder / step_dir(state.step)
     part = final.with_name(final.name + ".tmp")
-    fragments = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
+    own = {f"{kind}.{name}": own_part(held) for kind, named in tensors.items() for name, held in named.items()}
+    own = {name: held for name, held in own.items() if held.data.numel()}
+    rows: list[Row] = [(name, tuple(held.shape), held.start, held.data.numel()) for name, held in own.items()]
 
     def begin() -> None:
         check_lock()
         prepare(folder)
+
+    def write_own() -> FileRecord:
+        with _naming(part):
+            part.mkdir(exist_ok=True)
+            return write(part / rank_file(world.rank), encode_header(rows), [held.data for held in own.values()])
 
     def clear() -> None:
         with suppress(OSError):  # of the lock's file, where the whole disk is gone
@@ -109,32 +164,24 @@ def save(
 
     world.on_rank0(begin)
     try:
-        with _naming(part):
-            written = write_fragments(part, fragments, world.host_group)
-        _together(world, lambda: _read_back(part, written))
-        files_of_ranks = world.gather(written)
-        shapes_of_ranks = world.gather({name: list(fragment.shape) for name, fragment in fragments.items()})
-        content = {
-            "format": FORMAT,
-            "state": asdict(state),
-            **info,
-            "shapes": {name: shape for shapes in shapes_of_ranks for name, shape in shapes.items()},
-            "files": {name: record for files in files_of_ranks for name, record in files.items()},
-        }
-        world.on_rank0(lambda: _complete(part, final, content, check_lock))
-    except UserError:
+        records = world.gather(_together(world, write_own))
+        encoded_index = (index or IndexCache()).encode(rows, world)
+        files = {rank_file(rank): record for rank, record in enumerate(records)}
+        content = {"format": FORMAT, "state": asdict(state), **info, "files": files}
+        world.on_rank0(lambda: _complete(part, final, encode_state(content, encoded_index), check_lock))
+    except (UserError, WriterError):
         world.on_rank0(clear)
         raise
     return final
 
 
 def restate(path: Path, state: RunState) -> None:
-    """Replace what a complete checkpoint says of the run beside its tensors. Called by one rank. Errors: UserError."""
+    """Replace the run's state in a complete checkpoint, and nothing else. Called by one rank. Raises: UserError."""
     with _naming(path):
-        content = {**json.loads((path / STATE_FILE).read_bytes()), "state": asdict(state)}
-        del content["sha256"]
+        content, _ = decode_state((path / STATE_FILE).read_bytes())
+        index = encode_index(content.pop("tensors"))
         part = path / f"{STATE_FILE}.tmp"
-        _write_state(part, content)
+        _write_state(part, encode_state({**content, "state": asdict(state)}, index))
         os.rename(part, path / STATE_FILE)
         sync(path)
 
@@ -183,18 +230,23 @@ def latest(folder: Path) -> Path | None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read `state.json` and check that all files have their sizes. Errors: UserError naming the file."""
+    """Read `state.json` and check that all files have their sizes. Raises: UserError naming the file."""
     hint = "use another checkpoint, or start afresh with another --tag"
     try:
-        content = json.loads((path / STATE_FILE).read_bytes())
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has another format", got=content["format"], expected=FORMAT, hint=hint)
-        if content.pop("sha256") != _digest(content):
+        content, is_intact = decode_state((path / STATE_FILE).read_bytes())
+        if content["format"] != FORMAT and (is_intact or "tensors" not in content):
+            raise UserError(
+                f"{path} has another format",
+                got=content["format"],
+                expected=FORMAT,
+                hint=f"commit {LAST_COMMIT_OF_FORMAT_2} reads format 2: finish the run with it, or give what its "
+                "python -m gcvit.export writes to --init-from",
+            )
+        if not is_intact:
             raise CorruptCheckpointError(path / STATE_FILE, got="another SHA-256 than it says of itself")
         state = content.pop("state")
         state = RunState(**state | {"counters": Counters(**state.get("counters", {}))})
-        shapes = {name: torch.Size(shape) for name, shape in content.pop("shapes").items()}
-        files = content.pop("files")
+        index, files = content.pop("tensors"), content.pop("files")
     except FileNotFoundError:
         if path.is_dir() and any(path.iterdir()):
             raise CorruptCheckpointError(path / STATE_FILE, got="no such file") from None
@@ -208,7 +260,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if size != record["bytes"]:
             got = "no such file" if size is None else f"{size} bytes"
             raise CorruptCheckpointError(path / name, got=got, expected=f"{record['bytes']} bytes")
-    return Checkpoint(path, state, content, shapes, files)
+    return Checkpoint(path, state, content, index, files)
 
 
 def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
@@ -221,21 +273,9 @@ def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
     return replace(checkpoint, is_checked=True)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The options in which two configs, as plain values, differ: "optim.lr 0.001 -> 0.0005"."""
-    found = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} {a} -> {b}")
-    return found
-
-
 def has_kind(checkpoint: Checkpoint, kind: str) -> bool:
     """Whether the checkpoint holds tensors of a kind ("model", "exp_avg", "exp_avg_sq", "ema")."""
-    return any(name.startswith(f"{kind}.") for name in checkpoint.shapes)
+    return any(name.startswith(f"{kind}.") for name in checkpoint.index)
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World) -> None:
@@ -259,19 +299,43 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
         )
     if not checkpoint.is_checked:
         check(checkpoint, world)
-    metadata = _together(world, lambda: read_metadata(checkpoint.path, wanted))  # DCP would hide what is raised
-    read_fragments(checkpoint.path, wanted, metadata, world.host_group)
+    _together(world, lambda: _read(checkpoint, wanted))
 
 
-def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
-    """All tensors of one kind ("model" or "ema"), whole, on the host, by a single process. Errors: as `load`."""
+def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """Read all tensors of one kind ("model" or "ema"), whole, on the host, by one process. Raises: as `load`."""
     if not checkpoint.is_checked:
         _check_files(checkpoint, checkpoint.files)
     prefix = f"{kind}."
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     whole = {name: Fragment(torch.empty(shape.numel()), 0, shape) for name, shape in shapes.items()}
-    read_fragments(checkpoint.path, whole, read_metadata(checkpoint.path, whole), None)
+    _read(checkpoint, whole)
     return {name.removeprefix(prefix): part.data.view(part.shape) for name, part in whole.items()}
+
+
+@torch.no_grad()
+def _read(checkpoint: Checkpoint, fragments: Mapping[str, Fragment]) -> None:
+    """Fill the fragments, file by file, with the ranges that they need. Raises: UserError."""
+    path = checkpoint.path
+    try:
+        pieces: dict[int, list[tuple[str, int, int, Tensor]]] = {}  # by rank: what of its tensors goes where
+        for name, part in fragments.items():
+            place, stop = 0, part.start + part.data.numel()
+            for rank, begin, end in find_pieces(checkpoint.index[name]["ranges"], part.start, stop):
+                pieces.setdefault(rank, []).append((name, begin, end, part.data[place : place + end - begin]))
+                place += end - begin
+        for rank in sorted(pieces):
+            path = checkpoint.path / rank_file(rank)
+            with safe_open(path, "pt") as file:
+                for name, begin, end, target in pieces[rank]:
+                    stored = file.get_slice(name)[begin:end]
+                    if stored.shape != target.shape or stored.dtype != torch.float32:
+                        raise ValueError(f"{name} holds other ranges than the index says")
+                    target.copy_(stored)
+            heartbeat.mark()
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot read the tensors of {path}", got=got, hint="use another checkpoint") from None
 
 
 def _shape(shape: torch.Size | None) -> str:
@@ -282,7 +346,7 @@ def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Errors: UserError for the first of these files whose content is not what was written."""
     for name in names:
         try:
-            record = _file_record(checkpoint.path / name)
+            record = hash_file(checkpoint.path / name)
         except OSError as error:
             raise CorruptCheckpointError(checkpoint.path / name, got=str(error.strerror)) from None
         heartbeat.mark()
@@ -290,66 +354,24 @@ def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             raise CorruptCheckpointError(checkpoint.path / name, got="another SHA-256 than when it was written")
 
 
-def _file_record(path: Path) -> FileRecord:
-    with open(path, "rb") as file:
-        # From the disk, not from the memory that the system keeps of it.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _read_back(folder: Path, written: Mapping[str, FileRecord]) -> None:
-    with _naming(folder):
-        for name, record in written.items():
-            heartbeat.mark()
-            if _file_record(folder / name) != record:
-                raise UserError(
-                    "the disk does not give back what was written to it",
-                    got=folder / name,
-                    hint="look after the disk, then go on from the checkpoint before with --resume auto",
-                )
-
-
-def _complete(part: Path, final: Path, content: Mapping[str, Any], check_lock: Callable[[], None]) -> None:
+def _complete(part: Path, final: Path, encoded_state: bytes, check_lock: Callable[[], None]) -> None:
     """Write `state.json` as the last file, and give the folder its name."""
     assert not final.exists(), f"{final} is there: a run goes on from its newest checkpoint"
     with _naming(part):
-        _write_state(part / STATE_FILE, content)
+        _write_state(part / STATE_FILE, encoded_state)
         sync(part)
         check_lock()
         os.rename(part, final)
         sync(final.parent)
 
 
-def _write_state(path: Path, content: Mapping[str, Any]) -> None:
-    files = HashedFiles()
-    with files.create_stream(path, "wb") as stream:
-        stream.write(_to_json({**content, "sha256": _digest(content)}))
-        stream.flush()
-        os.fsync(stream.fileno())
-    _read_back(path.parent, files.records)
-
-
-def _to_json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=1).encode()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """Of what stands in `state.json`, but for this digest itself."""
-    return hashlib.sha256(_to_json(content)).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk. Errors: OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_state(path: Path, encoded: bytes) -> None:
+    write_file(path, [memoryview(encoded)], heartbeat.mark)
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn an error of the system into one that names the file, or this folder."""
+    """Turn an error of the disk into a UserError that names the file, or this folder."""
     try:
         yield
     except OSError as error:
@@ -358,14 +380,20 @@ def _naming(path: Path) -> Iterator[None]:
             got=f"{error.filename or path} ({error.strerror})",
             hint="make room or mend the folder, then go on from the last complete checkpoint with --resume auto",
         ) from None
+    except ReadBackError as error:
+        raise UserError(
+            "the disk does not give back what was written to it",
+            got=error.path,
+            hint="check the disk, then go on from the checkpoint before with --resume auto",
+        ) from None
 
 
 def _together(world: World, act: Callable[[], T]) -> T:
-    """What `act` gives on each rank; the `UserError` of any is raised on all, so that none waits for another."""
-    failure = None
+    """Call `act` on each rank, and raise the error of any rank on all of them, so that none waits for another."""
+    failure: UserError | WriterError | None = None
     try:
         result = act()
-    except UserError as error:
+    except (UserError, WriterError) as error:
         failure = error
     failed = next((error for error in world.gather(failure) if error is not None), None)
     if failed is not None:

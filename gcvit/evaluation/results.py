@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 
 import gcvit
+from gcvit.checkpoint.format import step_dir
 from gcvit.checkpoint.weights_source import Candidate
 from gcvit.data.download import is_remote, redact
 from gcvit.errors import UserError
@@ -127,7 +128,7 @@ def keep(folder: Path, record: Mapping[str, Any], tags: Sequence[str]) -> None:
     It takes the place of one of the same weights, data and options; of another with the same name it does not.
     """
     step, sha256 = record["checkpoint"]["step"], record["checkpoint"]["sha256"]
-    words = [record["name"], record["weights"], sha256[:8] if step is None else f"step_{step:08d}", *tags]
+    words = [record["name"], record["weights"], sha256[:8] if step is None else step_dir(step), *tags]
     name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(words))
     identity = _identify(record)
     try:

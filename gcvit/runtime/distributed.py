@@ -65,6 +65,12 @@ class World:
         dist.all_gather_object(boxes, value, group=self.host_group)
         return boxes
 
+    def gather_on_rank0(self, value: T) -> list[T]:
+        """Every rank's value on rank 0, nothing on the others: for what would be much on every rank."""
+        boxes = [value] * self.size if self.is_rank0 else None
+        dist.gather_object(value, boxes, group=self.host_group)
+        return boxes or []
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier(group=self.host_group)

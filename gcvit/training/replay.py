@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gcvit.checkpoint import store
+from gcvit.checkpoint.format import step_dir
 from gcvit.checkpoint.resolve import checkpoints_of, find_checkpoint
 from gcvit.config.schema import Config
 from gcvit.data.batch import Batch
@@ -94,7 +95,7 @@ def find_before(run_dir: Path, step: int) -> str:
             expected=f"a step after {there[0]}" if there else None,
             hint="--resume none replays from the beginning, with the --init-from of that time",
         )
-    return str(checkpoints_of(run_dir) / f"step_{before[-1]:08d}")
+    return str(checkpoints_of(run_dir) / step_dir(before[-1]))
 
 
 class _Watch:

@@ -1,7 +1,9 @@
 """Where the weights of a run come from: a checkpoint of any engine, to go on from, or weights that were given."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gcvit.checkpoint import resolve, store
 from gcvit.checkpoint.store import Checkpoint, RunState
@@ -77,10 +79,22 @@ def restore(
         ema.restart()
     elif ema:
         ema.updates = state.ema_updates
-    changes = store.differences(found.info["config"], config.model_dump(mode="json"))
+    changes = list_differences(found.info["config"], config.model_dump(mode="json"))
     return state, [
         f"changed since {found.path.name}: {x}" for x in changes if not x.startswith(("tag ", "output_dir "))
     ]
+
+
+def list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the options in which two configs, as plain values, differ: "optim.lr 0.001 -> 0.0005"."""
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += list_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} {a} -> {b}")
+    return found
 
 
 def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: int = 0) -> str:

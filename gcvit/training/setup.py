@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from gcvit.checkpoint import resolve
-from gcvit.checkpoint.manager import Saver
+from gcvit.checkpoint.manager import CheckpointManager
 from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.checkpoint.weights_source import describe_origin
 from gcvit.config.schema import Config
@@ -31,7 +31,7 @@ from gcvit.runtime.distributed import World
 from gcvit.runtime.run_lock import RunLock
 from gcvit.training.ema import Ema, all_fragments
 from gcvit.training.resume import load_weights, restore
-from gcvit.training.trainer import Intervals, Trainer
+from gcvit.training.trainer import Intervals, Trainer, log_saves
 
 _MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
 
@@ -100,10 +100,11 @@ def build_trainer(
         for line in (*messages, *describe(config, world, train_source, schedule, batch_plan, state.step)):
             metrics.say(line)
         folder = resolve.checkpoints_of(config.run_dir)
-        checkpoints = Saver(folder, world, metrics, keep=config.trainer.keep_checkpoints, check_lock=lock.check)
+        keep = config.trainer.keep_checkpoints
+        checkpoints = CheckpointManager(folder, world, keep=keep, check_lock=lock.check)
+        stack.push(lambda error, *_: end_saves(checkpoints, metrics, after_error=error is not None))
         metrics.say(checkpoints.begin(state, all_fragments(engine, ema)))
         metrics.log_start(state.step, {**surroundings, "samples": state.samples})
-        stack.push(checkpoints)
         stack.callback(profiler.close)
 
         def is_shown(step: int) -> bool:
@@ -129,6 +130,15 @@ def build_trainer(
             norms=Norms(engine, config.optim, is_shown),
             profiler=profiler,
         )
+
+
+def end_saves(checkpoints: CheckpointManager, metrics: Metrics, *, after_error: bool) -> None:
+    """Wait for the checkpoint that is being written, and log it. Raises: as `CheckpointManager.close`."""
+    if after_error:
+        for message in checkpoints.abandon():
+            metrics.say(message)
+    else:
+        log_saves(metrics, checkpoints.close())
 
 
 def check_weights(config: Config, found: Checkpoint | None, init_from: str | None, reset_head: bool) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gcvit.checkpoint import resolve, store
-from gcvit.checkpoint.manager import Saver
+from gcvit.checkpoint.format import step_dir
+from gcvit.checkpoint.manager import CheckpointManager, FinishedSave
 from gcvit.checkpoint.store import RunState
 from gcvit.config.schema import Config, ModelConfig
 from gcvit.data.batch import Batch
@@ -78,7 +79,7 @@ class Trainer:
     engine: Engine
     ema: Ema | None
     state: RunState
-    checkpoints: Saver
+    checkpoints: CheckpointManager
     metrics: Metrics
     corruption: CorruptionBudget
     timer: StepClock
@@ -103,11 +104,11 @@ class Trainer:
             self.metrics.say(f"preempted after step {self.state.step}; the same command resumes from there")
             if self.state.step > first_step:
                 self.save()
-                self.checkpoints.wait()
+                log_saves(self.metrics, self.checkpoints.wait())
             self.metrics.log_end(self.state.step, "preempted", self.state.samples, None)
             raise
         preemption.close()
-        self.checkpoints.wait()
+        log_saves(self.metrics, self.checkpoints.wait())
         self.metrics.log_end(self.state.step, "finished", self.state.samples, self.state.best_top1)
 
     def _run_steps(self, preemption: Preemption) -> None:
@@ -143,7 +144,7 @@ class Trainer:
             if evaluates or saves or is_preempted or is_time(state.step, intervals.log, last_step):
                 self.log_step(step)
                 guard.check()
-                self.checkpoints.poll()
+                log_saves(self.metrics, self.checkpoints.poll())
             state.evaluation_due = evaluates
             if is_preempted:
                 raise Preempted
@@ -245,7 +246,7 @@ class Trainer:
             self.save()
 
     def save(self, *, prunes: bool = True) -> None:
-        """Begin to write a checkpoint, by all ranks together. `prunes` and Raises: as `Saver.save`."""
+        """Begin to write a checkpoint, by all ranks together. `prunes` and Raises: as `CheckpointManager.save`."""
         self.state.counters = self.engine.counters()
         self.state.ema_updates = self.ema.updates if self.ema else 0
         info = {
@@ -254,7 +255,8 @@ class Trainer:
             "world_size": self.world.size,
             "classes": list(self.train_source.classes),
         }
-        self.checkpoints.save(self.state, all_fragments(self.engine, self.ema), info, prunes=prunes)
+        tensors = all_fragments(self.engine, self.ema)
+        log_saves(self.metrics, self.checkpoints.save(self.state, tensors, info, prunes=prunes))
 
     def name_samples(self, numbers: Sequence[int]) -> list[str]:
         """Find the names of samples by their numbers in the order of training. Every rank calls it.
@@ -295,10 +297,10 @@ class Trainer:
         state.samples -= (state.step - (first_step - 1)) * self.config.global_batch_size
         state.step = first_step - 1
         path = self._checkpoint_path()
-        self.checkpoints.wait()
+        log_saves(self.metrics, self.checkpoints.wait())
         if not self.world.on_rank0(path.exists):
             self.save(prunes=False)  # newer ones may lie between the refused steps
-            self.checkpoints.wait()
+            log_saves(self.metrics, self.checkpoints.wait())
         is_newest = self.world.on_rank0(lambda: store.latest(path.parent) == path)
         raise UserError(
             f"{len(stop.steps)} updates in a row were refused: loss or gradient not finite",
@@ -310,7 +312,16 @@ class Trainer:
 
     def _checkpoint_path(self) -> Path:
         """The path of this run's checkpoint of `state.step`, whether it exists or not."""
-        return resolve.checkpoints_of(self.config.run_dir) / f"step_{self.state.step:08d}"
+        return resolve.checkpoints_of(self.config.run_dir) / step_dir(self.state.step)
+
+
+def log_saves(metrics: Metrics, finished: Iterable[FinishedSave]) -> None:
+    """Log checkpoints that are complete, and their messages."""
+    for save in finished:
+        for message in save.messages:
+            metrics.say(message)
+        row = {"stall_seconds": save.stall_seconds, "write_seconds": save.write_seconds, "bytes": save.bytes}
+        metrics.log_checkpoint(save.step, row)
 
 
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import time
 from types import ModuleType
 
 import train
-from gcvit.checkpoint import store  # what train.py loads when it has read its arguments
+from gcvit.checkpoint.writer_process import WriterProcess  # what train.py loads when it has read its arguments
 from gcvit.evaluation import evaluator
 from gcvit.runtime.entrypoint import run_main
 from gcvit.training.trainer import Trainer
@@ -24,7 +24,7 @@ from gcvit.training.trainer import Trainer
 PLACES = {
     "step": (Trainer, "train_step"),
     "evaluate": (evaluator, "rank_of_label"),
-    "write": (store, "write_fragments"),
+    "write": (WriterProcess, "write"),
 }
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from gcvit.checkpoint.manager import Saver, _Snapshot
+from gcvit.checkpoint.manager import CheckpointManager, Snapshot
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.data import batch, decode, loader, source, transforms
@@ -134,13 +134,13 @@ def train_slowly(trainer: Trainer, sleeper: Sleeper, planned: set[int]) -> None:
         "compute": [compute[trainer.world.rank % 3]],
         "communication": [(dist.ProcessGroup, name) for name in COLLECTIVES],
         # Before the ranks compare their replicas, and after.
-        "checkpoint": [((Saver, "save"), (_Snapshot, "take"))[trainer.world.rank % 2]],
+        "checkpoint": [((CheckpointManager, "save"), (Snapshot, "copy"))[trainer.world.rank % 2]],
     }
     with ExitStack() as stack:
         for stage, found in places.items():
             stack.enter_context(visited(found, lambda stage=stage: visit(stage)))
         stack.enter_context(visited([(engine, "backward")], end_step))
-        stack.enter_context(visited([(Saver, "_run")], hold_write))
+        stack.enter_context(visited([(CheckpointManager, "_run")], hold_write))
         trainer.train()
 
 

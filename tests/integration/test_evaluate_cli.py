@@ -280,7 +280,7 @@ def test_mistakes_are_told(words, message, run, sets, monkeypatch):
 @pytest.mark.dist
 def test_a_corrupt_checkpoint_is_told_by_all_ranks(run, sets, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
-    part = next((folder / "checkpoints/step_00000008").glob("*.distcp"))
+    part = next((folder / "checkpoints/step_00000008").glob("*.safetensors"))
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)

@@ -87,9 +87,6 @@ class Sight:
     def has_bytes(self) -> bool:
         return any(size_of(part / name) for part in self.parts() for name in names_in(part))
 
-    def has_metadata(self) -> bool:
-        return any(".metadata" in names_in(part) for part in self.parts())
-
     def has_state(self) -> bool:
         return any("state.json" in names_in(part) for part in self.parts())
 
@@ -107,7 +104,6 @@ MOMENTS: dict[str, Callable[[Sight], bool]] = {
     "training": Sight.is_training,
     "begun": Sight.has_begun,
     "bytes": Sight.has_bytes,
-    "metadata": Sight.has_metadata,
     "state": Sight.has_state,
     "complete": Sight.is_complete,
     "pruned": Sight.has_pruned,

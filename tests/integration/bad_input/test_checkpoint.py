@@ -137,10 +137,8 @@ def flip(path: Path) -> None:
 
 
 CORRUPTIONS = [
-    ("__0_0.distcp", flip),
-    ("__0_0.distcp", Path.unlink),
-    (".metadata", flip),
-    (".metadata", Path.unlink),
+    ("rank_00000.safetensors", flip),
+    ("rank_00000.safetensors", Path.unlink),
     ("state.json", flip),
     ("state.json", Path.unlink),
 ]
@@ -183,10 +181,10 @@ def test_nothing_is_touched_where_no_checkpoint_is_sound(saved_twice, images, tm
     run_dir = tmp_path / "old"
     shutil.copytree(saved_twice, run_dir)
     for step in (1, 2):
-        flip(run_dir / f"checkpoints/step_0000000{step}/.metadata")
+        flip(run_dir / f"checkpoints/step_0000000{step}/rank_00000.safetensors")
     before = hashes(run_dir)
     message = refusal(train.main, monkeypatch, *go_on(run_dir, images))
-    assert f"corrupt checkpoint: {run_dir / 'checkpoints/step_00000002/.metadata'}" in message
+    assert f"corrupt checkpoint: {run_dir / 'checkpoints/step_00000002/rank_00000.safetensors'}" in message
     assert hashes(run_dir) == before
 
 
@@ -203,7 +201,7 @@ def test_a_full_disk(num_processes, finished, images, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1, done.stderr[-3000:]
     assert "cannot write the checkpoint" in errors[0]
-    assert str(run_dir / "checkpoints/step_00000003.tmp/__") in errors[0]
+    assert str(run_dir / "checkpoints/step_00000003.tmp/rank_") in errors[0]
     assert "File too large" in errors[0]
     assert "--resume auto" in errors[0]
     assert "exitcode  : 2" in done.stderr or "exitcode: 2" in done.stderr, "a restart cannot help"

@@ -20,14 +20,15 @@ raises = os.environ.get("RAISE")
 
 
 def main():
-    from gcvit.checkpoint import store
+    from gcvit.checkpoint.writer_process import WriterProcess
     from gcvit.training.trainer import Trainer
 
-    train_step, read_back = Trainer.train_step, store._read_back
+    train_step, write = Trainer.train_step, WriterProcess.write
 
-    def read_back_late(*arguments):
+    def write_late(*arguments):
+        record = write(*arguments)
         time.sleep(save_seconds)
-        read_back(*arguments)
+        return record
 
     def disturbed_train_step(trainer, batches):
         time.sleep(step_seconds)
@@ -35,7 +36,7 @@ def main():
             raise ArithmeticError("a step that cannot be done")
         return train_step(trainer, batches)
 
-    Trainer.train_step, store._read_back = disturbed_train_step, read_back_late
+    Trainer.train_step, WriterProcess.write = disturbed_train_step, write_late
     true_train.main()
 
 

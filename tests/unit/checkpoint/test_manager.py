@@ -3,16 +3,15 @@
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from gcvit.checkpoint import manager, store
-from gcvit.checkpoint.manager import Saver
+from gcvit.checkpoint import manager
+from gcvit.checkpoint.manager import CheckpointManager
 from gcvit.checkpoint.store import RunState, list_checkpoints, open_checkpoint, read_tensors, step_of
+from gcvit.checkpoint.writer_process import WriterProcess
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World, join_world
@@ -26,28 +25,12 @@ def world() -> Iterator[World]:
         yield joined
 
 
-@dataclass
-class Heard:
-    """What the user would see, in place of `Metrics`."""
-
-    rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def log_checkpoint(self, step: int, row: dict[str, Any]) -> None:
-        self.rows.append((step, row))
-
-
 @pytest.fixture
-def heard() -> Heard:
-    return Heard()
-
-
-@pytest.fixture
-def started(world, heard, tmp_path) -> Saver:
-    return Saver(tmp_path / "checkpoints", world, heard, keep=2)  # type: ignore[arg-type]
+def started(world, tmp_path) -> Iterator[CheckpointManager]:
+    manager = CheckpointManager(tmp_path / "checkpoints", world, keep=2)
+    yield manager
+    if manager._process._process.poll() is None:
+        manager.abandon()
 
 
 def tensors_of(value: float) -> dict[str, Fragments]:
@@ -56,18 +39,18 @@ def tensors_of(value: float) -> dict[str, Fragments]:
 
 
 class Gate:
-    """Holds the writer before its first file, until it is opened."""
+    """Holds the writer before its file, until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.is_reached, self._opened = threading.Event(), threading.Event()
-        right = store.write_fragments
+        right = WriterProcess.write
 
         def write(*arguments):
             self.is_reached.set()
             assert self._opened.wait(60)
             return right(*arguments)
 
-        monkeypatch.setattr(store, "write_fragments", write)
+        monkeypatch.setattr(WriterProcess, "write", write)
 
     def open(self) -> None:
         self._opened.set()
@@ -92,18 +75,18 @@ def test_what_is_written_is_what_was_there_at_the_call(started, tmp_path, monkey
     assert torch.equal(read_tensors(found, "model")["w"], torch.ones(2, 4))
 
 
-def test_the_next_save_waits_and_says_so(started, heard, tmp_path, monkeypatch):
+def test_the_next_save_waits_and_says_so(started, tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
-    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    assert started.save(RunState(step=1), tensors_of(1.0), INFO) == []
     assert gate.is_reached.wait(60)
-    started.poll()
-    assert (steps_in(tmp_path), heard.rows) == ([], []), "a look at it does not wait"
+    assert started.poll() == [], "a poll does not wait"
+    assert steps_in(tmp_path) == []
     threading.Timer(0.2, gate.open).start()
-    started.save(RunState(step=2), tensors_of(2.0), INFO)
+    (before,) = started.save(RunState(step=2), tensors_of(2.0), INFO)
     assert 1 in steps_in(tmp_path)
-    (line,) = heard.lines
-    assert line.startswith("training waited 0.")
-    assert "checkpoint of step 1" in line
+    (message,) = before.messages
+    assert message.startswith("training waited 0.")
+    assert "checkpoint of step 1" in message
     started.wait()
     assert steps_in(tmp_path) == [1, 2]
     for step in (1, 2):
@@ -111,17 +94,15 @@ def test_the_next_save_waits_and_says_so(started, heard, tmp_path, monkeypatch):
         assert torch.equal(read_tensors(found, "model")["b"], torch.full((4,), float(step)))
 
 
-def test_a_save_is_logged_once_with_its_costs(started, heard, tmp_path):
+def test_a_save_is_returned_once_with_its_costs(started, tmp_path):
     started.save(RunState(step=1), tensors_of(1.0), INFO)
-    started.wait()
-    started.poll()
-    started.wait()
-    ((step, row),) = heard.rows
+    (finished,) = started.wait()
+    assert [*started.poll(), *started.wait()] == []
     files = list((tmp_path / "checkpoints/step_00000001").iterdir())
-    assert (step, row["bytes"]) == (1, sum(path.stat().st_size for path in files))
-    assert 0 < row["stall_seconds"] < 60
-    assert 0 < row["write_seconds"] < 60
-    assert heard.lines == []
+    assert (finished.step, finished.bytes) == (1, sum(path.stat().st_size for path in files))
+    assert 0 < finished.stall_seconds < 60
+    assert 0 < finished.write_seconds < 60
+    assert finished.messages == ()
 
 
 def test_old_ones_go_when_the_new_one_is_complete(started, tmp_path, monkeypatch):
@@ -138,20 +119,20 @@ def test_old_ones_go_when_the_new_one_is_complete(started, tmp_path, monkeypatch
     assert steps_in(tmp_path) == [1, 3, 4]
 
 
-def test_leaving_waits_for_the_write(started, tmp_path, monkeypatch):
-    gate = Gate(monkeypatch)
-    with started:
-        started.save(RunState(step=1), tensors_of(1.0), INFO)
-        threading.Timer(0.2, gate.open).start()
-    assert steps_in(tmp_path) == [1]
-
-
-def test_leaving_by_an_error_waits_too(started, tmp_path, monkeypatch):
+def test_closing_waits_for_the_write(started, tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     started.save(RunState(step=1), tensors_of(1.0), INFO)
     threading.Timer(0.2, gate.open).start()
-    with pytest.raises(UserError, match="something else"), started:
-        raise UserError("something else")
+    (finished,) = started.close()
+    assert finished.step == 1
+    assert steps_in(tmp_path) == [1]
+
+
+def test_abandoning_waits_too(started, tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    started.save(RunState(step=1), tensors_of(1.0), INFO)
+    threading.Timer(0.2, gate.open).start()
+    assert started.abandon() == []
     assert steps_in(tmp_path) == [1]
 
 
@@ -159,7 +140,7 @@ def test_leaving_by_an_error_waits_too(started, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def failing(started, tmp_path) -> Saver:
+def failing(started, tmp_path) -> CheckpointManager:
     """Its write has failed: there is a file in the folder's place."""
     (tmp_path / "checkpoints").write_text("")
     started.save(RunState(step=1), tensors_of(1.0), INFO)
@@ -168,34 +149,26 @@ def failing(started, tmp_path) -> Saver:
     return started
 
 
-def save_again(failing: Saver) -> None:
+def save_again(failing: CheckpointManager) -> None:
     failing.save(RunState(step=2), tensors_of(2.0), INFO)
 
 
-def leave(failing: Saver) -> None:
-    with failing:
-        pass
-
-
-@pytest.mark.parametrize("look", [Saver.poll, Saver.wait, save_again, leave])
-def test_a_write_that_failed_is_told_at_the_next_look(failing, heard, tmp_path, look):
+@pytest.mark.parametrize("call", [CheckpointManager.poll, CheckpointManager.wait, save_again, CheckpointManager.close])
+def test_a_write_that_failed_is_raised_at_the_next_call(failing, tmp_path, call):
     with pytest.raises(UserError, match="cannot write the checkpoint") as caught:
-        look(failing)
+        call(failing)
     assert str(tmp_path / "checkpoints") in str(caught.value)
     assert "hint: " in str(caught.value)
-    assert heard.rows == []
-    failing.poll()  # once
+    assert failing.poll() == [], "once"
 
 
-def test_a_write_that_failed_is_told_beside_another_error(failing, heard):
-    with pytest.raises(UserError, match="something else"), failing:
-        raise UserError("something else")
-    (line,) = heard.lines
+def test_a_write_that_failed_is_told_beside_another_error(failing):
+    (line,) = failing.abandon()
     assert "cannot write the checkpoint" in line
 
 
 def test_a_bug_in_the_writer_is_not_swallowed(started, monkeypatch):
-    monkeypatch.setattr(store, "write_fragments", lambda *_: 1 / 0)
+    monkeypatch.setattr(WriterProcess, "write", lambda *_: 1 / 0)
     started.save(RunState(step=1), tensors_of(1.0), INFO)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         started.wait()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gcvit.checkpoint import resolve, store
+from gcvit.checkpoint import format, resolve
 from gcvit.errors import UserError
 from gcvit.runtime.run_lock import RunLock
 
@@ -28,8 +28,8 @@ def write_checkpoint(run_dir: Path, step: int, best_step: int = -1, suffix: str 
     path = resolve.checkpoints_of(run_dir) / f"step_{step:08d}{suffix}"
     path.mkdir(parents=True)
     state = {"step": step, "best_step": best_step}
-    content = {"format": store.FORMAT, "state": state, "shapes": {}, "files": {}}
-    (path / store.STATE_FILE).write_bytes(store._to_json({**content, "sha256": store._digest(content)}))
+    content = {"format": format.FORMAT, "state": state, "files": {}}
+    (path / format.STATE_FILE).write_bytes(format.encode_state(content, "{}"))
     return path
 
 

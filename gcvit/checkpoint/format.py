@@ -1,0 +1,235 @@
+"""What a checkpoint is on disk (format 3): names, the files of the ranks, the index, hashes.
+
+A checkpoint is a folder `step_00000012`. In it each rank has written one safetensors file, `rank_00000.safetensors`:
+the ranges of flattened tensors that it holds, one 1-D fp32 tensor for each, named by kind and parameter
+("model.head.weight", "exp_avg...", "exp_avg_sq...", "ema..."). `state.json` holds everything else:
+
+    format      3
+    state       step, samples consumed, counters, ...
+    config, data, world_size, classes
+    files       {file: {"bytes": ..., "sha256": ...}}
+    tensors     {name: {"shape": [...], "ranges": [[rank, start, length], ...]}}, by start: the index
+    sha256      of the bytes of `state.json` before this member
+
+`examples/read_checkpoint.py` reads one without this package. The module imports the standard library alone: the process
+that writes checkpoints (`writer_process.py`) loads nothing else.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+FORMAT = 3
+STATE_FILE = "state.json"
+LAST_COMMIT_OF_FORMAT_2 = "a2db64e"
+
+FileRecord = dict[str, Any]  # "bytes" and "sha256" of a file
+Row = tuple[str, tuple[int, ...], int, int]  # name and shape of a tensor, start and length of a range of it
+Index = dict[str, dict[str, Any]]  # "shape" and "ranges" of each tensor, as in `state.json`
+
+_CHUNK = 8 << 20  # bytes that are written, hashed or compared at once
+_SHA256_MEMBER = b',\n"sha256": "'
+
+
+class ReadBackError(Exception):
+    """The disk does not give back what was written to it; `path` is the file."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self.path = path
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def step_dir(step: int) -> str:
+    """Name the folder of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    """Name the file that a rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+# ---- the index -----------------------------------------------------------------------------------
+
+
+def merge_rows(rows_of_ranks: Sequence[Iterable[Row]]) -> Index:
+    """Merge the ranges that the ranks write into the index of the checkpoint.
+
+    Raises:
+        AssertionError: The ranges of a tensor overlap or leave a gap, which only a bug of an engine can cause.
+    """
+    index: Index = {}
+    for rank, rows in enumerate(rows_of_ranks):
+        for name, shape, start, length in rows:
+            stored = index.get(name)
+            if stored is None:
+                stored = index[name] = {"shape": list(shape), "ranges": []}
+            stored["ranges"].append((rank, start, length))
+    for name, stored in index.items():
+        stored["ranges"].sort(key=itemgetter(1))
+        place = 0
+        for _, start, length in stored["ranges"]:
+            assert start == place, f"{name}: a range starts at {start}, and the one before ends at {place}"
+            place += length
+        num_elements = 1
+        for size in stored["shape"]:
+            num_elements *= size
+        assert place == num_elements, f"{name}: the ranges end at {place} of {num_elements} elements"
+    return index
+
+
+def find_pieces(ranges: Sequence[Sequence[int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Find where the elements [start, stop) of a flattened tensor are stored.
+
+    Yields:
+        In order, (rank, begin, end): the elements [begin, end) of what the rank's file holds of the tensor.
+
+    Raises:
+        ValueError: The ranges do not hold all of these elements.
+    """
+    place = start
+    for rank, begin, length in islice(ranges, max(bisect_right(ranges, start, key=itemgetter(1)) - 1, 0), None):
+        if place >= stop:
+            return
+        if not begin <= place < begin + length:
+            break
+        end = min(stop, begin + length)
+        yield rank, place - begin, end - begin
+        place = end
+    if place < stop:
+        raise ValueError(f"no range holds element {place}")
+
+
+def encode_index(index: Index) -> str:
+    """Encode the index as JSON, a line for each tensor."""
+    return _encode_lines(index)
+
+
+# ---- state.json ----------------------------------------------------------------------------------
+
+
+def encode_state(content: Mapping[str, Any], index: str) -> bytes:
+    """Encode `state.json`: `content` has all but the index, which is encoded, and the hash."""
+    members = [
+        f'"{name}": {_encode_lines(value) if name == "files" else json.dumps(value, indent=1)}'
+        for name, value in content.items()
+    ]
+    body = ("{\n" + ",\n".join([*members, f'"tensors": {index}'])).encode()
+    return body + _SHA256_MEMBER + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
+
+
+def decode_state(encoded: bytes) -> tuple[dict[str, Any], bool]:
+    """Decode `state.json`; returns its content without the hash, and whether the hash is right.
+
+    Raises:
+        ValueError: It is no JSON.
+        TypeError, KeyError: It is no object with a hash.
+    """
+    content = json.loads(encoded)
+    del content["sha256"]
+    body = encoded[: encoded.rfind(_SHA256_MEMBER)]
+    tail = _SHA256_MEMBER + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
+    return content, encoded == body + tail
+
+
+def _encode_lines(rows: Mapping[str, Any]) -> str:
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    return f"{{\n{lines}\n}}"
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def encode_header(rows: Iterable[Row]) -> bytes:
+    """Encode the header of a safetensors file in which these ranges follow each other as fp32."""
+    entries, place = {}, 0
+    for name, _, _, length in rows:
+        end = place + 4 * length
+        entries[name] = {"dtype": "F32", "shape": [length], "data_offsets": [place, end]}
+        place = end
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def write_file(path: Path, pieces: Sequence[memoryview], on_progress: Callable[[], None]) -> FileRecord:
+    """Write pieces of bytes to a new file, flush it to the disk, read it back and compare it with them.
+
+    Args:
+        path: The file to create.
+        pieces: Views of single bytes.
+        on_progress: Called after each chunk of the work.
+
+    Raises:
+        OSError: It cannot be written; the error has the file's name.
+        ReadBackError: The disk gives back something else.
+    """
+    sha256, num_bytes = hashlib.sha256(), 0
+    try:
+        with open(path, "wb", buffering=0) as file:
+            for chunk in _chunks(pieces):
+                place = 0
+                while place < len(chunk):
+                    place += file.write(chunk[place:])
+                sha256.update(chunk)
+                num_bytes += len(chunk)
+                on_progress()
+            os.fsync(file.fileno())
+        with open(path, "rb", buffering=0) as file:
+            _drop_cache(file.fileno())
+            for chunk in _chunks(pieces):
+                if _read_exactly(file, len(chunk)) != chunk.tobytes():
+                    raise ReadBackError(path)
+                on_progress()
+            if file.read(1):
+                raise ReadBackError(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return {"bytes": num_bytes, "sha256": sha256.hexdigest()}
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Hash a file as the disk holds it. Raises: OSError."""
+    with open(path, "rb") as file:
+        _drop_cache(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk. Raises: OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _chunks(pieces: Sequence[memoryview]) -> Iterator[memoryview]:
+    for piece in pieces:
+        for place in range(0, len(piece), _CHUNK):
+            yield piece[place : place + _CHUNK]
+
+
+def _read_exactly(file: Any, num_bytes: int) -> bytes:
+    """Read so many bytes, or what there is before the end of the file."""
+    content: bytes = file.read(num_bytes)
+    while 0 < len(content) < num_bytes:
+        more = file.read(num_bytes - len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
+def _drop_cache(handle: int) -> None:
+    """Read from the disk, not from the memory that the system keeps of the file."""
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
