@@ -8,18 +8,22 @@ the ranges of flattened tensors that it holds, one 1-D fp32 tensor for each, nam
     state       step, samples consumed, counters, ...
     config, data, world_size, classes
     files       {file: {"bytes": ..., "sha256": ...}}
-    tensors     {name: {"shape": [...], "ranges": [[rank, start, length], ...]}}, by start: the index
+    tensors     {name: {"shape": [...], "ranges": [[rank, start, length, count, step], ...]}}: the index
     sha256      of the bytes of `state.json` before this member
 
-`examples/read_checkpoint.py` reads one without this package. The module imports the standard library alone: the process
-that writes checkpoints (`writer_process.py`) loads nothing else.
+A row of `ranges`, which are sorted by `start`, stands for `count` ranges of equal length that follow each other: the
+i-th is that of rank `rank + i * step`, and holds the elements from `start + i * length` on. So the index of 512 ranks
+is hardly larger than that of two. `examples/read_checkpoint.py` reads a checkpoint without this package.
+
+The module imports the standard library alone: the process that writes checkpoints (`writer_process.py`) loads nothing
+else.
 """
 
 import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -30,7 +34,6 @@ STATE_FILE = "state.json"
 LAST_COMMIT_OF_FORMAT_2 = "a2db64e"
 
 FileRecord = dict[str, Any]  # "bytes" and "sha256" of a file
-Row = tuple[str, tuple[int, ...], int, int]  # name and shape of a tensor, start and length of a range of it
 Index = dict[str, dict[str, Any]]  # "shape" and "ranges" of each tensor, as in `state.json`
 
 _CHUNK = 8 << 20  # bytes that are written, hashed or compared at once
@@ -61,34 +64,13 @@ def rank_file(rank: int) -> str:
 # ---- the index -----------------------------------------------------------------------------------
 
 
-def merge_rows(rows_of_ranks: Sequence[Iterable[Row]]) -> Index:
-    """Merge the ranges that the ranks write into the index of the checkpoint.
-
-    Raises:
-        AssertionError: The ranges of a tensor overlap or leave a gap, which only a bug of an engine can cause.
-    """
-    index: Index = {}
-    for rank, rows in enumerate(rows_of_ranks):
-        for name, shape, start, length in rows:
-            stored = index.get(name)
-            if stored is None:
-                stored = index[name] = {"shape": list(shape), "ranges": []}
-            stored["ranges"].append((rank, start, length))
-    for name, stored in index.items():
-        stored["ranges"].sort(key=itemgetter(1))
-        place = 0
-        for _, start, length in stored["ranges"]:
-            assert start == place, f"{name}: a range starts at {start}, and the one before ends at {place}"
-            place += length
-        num_elements = 1
-        for size in stored["shape"]:
-            num_elements *= size
-        assert place == num_elements, f"{name}: the ranges end at {place} of {num_elements} elements"
-    return index
-
-
 def find_pieces(ranges: Sequence[Sequence[int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Find where the elements [start, stop) of a flattened tensor are stored.
+
+    Args:
+        ranges: As in the index.
+        start: The first element.
+        stop: The one after the last.
 
     Yields:
         In order, (rank, begin, end): the elements [begin, end) of what the rank's file holds of the tensor.
@@ -97,14 +79,13 @@ def find_pieces(ranges: Sequence[Sequence[int]], start: int, stop: int) -> Itera
         ValueError: The ranges do not hold all of these elements.
     """
     place = start
-    for rank, begin, length in islice(ranges, max(bisect_right(ranges, start, key=itemgetter(1)) - 1, 0), None):
-        if place >= stop:
-            return
-        if not begin <= place < begin + length:
-            break
-        end = min(stop, begin + length)
-        yield rank, place - begin, end - begin
-        place = end
+    first = max(bisect_right(ranges, start, key=itemgetter(1)) - 1, 0)
+    for rank, begin, length, count, step in islice(ranges, first, None):
+        while place < stop and begin <= place < begin + length * count:
+            number, offset = divmod(place - begin, length)
+            end = min(length, offset + stop - place)
+            yield rank + number * step, offset, end
+            place += end - offset
     if place < stop:
         raise ValueError(f"no range holds element {place}")
 
@@ -149,10 +130,10 @@ def _encode_lines(rows: Mapping[str, Any]) -> str:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def encode_header(rows: Iterable[Row]) -> bytes:
-    """Encode the header of a safetensors file in which these ranges follow each other as fp32."""
+def encode_header(lengths: Mapping[str, int]) -> bytes:
+    """Encode the header of a safetensors file in which tensors of these lengths follow each other as fp32."""
     entries, place = {}, 0
-    for name, _, _, length in rows:
+    for name, length in lengths.items():
         end = place + 4 * length
         entries[name] = {"dtype": "F32", "shape": [length], "data_offsets": [place, end]}
         place = end

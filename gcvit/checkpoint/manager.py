@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gcvit.checkpoint import store
 from gcvit.checkpoint.format import FileRecord
-from gcvit.checkpoint.index_cache import IndexCache
+from gcvit.checkpoint.index import IndexCache
 from gcvit.checkpoint.replica_check import check_replicas
 from gcvit.checkpoint.store import RunState, own_part
 from gcvit.checkpoint.writer_process import WriterError, WriterProcess

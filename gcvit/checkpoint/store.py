@@ -32,7 +32,6 @@ from gcvit.checkpoint.format import (
     FileRecord,
     Index,
     ReadBackError,
-    Row,
     decode_state,
     encode_header,
     encode_index,
@@ -44,7 +43,7 @@ from gcvit.checkpoint.format import (
     sync,
     write_file,
 )
-from gcvit.checkpoint.index_cache import IndexCache
+from gcvit.checkpoint.index import IndexCache
 from gcvit.checkpoint.writer_process import WriterError
 from gcvit.errors import UserError
 from gcvit.optim.adamw import Counters
@@ -146,7 +145,7 @@ def save(
     part = final.with_name(final.name + ".tmp")
     own = {f"{kind}.{name}": own_part(held) for kind, named in tensors.items() for name, held in named.items()}
     own = {name: held for name, held in own.items() if held.data.numel()}
-    rows: list[Row] = [(name, tuple(held.shape), held.start, held.data.numel()) for name, held in own.items()]
+    header = encode_header({name: held.data.numel() for name, held in own.items()})
 
     def begin() -> None:
         check_lock()
@@ -155,7 +154,7 @@ def save(
     def write_own() -> FileRecord:
         with _naming(part):
             part.mkdir(exist_ok=True)
-            return write(part / rank_file(world.rank), encode_header(rows), [held.data for held in own.values()])
+            return write(part / rank_file(world.rank), header, [held.data for held in own.values()])
 
     def clear() -> None:
         with suppress(OSError):  # of the lock's file, where the whole disk is gone
@@ -165,7 +164,7 @@ def save(
     world.on_rank0(begin)
     try:
         records = world.gather(_together(world, write_own))
-        encoded_index = (index or IndexCache()).encode(rows, world)
+        encoded_index = (index or IndexCache()).encode(own, world)
         files = {rank_file(rank): record for rank, record in enumerate(records)}
         content = {"format": FORMAT, "state": asdict(state), **info, "files": files}
         world.on_rank0(lambda: _complete(part, final, encode_state(content, encoded_index), check_lock))

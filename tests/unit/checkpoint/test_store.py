@@ -326,7 +326,11 @@ def test_no_file_gives_a_traceback(world, saved):
 
 
 @pytest.mark.parametrize(
-    "ranges", [[], [[0, 0, 23]], [[0, 1, 23]], [[0, 0, 10], [0, 11, 13]], [[7, 0, 24]], [["0", "0", "24"]], 5]
+    "ranges",
+    [
+        *([], [[0, 0, 23, 1, 1]], [[0, 1, 23, 1, 1]], [[0, 0, 10, 1, 1], [0, 11, 13, 1, 1]], [[7, 0, 24, 1, 1]]),
+        *([[0, 0, 12, 2, 1]], [[0, 0, 0, 1, 1]], [[0, 0, 24]], [["0", "0", "24", "1", "1"]], 5),
+    ],
 )
 def test_an_index_that_is_not_true(world, saved, ranges):
     tensors = json.loads((saved / "state.json").read_text())["tensors"]
