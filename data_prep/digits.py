@@ -6,7 +6,6 @@ the data set: 1,437 to train on and 360 held out. Which are held out stands in d
 accuracies compare for ever; `draw_val` says how that list was drawn.
 """
 
-import argparse
 import io
 import json
 from fractions import Fraction
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from gcvit.errors import UserError
+from gcvit.runtime.command_line import command_parser
 from gcvit.runtime.entrypoint import run_main
 
 SPLIT_FILE = Path(__file__).with_name("digits_split.json")
@@ -110,12 +110,7 @@ HELP = """Write the demo's images: scikit-learn's handwritten digits as class fo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.digits",
-        usage="%(prog)s OUT",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data_prep.digits", "OUT", HELP)
     add = parser.add_argument_group("where to").add_argument
     add("out", metavar="OUT", type=Path, help="folder to write: new, empty or this command's own")
     out = parser.parse_args().out

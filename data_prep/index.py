@@ -29,6 +29,7 @@ from data_prep.sources.class_map import read_class_map
 from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, read_manifest, write_manifest
 from gcvit.errors import UserError
+from gcvit.runtime.command_line import check_at_least_one, command_parser
 from gcvit.runtime.entrypoint import run_main
 
 SPLITS = ("train", "val")
@@ -262,12 +263,7 @@ The first line is for tars that others made, the second for what data_prep.shard
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.index",
-        usage="%(prog)s DIR [flags]",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data_prep.index", "DIR [flags]", HELP)
     add = parser.add_argument_group("where").add_argument
     add("dir", metavar="DIR", type=Path, help="folder of tars, or of train/ and val/ with tars")
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
@@ -277,8 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
     add("--skip-unusable", action="store_true", help="leave out samples without one image and one label")
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        raise UserError("--workers is too small", got=args.workers, expected="at least 1")
+    check_at_least_one(workers=args.workers)
     sharded = [folder for folder in (args.dir, *(args.dir / name for name in SPLITS)) if has_sidecars(folder)]
     for folder in sharded:
         manifest = merge(folder)

@@ -35,6 +35,7 @@ from data_prep.sources.discover import KINDS, Source, find_sources, spooled
 from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.manifest import FILE_NAME, holds_shards, read_manifest
 from gcvit.errors import UserError
+from gcvit.runtime.command_line import check_at_least_one, command_parser
 from gcvit.runtime.entrypoint import run_main
 
 DEFAULT_QUALITY = 90
@@ -287,12 +288,7 @@ Was it stopped? The same command goes on. When all parts are through, data_prep.
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.shard",
-        usage="%(prog)s SOURCE OUT [flags]",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data_prep.shard", "SOURCE OUT [flags]", HELP)
     add = parser.add_argument_group("from where, to where").add_argument
     add("source", metavar="SOURCE", type=Path, help=KINDS)
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and val/ where SOURCE has them")
@@ -309,10 +305,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
     add("--part", metavar="I/N", help="every N-th shard from shard I on, for many nodes")
     args = parser.parse_args(arguments)
-    counts = {"--workers": args.workers, "--shard-size": args.shard_size, "--short-side": args.short_side}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is too small", got=value, expected="at least 1")
+    check_at_least_one(workers=args.workers, shard_size=args.shard_size, short_side=args.short_side)
     if not 0 <= args.seed < 2**32:
         raise UserError("--seed is out of range", got=args.seed, expected="0 to 2^32 - 1")
     if args.quality is not None and args.short_side is None:

@@ -6,7 +6,6 @@ them in the file that `--json` names; exit code 2 where there is any. `--repair`
 (see `data_prep.repair`), but none that cannot be read or that holds samples which the manifest lacks.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,6 +29,7 @@ from data_prep.workers import Progress, default_workers, run_tasks
 from gcvit.data.image_files import FORMATS, MAX_PIXELS
 from gcvit.data.manifest import COMPRESSED, FILE_NAME, Manifest, Shard, holds_shards, read_manifest
 from gcvit.errors import UserError
+from gcvit.runtime.command_line import check_at_least_one, command_parser
 from gcvit.runtime.entrypoint import run_main
 
 MAX_SHOWN = 20  # problems of one shard
@@ -350,12 +350,7 @@ A line for each problem; the exit code is 2 where there is one.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify",
-        usage="%(prog)s DIR [flags]",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data_prep.verify", "DIR [flags]", HELP)
     add = parser.add_argument_group("what to check").add_argument
     add("out", metavar="DIR", type=Path, help="folder that data_prep.shard or data_prep.index wrote")
     add("--json", type=Path, metavar="FILE", help="write the problems there, as a list of objects")
@@ -365,8 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--source", type=Path, metavar="SOURCE", help="... with them, taken again from what was sharded")
     add("--classes", type=Path, metavar="FILE", help="... where it was sharded with --classes FILE")
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        raise UserError("--workers is too small", got=args.workers, expected="at least 1")
+    check_at_least_one(workers=args.workers)
     if args.source is not None and not args.repair:
         raise UserError("--source has no effect without --repair", got=args.source, hint="add --repair")
     if args.classes is not None and args.source is None:

@@ -9,7 +9,6 @@ or the name of a variant, whose published weights are fetched (CC-BY-NC-SA-4.0).
 and shown as they come, a batch at a time. A run knows the names of its classes; 1000 classes of others are ImageNet's.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from gcvit.data.decode import DecodeError
 from gcvit.data.image_files import SUFFIXES, has_image_suffix, walk_files
 from gcvit.data.transforms import EvalTransform, normalize
 from gcvit.errors import UserError
+from gcvit.runtime.command_line import check_at_least_one, command_parser
 from gcvit.runtime.entrypoint import run_main
 
 
@@ -82,13 +82,7 @@ def describe(path: Path, probabilities: Tensor, classes: Sequence[str], top: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gcvit.predict",
-        usage="%(prog)s IMAGE... --checkpoint RUN|FILE|NAME [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("gcvit.predict", "IMAGE... --checkpoint RUN|FILE|NAME [flags]", __doc__)
     add = parser.add_argument_group("what, and with what").add_argument
     add("images", metavar="IMAGE", nargs="+", type=Path, help="files, or folders of them")
     add("--checkpoint", metavar="RUN|FILE|NAME", required=True, help="what to predict with")
@@ -98,9 +92,7 @@ def main() -> None:
     add("--top", metavar="K", type=int, default=5, help="classes of each image (5)")
     add("--json", action="store_true", help="one line of JSON for each image")
     arguments = parser.parse_args()
-    for option, value in (("--top", arguments.top), ("--batch-size", arguments.batch_size)):
-        if value < 1:
-            raise UserError(option, got=value, expected="1 or more")
+    check_at_least_one(top=arguments.top, batch_size=arguments.batch_size)
     images = list_images(arguments.images)
     classifier = open_classifier(arguments.checkpoint, arguments.model)
     print(classifier.origin, file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from gcvit.data.manifest import COLUMNS, FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
 from gcvit.errors import UserError
+from gcvit.runtime.atomic_write import write_text
 
 MARK = ".sharding.json"
 MERGING = ".merging"  # the head of the names of the folders in which manifests are made
@@ -58,7 +59,7 @@ def has_sidecars(folder: Path) -> bool:
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
-    write_text(folder / MARK, json.dumps(asdict(mark)))
+    write_text(folder / MARK, json.dumps(asdict(mark)), durable=False)  # an empty one is refused and written anew
 
 
 def read_mark(folder: Path) -> Mark | None:
@@ -78,7 +79,7 @@ def write_sidecar(tar_path: Path, plan: str, sidecar: Sidecar) -> None:
         "columns": {name: column.tolist() for name, column in sidecar.columns.items()},
         "num_source_bytes": sidecar.num_source_bytes,
     }
-    write_text(sidecar_path(tar_path), json.dumps(content))
+    write_text(sidecar_path(tar_path), json.dumps(content), durable=False)  # an empty one means: write the shard again
 
 
 def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:
@@ -150,18 +151,3 @@ def _write_manifest(folder: Path) -> None:
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     sync_folder(folder)
-
-
-def temporary_path(path: Path) -> Path:
-    """A name beside `path` that no other process uses, to write to before a rename."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = temporary_path(path)
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,9 +18,10 @@ from isal.isal_zlib import crc32
 from data_prep.images import Reduction, image_extension, reduce_image
 from data_prep.shards.byte_range import Place, read_place
 from data_prep.shards.direct_io import DirectFile
-from data_prep.shards.sidecar import Sidecar, temporary_path, write_sidecar
+from data_prep.shards.sidecar import Sidecar, write_sidecar
 from gcvit.data.manifest import Shard
 from gcvit.errors import UserError
+from gcvit.runtime.atomic_write import temporary_path
 
 BLOCK = tarfile.BLOCKSIZE
 _PADDING = [bytes(length) for length in range(BLOCK)]

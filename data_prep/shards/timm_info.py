@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards.sidecar import write_text
 from gcvit.data.manifest import FILE_NAME, read_manifest
 from gcvit.errors import UserError
+from gcvit.runtime.atomic_write import write_text
 
 NAME = "_info.json"
 ALIASES = {"val": "validation"}  # timm's own name for it, which its scripts ask for by default

@@ -8,7 +8,6 @@ With --attention it draws where a picture's attention goes, see `gcvit.model.att
 on a model without memory: any size takes seconds. Each row is counted by itself, and the last one on the whole model.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -28,6 +27,7 @@ from gcvit.errors import UserError
 from gcvit.model.attention import WindowAttention
 from gcvit.model.gcvit import GCViT
 from gcvit.model.variants import VARIANTS, create_model
+from gcvit.runtime.command_line import command_parser
 from gcvit.runtime.entrypoint import run_main
 
 
@@ -162,13 +162,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gcvit.model.summary",
-        usage="%(prog)s NAME [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("gcvit.model.summary", "NAME [flags]", __doc__)
     add = parser.add_argument_group("the model").add_argument
     add("name", metavar="NAME", help=f"one of {', '.join(VARIANTS)}")
     add("--img-size", type=int, nargs="+", metavar="N", help="a side in pixels, or height and width (its own)")

@@ -7,11 +7,8 @@ Which variant a file is of is read from its shapes, whatever its class count and
 bit, the averaged ones where a file has both; what else a checkpoint holds (optimizer, epoch, ...) is left out.
 """
 
-import argparse
 import itertools
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,8 @@ from gcvit.model.layouts import (
     to_timm_state,
 )
 from gcvit.model.variants import VARIANTS, create_model, find_variant
+from gcvit.runtime.atomic_write import atomic_path
+from gcvit.runtime.command_line import command_parser
 from gcvit.runtime.entrypoint import run_main
 
 __all__ = [
@@ -138,30 +137,19 @@ def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | Non
 
 
 def _write(target: Path, tensors: StateDict, layout: str) -> None:
-    part = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".safetensors":
-            part.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # save_file would keep others from it
-        else:
-            torch.save({"state_dict": tensors} if layout == "official" else tensors, part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-        part.rename(target)
+        with atomic_path(target) as part:
+            if target.suffix == ".safetensors":
+                part.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # save_file denies others access
+            else:
+                torch.save({"state_dict": tensors} if layout == "official" else tensors, part)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
-        with suppress(OSError):
-            part.unlink()
         raise UserError("cannot write the weights", got=f"{target} ({error})", hint="give another place") from None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gcvit.model.weights",
-        usage="%(prog)s convert SRC DST --to LAYOUT [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("gcvit.model.weights", "convert SRC DST --to LAYOUT [flags]", __doc__)
     add = parser.add_argument_group("what, and where to").add_argument
     add("command", choices=["convert"], metavar="convert", help="write weights in another layout")
     add("source", metavar="SRC", type=Path, help="weights in any layout")

@@ -11,20 +11,15 @@ import argparse
 from pathlib import Path
 
 from gcvit.errors import UserError
+from gcvit.runtime.atomic_write import write_text
+from gcvit.runtime.command_line import command_parser
 from gcvit.runtime.entrypoint import run_main
 
 REPORT_FILE = "report.html"
 
 
 def parse_arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m gcvit.report",
-        usage="%(prog)s RUN... [flags]",
-        description=__doc__,
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
+    parser = command_parser("gcvit.report", "RUN... [flags]", __doc__)
     runs = parser.add_argument_group("what to report")
     runs.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, runs/TAG; several are compared"
@@ -55,10 +50,8 @@ def main() -> None:
     if len(arguments.runs) > MAX_RUNS:
         raise UserError("more runs than colours to tell them apart", got=len(arguments.runs), expected=MAX_RUNS)
     page = render(read_records(arguments.runs))
-    part = out.with_name(f".{out.name}.part")
     try:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
-        part.replace(out)
+        write_text(out, page, errors="backslashreplace")
     except OSError as error:
         hint = "give another --out"
         raise UserError("cannot write the report", got=f"{out} ({error.strerror})", hint=hint) from None

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from gcvit.runtime import heartbeat
+from gcvit.runtime.atomic_write import write_text
 
 FINISHED = 0
 CRASHED = 1
@@ -45,8 +46,6 @@ def write_report(code: int, what: str) -> None:
     }
     path = Path(folder) / f"rank_{rank}.json"
     try:
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(content) + "\n")
-        part.rename(path)
+        write_text(path, json.dumps(content) + "\n", durable=False)
     except OSError as error:
         print(f"cannot write {path}: {error.strerror}", file=sys.stderr, flush=True)
