@@ -7,6 +7,7 @@ checksums are asked for; `Contents` finds what there is in corrupt ones.
 
 import hashlib
 import json
+import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from gcvit.data.manifest import Shard
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 MAX_LABELS = 1_000_000  # where classes have no names: each label up to the largest becomes a class
 _CHUNK_BYTES = 1 << 20
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset 1.0.2
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,15 @@ def _hash(tar: TarReader, offsets: Sequence[int], lengths: Sequence[int]) -> tup
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension as webdataset tells them: they part at the first dot after the last slash.
+    """Split a member's name into key and lower-case extension, as webdataset does: mostly at the first dot.
 
-    Names without one or the other (hidden files too) belong to no sample: the extension is empty.
+    A name that webdataset ignores belongs to no sample: it is its own key, with an empty extension. webdataset's own
+    function is `webdataset.tariterators.base_plus_ext`, which a test compares with this one. To import it loads torch.
     """
     key, _, extension = name.partition(".")
-    if "/" in extension or not key or key[-1] == "/":  # a dot in a folder's name, or none before the extension
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key, extension = f"{folder}{slash}{stem}", extension if stem else ""
+    if not key or "/" in extension:  # hidden, or a dot in a folder's name
+        match = _NAME.match(name)
+        key, extension = match.groups() if match else (name, "")
     return key, extension.lower()
 
 
