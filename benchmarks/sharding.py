@@ -1,4 +1,4 @@
-"""How fast are shards made? `python benchmarks/sharding.py [--quick] [--check]`
+"""Measure how fast shards are made: `python benchmarks/sharding.py [--quick] [--check]`
 
 Photographs of ImageNet's size (about 500 × 375 pixels and 110 kB: views of scikit-learn's two sample images, with
 noise) lie in class folders. Ours and tar take turns, and all files are read before each, so that the page cache is
@@ -12,6 +12,9 @@ Rates are bytes of images, or of tars, per second: medians, and medians of the p
 workers take their time to start, which ImageNet (140 GB) does not notice and a benchmark's few files do: it is
 measured on a source of a few files, in each round, and the rates are given with it and without. The bars are for
 those without.
+
+With `--writes`, nothing of this: in this process, shards are written past the page cache, as data_prep.shard does, and
+by plain writes with an fsync, in turn.
 """
 
 import argparse
@@ -32,6 +35,13 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data_prep.shard import Plan  # noqa: E402
+from data_prep.shards import tar_writer  # noqa: E402
+from data_prep.shards.direct_io import DirectFile  # noqa: E402
+from data_prep.sources.discover import find_sources  # noqa: E402
+
 BARS = {"sharding": 0.7, "indexing": 0.5}
 NUM_VIEWS = 250  # that differ; every file lies on disk for itself
 
@@ -176,6 +186,56 @@ def measure(folder: Path, num_files: int, rounds: int, num_workers: int) -> dict
     return results | {"indexing": compare(indexing, out, rounds)}
 
 
+class PlainFile:
+    """Write through the page cache; the methods are those of `DirectFile`."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
+
+    def __enter__(self) -> "PlainFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def finish(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def compare_writes(folder: Path, num_files: int, rounds: int) -> None:
+    """Print the median ratios of plain to direct writes: of seconds with quartiles, and of processor seconds."""
+    tree, out = folder / "tree", folder / "out"
+    write_tree(tree, num_files)
+    [source] = find_sources(tree, None)
+    seconds: dict[type, list[float]] = {DirectFile: [], PlainFile: []}
+    cpu_seconds: dict[type, list[float]] = {DirectFile: [], PlainFile: []}
+    for number in range(rounds + 1):
+        for kind in list(seconds)[:: 1 if number % 2 else -1]:
+            read_files(tree)
+            remove(out)
+            out.mkdir()
+            os.sync()
+            plan = Plan(source, out, 0, 1000, None)
+            tasks = list(plan.tasks(list(range(plan.mark.num_shards)), source, write=True))
+            tar_writer.DirectFile = kind
+            cpu_start = time.process_time()
+            seconds[kind].append(seconds_of(lambda tasks=tasks: [tar_writer.write_shard(task) for task in tasks]))
+            cpu_seconds[kind].append(time.process_time() - cpu_start)
+    ratios, cpu_ratios = (
+        [plain / direct for direct, plain in zip(found[DirectFile][1:], found[PlainFile][1:], strict=True)]
+        for found in (seconds, cpu_seconds)
+    )
+    low, median, high = statistics.quantiles(ratios)
+    print(
+        f"{num_files:,} files, {rounds} rounds: plain writes need {median:.2f} times the time of direct ones "
+        f"(quartiles {low:.2f} to {high:.2f}), {statistics.median(cpu_ratios):.2f} times the processor time"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dir", type=Path, help="folder to work in; a temporary one where absent")
@@ -183,6 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="2,000 files and 2 rounds")
+    parser.add_argument("--writes", action="store_true", help="compare direct with plain writes instead")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     args = parser.parse_args()
@@ -191,6 +252,9 @@ def main() -> None:
     if args.dir is not None:
         args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        if args.writes:
+            compare_writes(Path(folder), args.files, args.rounds)
+            return
         results = measure(Path(folder), args.files, args.rounds, args.workers)
     print(f"{'MB/s':10}{'ours':>9}{'tar':>9}{'ratio':>8}{'bar':>6}   with the start of ours:")
     for name, result in results.items():

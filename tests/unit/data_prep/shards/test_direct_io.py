@@ -30,7 +30,7 @@ def test_a_direct_file_holds_what_was_appended(tmp_path, monkeypatch, has_direct
 
 
 def test_a_file_system_that_refuses_direct_writes_gets_plain_ones(tmp_path, monkeypatch):
-    """At opening, and at a write: both are met."""
+    """At opening, and at a write."""
     open_file, write, refused = os.open, os.write, []
 
     def refusing_open(path, flags, *mode):
@@ -62,7 +62,7 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == data
 
 
-def test_a_failing_disk_is_heard_of(tmp_path, monkeypatch):
+def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
