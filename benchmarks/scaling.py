@@ -1,9 +1,9 @@
-"""How would training scale? `python -m benchmarks.scaling [--quick] [--check] [--json FILE] [--plot FILE] ...`
+"""Predict how training would scale: `python -m benchmarks.scaling [--quick] [--check] [--json FILE] [--plot FILE] ...`
 
-On paper: the time of a step of GC ViT-B and L on 8 to 1024 GPUs with each engine, what the file system must give for
-it, and what a checkpoint takes; then the same arithmetic beside published measurements. The speed of one GPU is what
-`benchmarks.model` measured there (--model-json), else assumed, and every table says which. `docs/scaling.md` has the
-assumptions, and what would make them wrong.
+The tables show the predicted step of GC ViT-B and L on 8 to 1024 GPUs with each engine, the bandwidth that it needs
+of the file system, and the time of a checkpoint. The same model then predicts published measurements. The speed of
+one GPU comes from `benchmarks.model` (--model-json), or is assumed, and every table says which. The model itself is
+`gcvit/planning/scaling.py`, and `docs/scaling.md` states its assumptions.
 """
 
 import argparse
@@ -13,20 +13,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling_model import (
-    ENGINES,
-    Group,
-    Links,
-    Message,
+from gcvit.planning.collectives import A100_LINKS, H100_LINKS, Group, Links, Message, collective_seconds
+from gcvit.planning.scaling import (
+    OPERATION_SECONDS,
+    UPDATE_BYTES,
     Part,
     Profile,
     Setup,
     can_shard,
-    collective_seconds,
-    play_step,
     profile_variant,
+    simulate_step,
 )
 
+ENGINES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
 MODELS = {"gc_vit_base": "GC ViT-B", "gc_vit_large": "GC ViT-L"}
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GLOBAL_BATCHES = (1024, 4096)  # of the published runs
@@ -34,10 +33,10 @@ MICRO_BATCH = 32  # of the configs for several nodes
 ROOM = 128  # images at once that a GPU is given at most; the configs for one node have as many
 
 # What collectives reach, one way, by GPU. Each number's source stands in docs/scaling.md.
-PRESETS = {
-    "h100": Links(nvlink=370e9, network=47e9, post=1e-6, memory=3.35e12),  # 8 x 400 Gb/s a node
-    "a100": Links(nvlink=235e9, network=24e9, post=2e-6, memory=2.039e12),  # 8 x 200 Gb/s
-    "ethernet": Links(nvlink=370e9, network=12e9 / 8, post=1e-6, memory=3.35e12),  # H100, 1 x 100 Gb/s
+PRESETS: dict[str, Links] = {
+    "h100": H100_LINKS,
+    "a100": A100_LINKS,
+    "ethernet": replace(H100_LINKS, network=12e9 / 8),  # 1 x 100 Gb/s a node
 }
 TFLOPS = {"h100": 790.0, "a100": 312.0, "ethernet": 790.0}  # of bf16 products: measured; by the data sheet
 
@@ -66,7 +65,7 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one GPU that trains alone."""
+    """The speed of one GPU that trains alone."""
 
     images_per_s: float  # at a batch that fills it
     num_operations: int  # of a step, each of which takes the host --operation-us
@@ -74,7 +73,7 @@ class Speed:
 
 
 def read_speed(variant: str, profile: Profile, arguments: argparse.Namespace) -> Speed:
-    """Measured where there is a measurement of this variant, else assumed."""
+    """Return the measured speed of a variant, or else an assumed one."""
     if arguments.model_json is not None:
         found = json.loads(arguments.model_json.read_text())
         for contest in found["contests"]:
@@ -88,7 +87,7 @@ def read_speed(variant: str, profile: Profile, arguments: argparse.Namespace) ->
 
 
 def make_setup(num_gpus: int, images_per_gpu: float, speed: Speed, arguments: argparse.Namespace) -> Setup:
-    """As many micro-steps as the room on a GPU asks for; none is shorter than the host needs to launch it."""
+    """Split the images into micro-steps that fit a GPU; none is shorter than the host needs to launch it."""
     num_micro_steps = -int(-images_per_gpu // arguments.room)
     computing = images_per_gpu / num_micro_steps / speed.images_per_s
     launching = speed.num_operations * arguments.operation_us * 1e-6
@@ -98,7 +97,7 @@ def make_setup(num_gpus: int, images_per_gpu: float, speed: Speed, arguments: ar
 def predict(
     profile: Profile, speed: Speed, links: Links, global_batch: int | None, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """By number of GPUs: each engine's step, its efficiency and what it sends; with no global batch, 32 a GPU.
+    """Predict each engine's step, efficiency and traffic by number of GPUs; with no global batch, 32 images a GPU.
 
     Efficiency is the speed over that of as many GPUs which each train alone with a batch that fills them.
     """
@@ -110,7 +109,7 @@ def predict(
         for engine in ENGINES:
             if engine == "fsdp" and not can_shard(profile, num_gpus):
                 continue
-            step = play_step(engine, profile, setup, links)
+            step = simulate_step(engine, profile, setup, links)
             engines[engine] = {
                 "seconds": step.seconds,
                 "efficiency": images / step.seconds / (num_gpus * speed.images_per_s),
@@ -118,7 +117,7 @@ def predict(
                 "messages": len(step.messages),
             }
         best = min(row["seconds"] for row in engines.values())
-        # What differs by less than 1 % is one to this arithmetic.
+        # Differences below 1 % are within the error of the prediction.
         fastest = [engine for engine, row in engines.items() if row["seconds"] <= 1.01 * best]
         rows.append({"gpus": num_gpus, "images": images, "engines": engines, "fastest": fastest, "seconds": best})
     return rows
@@ -164,22 +163,22 @@ def print_storage(profile: Profile, rows: list[dict[str, Any]], links: Links, ar
         )
 
 
-# ---- beside what was published -------------------------------------------------------------------
+# ---- published measurements ----------------------------------------------------------------------
 
 
 def make_vit_g() -> Profile:
-    """ViT-g/14 as NeMo trains it: 40 layers alike, of width 1408 and 6144 within; 1,009 of its 1,011 M parameters."""
+    """Make the ViT-g/14 that NeMo trains: 40 layers of width 1408 and 6144; 1,009 of its 1,011 M parameters."""
     layer = Part(((3 * 1408, 1408), (1408, 1408), (6144, 1408), (1408, 6144)), 1.0)
     return Profile((layer,) * 40, (), 0)
 
 
 def predict_nemo(preset: str, global_batch: int | None) -> list[float]:
-    """Speed-ups on 2 to 16 nodes, given the speed on one.
+    """Predict the speed-ups on 2 to 16 nodes from the speed on one.
 
     NeMo's configuration: gradients summed in fp32 in pieces of 125 MB while backward goes on, Adam on every GPU, 64
-    images at once. The page does not say how many in all: 64 a GPU, or 4096 as in the configuration.
+    images at once. The page does not name the global batch: 64 a GPU, or 4096 as in the configuration.
     """
-    profile, links, update = make_vit_g(), PRESETS[preset], 4 * (7 + 1 + 2)  # no EMA
+    profile, links, update = make_vit_g(), PRESETS[preset], UPDATE_BYTES  # no EMA
 
     def step_seconds(num_nodes: int, image_seconds: float) -> tuple[float, float]:
         num_gpus = 8 * num_nodes
@@ -187,9 +186,9 @@ def predict_nemo(preset: str, global_batch: int | None) -> list[float]:
         num_micro_steps = -(-images // (64 * num_gpus))
         micro_seconds = images / num_gpus / num_micro_steps * image_seconds
         setup = Setup(num_gpus, micro_seconds, num_micro_steps, buckets=(125e6, 125e6), update_bytes=update)
-        return play_step("ddp", profile, setup, links).seconds, images
+        return simulate_step("ddp", profile, setup, links).seconds, images
 
-    low, high = 0.0, 1.0  # seconds that computing takes for an image on a GPU: such that one node is as fast as it was
+    low, high = 0.0, 1.0  # bisected: seconds of computing an image on a GPU, with which one node has its measured speed
     for _ in range(60):
         middle = (low + high) / 2
         seconds, images = step_seconds(1, middle)
@@ -202,7 +201,7 @@ def predict_nemo(preset: str, global_batch: int | None) -> list[float]:
 
 
 def check_published() -> tuple[dict[str, Any], list[str]]:
-    """Print the arithmetic beside what was measured elsewhere; returns both, and the bars that were missed."""
+    """Print predictions beside published measurements; return both, and the missed bars."""
     print(f"\nViT-g/14 with NeMo, speed-up over one node of 8 GPUs; measured:\n{NEMO_URL}")
     print(f"{'nodes':>22}" + "".join(f"{num_nodes:8}" for num_nodes in NEMO_NODES))
     result: dict[str, Any] = {"nemo": {}}
@@ -222,7 +221,7 @@ def check_published() -> tuple[dict[str, Any], list[str]]:
             )
             if preset == "a100" and name[0].isdigit() and abs(error) > NEMO_BAR:
                 misses.append(f"NeMo's 16 nodes of A100, {name}: {error:+.1%}, bar {NEMO_BAR:.0%}")
-    print("\ncollectives: measured, and by the arithmetic, in ms")
+    print("\ncollectives: measured and predicted, in ms")
     result["collectives"] = []
     for preset, num_gpus, num_bytes, kind, measured, source in COLLECTIVES:
         links = PRESETS[preset]
@@ -238,11 +237,11 @@ def check_published() -> tuple[dict[str, Any], list[str]]:
     return result, misses
 
 
-# ---- the picture ---------------------------------------------------------------------------------
+# ---- plot ----------------------------------------------------------------------------------------
 
 
 def draw(results: dict[str, Any], path: Path, subtitle: str) -> None:
-    """Efficiency against the number of GPUs, a panel for each model: 32 images a GPU, and 1024 in all."""
+    """Plot efficiency against the number of GPUs, a panel for each model: 32 images a GPU, and 1024 in all."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -297,7 +296,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tflops", type=float, help="of bf16 products, by which MFU is counted (default: the preset's)"
     )
-    parser.add_argument("--operation-us", type=float, default=5.0, help="of the host, to launch a kernel (default: 5)")
+    parser.add_argument(
+        "--operation-us",
+        type=float,
+        default=1e6 * OPERATION_SECONDS,
+        help="of the host, to launch a kernel (default: 5)",
+    )
     parser.add_argument(
         "--links",
         choices=PRESETS,

@@ -15,6 +15,7 @@ from gcvit.optim.lr_schedule import to_samples
 from gcvit.planning.memory_predictor import GPUS_PER_NODE, engine_name
 from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ASSUMED_GPU, ROOM, Plan, make_plan
+from gcvit.planning.scaling import find_obstacle
 
 IMAGES_PER_CORE = 410
 """Decoded, cropped and augmented in a second: `benchmarks/RESULTS.md`, "The loader"."""
@@ -128,9 +129,27 @@ def describe_speed(plan: Plan) -> Iterator[str]:
         f"{plan.images_per_second:,.0f} images/s, {plan.images_per_second / plan.num_gpus:,.0f} on each GPU, if it "
         f"computes at {plan.mfu:.0%} of its {peak / 1e12:,.0f} TFLOP/s"
     )
-    yield "(assumed: --mfu SHARE has another share; no GPU waits for data or for another, see docs/scaling.md)"
+    yield "(assumed: --mfu SHARE has another share; no GPU waits for data or for another)"
+    if plan.num_gpus > 1:
+        yield from describe_scaling(plan)
     gpu_hours = f"{_figure(plan.hours * plan.num_gpus)} GPU hours"
     yield f"{_duration(plan.hours)}, {gpu_hours}, {plan.num_evaluations} evaluations included"
+
+
+def describe_scaling(plan: Plan) -> Iterator[str]:
+    if (scaling := plan.scaling) is None:
+        config = plan.config
+        shard_size = config.fsdp.shard_size if config.fsdp else None
+        obstacle = find_obstacle(engine_name(config, plan.num_gpus), plan.device.name, plan.num_gpus, shard_size)
+        yield f"scaling efficiency not predicted: {obstacle}"
+        return
+    links, num_nodes = scaling.links, math.ceil(plan.num_gpus / GPUS_PER_NODE)
+    network = f", network {links.network / _GB:g} GB/s a GPU" if num_nodes > 1 else ""
+    yield (
+        f"scaling efficiency {scaling.efficiency:.1%} on {plan.num_gpus} GPUs, {num_nodes} node(s): "
+        f"{scaling.efficiency * plan.images_per_second:,.0f} images/s"
+    )
+    yield f"(predicted, not measured; assumed: NVLink {links.nvlink / _GB:g} GB/s{network}, see docs/scaling.md)"
 
 
 def describe_data(plan: Plan) -> Iterator[str]:

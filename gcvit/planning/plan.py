@@ -18,6 +18,7 @@ from gcvit.data.source import Source
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.flops import TRAINING_PASSES, count_forward_flops
+from gcvit.model.from_config import build_model
 from gcvit.optim.adamw import decays
 from gcvit.optim.lr_schedule import Schedule, build_schedule, to_steps
 from gcvit.parallel.build import DTYPES
@@ -32,6 +33,7 @@ from gcvit.planning.memory_predictor import (
     with_micro_batch,
 )
 from gcvit.planning.memory_simulator import Memory
+from gcvit.planning.scaling import EMA_BYTES, UPDATE_BYTES, Profile, Scaling, Setup, predict_scaling, profile_model
 from gcvit.runtime.gpu_specs import Device, find_device, get_device
 
 ROOM = 0.9
@@ -89,6 +91,8 @@ class Plan:
     batch_plan: BatchPlan
     memory: Memory
     cells: tuple[Cell, ...]
+    profile: Profile | None
+    """For the scaling over several GPUs."""
 
     @property
     def train_flops(self) -> float:
@@ -96,10 +100,33 @@ class Plan:
         return TRAINING_PASSES * self.forward_flops * self.recomputing
 
     @property
+    def flops_per_second(self) -> float:
+        """Compute what one GPU does at the assumed share of its peak."""
+        return self.mfu * self.device.peaks[self.config.precision]
+
+    @property
     def images_per_second(self) -> float:
         """Of all GPUs, which wait for no data, and for the one that has the most images of a batch."""
-        of_each = self.mfu * self.device.peaks[self.config.precision] / self.train_flops
+        of_each = self.flops_per_second / self.train_flops
         return of_each * self.config.global_batch_size / self.batch_plan.largest_share
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Predict the scaling over the plan's GPUs; None for one GPU, and where `find_obstacle` has a reason."""
+        if self.profile is None:
+            return None
+        config, fsdp = self.config, self.config.fsdp or FsdpConfig()
+        setup = Setup(
+            num_gpus=self.num_gpus,
+            micro_seconds=self.batch_plan.capacity * self.train_flops / self.flops_per_second,
+            num_micro_steps=self.batch_plan.num_micro_steps,
+            shard_size=fsdp.shard_size,
+            reshard=fsdp.reshard_after_forward,
+            weight_bytes=DTYPES[config.precision].itemsize,
+            gradient_bytes=2 if fsdp.reduce_dtype == "bf16" else 4,
+            update_bytes=UPDATE_BYTES + (EMA_BYTES if config.ema else 0),
+        )
+        return predict_scaling(engine_name(config, self.num_gpus), self.device.name, self.profile, setup)
 
     @property
     def num_trained(self) -> int:
@@ -200,7 +227,15 @@ def make_plan(
         batch_plan=batch_plan,
         memory=memory,
         cells=tuple(compare(config, forecast, num_gpus, micro_batch, limit)),
+        profile=profile_config(config) if num_gpus > 1 else None,
     )
+
+
+def profile_config(config: Config) -> Profile:
+    """Profile the config's model for the scaling over several GPUs."""
+    with torch.device("meta"):
+        model = build_model(config.model.model_copy(update={"drop_path_skips": False}))
+    return profile_model(model, (config.fsdp or FsdpConfig()).unit_parameters)
 
 
 def choose_device(gpu: str | None) -> Device:

@@ -18,6 +18,7 @@ from gcvit.planning.format_plan import describe
 from gcvit.planning.memory_predictor import MODES, Forecast
 from gcvit.planning.memory_simulator import KINDS
 from gcvit.planning.plan import ROOM, Cell, Data, Plan, compare, make_plan
+from gcvit.planning.scaling import Part, Profile
 from gcvit.runtime.gpu_specs import DEVICES
 from tests.helpers.imagined import imagine
 from tests.helpers.launching import ROOT
@@ -41,6 +42,8 @@ def imagined_steps(monkeypatch):
     monkeypatch.setattr(memory_predictor, "record_step", record)
     monkeypatch.setattr("gcvit.planning.plan.compare", lambda *_: ())
     monkeypatch.setattr("gcvit.planning.plan.count_forward_flops", lambda *_: FORWARD_FLOPS)
+    profile = Profile((Part(((1024, 1024),), FORWARD_FLOPS / 12),) * 12, (3, 4, 4), 1000)
+    monkeypatch.setattr("gcvit.planning.plan.profile_config", lambda _: profile)
     monkeypatch.setattr(
         "gcvit.planning.plan.count_recomputing", lambda config, *_: RECOMPUTING[config.activation_checkpointing]
     )
@@ -195,6 +198,30 @@ def test_time_follows_from_operations_and_the_assumed_share_of_the_peak():
     slower = plan("precision=bf16", "activation_checkpointing=full", mfu=0.25)
     assert slower.recomputing == 1.3
     assert slower.images_per_second == pytest.approx(found.images_per_second / slower.recomputing)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_gpus", "gpu", "words"),
+    [
+        (["engine=fsdp"], 16, "h100-80", ["on 16 GPUs, 2 node(s)", "NVLink 370 GB/s, network 47 GB/s", "not measured"]),
+        (["engine=zero", "zero.stage=1"], 4, "a100-40", ["on 4 GPUs, 1 node(s)", "assumed: NVLink 235 GB/s, see"]),
+        ([], 2, "l4", ["not predicted: no bandwidths known for l4"]),
+        (["engine=fsdp", "fsdp.cpu_offload=true"], 2, "h100-80", ["not predicted: no model of fsdp+offload"]),
+    ],
+)
+def test_scaling_is_predicted_or_the_obstacle_named(overrides, num_gpus, gpu, words):
+    found = plan("precision=bf16", *overrides, num_gpus=num_gpus, gpu=gpu)
+    text = "\n".join(plan_text.describe_speed(found))
+    for word in words:
+        assert word in text
+    if found.scaling:
+        assert 0.1 < found.scaling.efficiency < 1.1  # a GPU alone updates all that zero1 shards
+        assert f"scaling efficiency {found.scaling.efficiency:.1%}" in text
+        assert f"{found.scaling.efficiency * found.images_per_second:,.0f} images/s" in text
+
+
+def test_one_gpu_has_no_scaling():
+    assert "scaling" not in "\n".join(plan_text.describe_speed(plan(num_gpus=1)))
 
 
 def test_gpus_without_images_add_no_speed():

@@ -1,4 +1,4 @@
-"""The arithmetic of `benchmarks.scaling`, against the engines' measured traffic and against itself."""
+"""The scaling model against the engines' measured traffic, against itself, its benchmark and its page."""
 
 import json
 import math
@@ -11,20 +11,20 @@ import pytest
 from benchmarks import scaling
 from benchmarks.engines_bytes import traffic_in_theory
 from benchmarks.engines_crew import SHARDS_OF_HSDP
-from benchmarks.scaling_model import (
+from gcvit.planning.collectives import GPU_LINKS, Group, Links, Message, collective_seconds
+from gcvit.planning.scaling import (
     ENGINES,
-    Group,
-    Links,
-    Message,
     Part,
     Profile,
     Setup,
     can_shard,
-    collective_seconds,
     fill_buckets,
-    play_step,
+    find_obstacle,
+    predict_scaling,
     profile_variant,
+    simulate_step,
 )
+from tests.helpers.launching import ROOT as REPOSITORY
 
 LINKS = Links(nvlink=100e9, network=10e9, post=1e-6, memory=1e12)
 FREE = Links(nvlink=1e30, network=1e30, post=0.0, memory=1e30)
@@ -50,7 +50,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("engine", COUNTED)
 def test_messages_are_those_that_the_engines_were_seen_to_send(engine: str, xxtiny: Profile) -> None:
-    step = play_step(engine, xxtiny, Setup(2, 1.0, reshard=True, weight_bytes=4), LINKS)
+    step = simulate_step(engine, xxtiny, Setup(2, 1.0, reshard=True, weight_bytes=4), LINKS)
     assert Counter(message.kind for message in step.messages) == COUNTED[engine]
 
 
@@ -61,11 +61,11 @@ def test_bytes_are_those_of_the_engines_theory(engine: str, num_micro_steps: int
     setup = Setup(2 * SHARDS_OF_HSDP, 1.0, num_micro_steps, reshard=True, weight_bytes=4)
     last = sum(part.num_parameters for part in xxtiny.parts[-1 - xxtiny.units[-1] :])  # with the root
     theory = traffic_in_theory(engine, 4 * xxtiny.num_parameters, setup.num_gpus, num_micro_steps, kept=4 * last)
-    assert play_step(engine, xxtiny, setup, links).sent == pytest.approx(theory, rel=0.01)  # rows are filled up
+    assert simulate_step(engine, xxtiny, setup, links).sent == pytest.approx(theory, rel=0.01)  # rows are filled up
 
 
 def test_what_is_kept_is_not_gathered_again() -> None:
-    sent = play_step("fsdp", PROFILE, Setup(2, 1.0, 3, weight_bytes=4), LINKS).sent
+    sent = simulate_step("fsdp", PROFILE, Setup(2, 1.0, 3, weight_bytes=4), LINKS).sent
     weights = 4 * PROFILE.num_parameters
     assert sent == pytest.approx(traffic_in_theory("fsdp", weights, 2, 3, kept=weights), rel=1e-4)
 
@@ -82,13 +82,15 @@ def test_without_links_only_computing_takes_time(engine: str) -> None:
     for num_micro_steps in (1, 2):
         setup = Setup(64, 0.1, num_micro_steps)
         calls = 40e-6 * 64 * 200  # NCCL's own latencies remain
-        assert 0.1 * num_micro_steps <= play_step(engine, PROFILE, setup, FREE).seconds < 0.1 * num_micro_steps + calls
+        assert (
+            0.1 * num_micro_steps <= simulate_step(engine, PROFILE, setup, FREE).seconds < 0.1 * num_micro_steps + calls
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_slower_networks_and_more_nodes_never_help(engine: str) -> None:
     fast, slow = (
-        [play_step(engine, PROFILE, Setup(n, 1e-3), replace(LINKS, network=rate)).seconds for n in (8, 32, 256)]
+        [simulate_step(engine, PROFILE, Setup(n, 1e-3), replace(LINKS, network=rate)).seconds for n in (8, 32, 256)]
         for rate in (10e9, 1e9)
     )
     assert fast == sorted(fast)
@@ -98,13 +100,13 @@ def test_slower_networks_and_more_nodes_never_help(engine: str) -> None:
 
 def test_ddp_hides_all_but_its_last_bucket() -> None:
     setup = Setup(16, 1.0, buckets=(4 * LAYER.num_parameters,) * 2, update_bytes=0)
-    step = play_step("ddp", PROFILE, setup, LINKS)
+    step = simulate_step("ddp", PROFILE, setup, LINKS)
     assert step.seconds == pytest.approx(1.0 + collective_seconds(step.messages[-1], LINKS))
     assert len(step.messages) == 6
 
 
 def test_fsdp_exposes_its_first_gathers_and_its_last_scatters() -> None:
-    step = play_step("fsdp", PROFILE, Setup(16, 1.0, update_bytes=0), LINKS)
+    step = simulate_step("fsdp", PROFILE, Setup(16, 1.0, update_bytes=0), LINKS)
     gathers, scatters = (
         [collective_seconds(m, LINKS) for m in step.messages if m.kind == kind]
         for kind in ("all_gather", "reduce_scatter")
@@ -209,3 +211,73 @@ def test_what_a_gpu_cannot_hold_at_once_takes_micro_steps(monkeypatch: pytest.Mo
     setup = scaling.make_setup(8, 1, speed, arguments)
     assert (setup.num_micro_steps, setup.micro_seconds) == (1, pytest.approx(0.02))  # launching takes longer
     assert math.isclose(scaling.IMAGE_BYTES, 115_440, rel_tol=1e-3)
+
+
+# ---- the plan and the page -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", GPU_LINKS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_efficiency_is_1_for_one_gpu_and_falls_with_more(engine: str, gpu: str) -> None:
+    scalings = [predict_scaling(engine, gpu, PROFILE, Setup(n, 0.02)) for n in (1, 2, 4, 8, 16, 64, 256)]
+    efficiencies = [scaling.efficiency for scaling in scalings if scaling]
+    assert efficiencies[0] == 1
+    if engine == "ddp":  # the others update less on each GPU the more there are
+        assert efficiencies == sorted(efficiencies, reverse=True)
+    assert efficiencies[3:] == sorted(efficiencies[3:], reverse=True)
+    assert len(efficiencies) == 7
+    assert efficiencies[-1] < 0.999
+
+
+def test_slower_links_lower_the_efficiency(monkeypatch: pytest.MonkeyPatch) -> None:
+    def efficiency() -> float:
+        scaling = predict_scaling("hsdp", "h100-80", PROFILE, Setup(64, 0.02))
+        assert scaling
+        return scaling.efficiency
+
+    fast = efficiency()
+    monkeypatch.setitem(GPU_LINKS, "h100-80", replace(GPU_LINKS["h100-80"], network=1e9))
+    assert efficiency() < fast
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "num_gpus", "shard_size", "words"),
+    [
+        ("zero3+offload", "h100-80", 8, None, "no model of zero3"),
+        ("ddp", "l4", 8, None, "no bandwidths known for l4"),
+        ("ddp", "h100-80", 12, None, "do not fill nodes"),
+        ("hsdp", "h100-80", 24, 6, "do not fill nodes"),
+        ("hsdp", "h100-80", 24, 12, "do not fill nodes"),
+    ],
+)
+def test_what_cannot_be_predicted_has_a_reason(
+    engine: str, gpu: str, num_gpus: int, shard_size: int | None, words: str
+) -> None:
+    assert words in find_obstacle(engine, gpu, num_gpus, shard_size)
+    assert predict_scaling(engine, gpu, PROFILE, Setup(num_gpus, 0.02, shard_size=shard_size)) is None
+
+
+@pytest.mark.parametrize("shard_size", [2, 4, 8, 16])
+def test_shards_of_hsdp_may_be_parts_of_nodes_or_several(shard_size: int) -> None:
+    sent = simulate_step("hsdp", PROFILE, Setup(32, 0.02, shard_size=shard_size), LINKS).messages
+    assert {m.group.size for m in sent if m.kind != "all_reduce"} == {shard_size}
+    assert {m.group.size for m in sent if m.kind == "all_reduce"} == {32 // shard_size}
+
+
+def test_the_page_has_the_predicted_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--models", "gc_vit_base") == 0
+    page = (REPOSITORY / "docs/scaling.md").read_text()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(printed) > 60
+    assert [line for line in printed if line not in page] == []
+
+
+def test_a_plan_predicts_the_step_of_the_page() -> None:
+    """GC ViT-B with ddp on 32 GPUs, 1024 images in all: 14.1 ms on the page."""
+    profile = profile_variant("gc_vit_base")
+    compute = 32 * 3 * profile.flops / (0.3 * 790e12)
+    scaling = predict_scaling("ddp", "h100-80", profile, Setup(32, compute))
+    assert scaling
+    assert f"   32    1024{1e3 * scaling.seconds:8.1f} ms" in (REPOSITORY / "docs/scaling.md").read_text()

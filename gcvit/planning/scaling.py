@@ -1,124 +1,33 @@
-"""The time of a training step on many GPUs, by what engines send and how fast links are. Used by `benchmarks.scaling`.
+"""The time of a training step on many GPUs and its scaling efficiency, predicted and not measured.
 
-A step is played through once, as one GPU of many sees it: a clock for the computing stream and one for each level of
-links, which carry one message at a time. What is sent, in which pieces and when it can start is read off the engines
-(`gcvit/parallel`); how long a message takes is what NCCL itself expects of its rings and trees. All times are
-seconds, all sizes bytes. `docs/scaling.md` states the assumptions.
+One step is simulated as one GPU of many executes it, with a clock for the compute stream and one for each level of
+links, which carry one message at a time. The messages, their sizes and their order follow the engines
+(`gcvit/parallel`); `collectives.py` predicts their time. All times are seconds, all sizes bytes. `docs/scaling.md`
+states the assumptions. `train.py --plan` and `benchmarks.scaling` use this module.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcvit.model import create_model
+from gcvit.model import GCViT, create_model
 from gcvit.parallel.deepspeed_config import _sizes
 from gcvit.parallel.fsdp import find_units
+from gcvit.planning.collectives import GPU_LINKS, Group, Links, Message, collective_seconds
 
-ENGINES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+OPERATION_SECONDS = 5e-6
+"""Assumed time of the host to launch one operation: `docs/scaling.md`."""
 MIB = 2**20
 DDP_BUCKETS = (1 * MIB, 25 * MIB)  # PyTorch's default: the first one, and all others
-# Of fp32 states, per parameter: AdamW reads 4 and writes 3, the norm reads 1, clipping reads and writes 1, the EMA
-# reads 2 and writes 1.
-UPDATE_BYTES = 4 * (7 + 1 + 2 + 3)
-
-
-# ---- links and collectives -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Links:
-    """What a message meets: bandwidths in bytes per second, of one GPU, one way, as collectives reach them."""
-
-    nvlink: float
-    network: float  # a GPU's share of its node's
-    post: float  # seconds in which a host hands a message to the network
-    memory: float  # of the GPU's own memory
-    gpus_per_node: int = 8
-
-
-@dataclass(frozen=True)
-class Group:
-    """The GPUs that take part in a collective: as many in each of its nodes."""
-
-    num_nodes: int
-    per_node: int
-
-    @property
-    def size(self) -> int:
-        return self.num_nodes * self.per_node
-
-
-@dataclass(frozen=True)
-class Message:
-    """A collective over a group, of `num_bytes` in all: the whole tensor, of which all-gather gives each rank all."""
-
-    kind: str  # all_gather, reduce_scatter, all_reduce
-    num_bytes: float
-    group: Group
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a rank sends if it goes around in a ring."""
-        factor = 2 if self.kind == "all_reduce" else 1
-        return factor * self.num_bytes * (self.group.size - 1) / self.group.size
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """A way in which NCCL moves bytes: what it keeps of the bandwidth, and what a call and each hop take."""
-
-    kept: float
-    call: float
-    node_hop: float
-    network_hop: float
-    most: float = math.inf  # bytes per second
-
-
-# NCCL's own constants, by which it chooses: src/graph/tuning.cc at b6475625 of https://github.com/NVIDIA/nccl,
-# baseLat, hwLat (NVLink, network) and the factors below "Various model refinements". Its corrections for trees of
-# middling size are left out, as is NVLink SHARP.
-RINGS = (
-    Protocol(1 / 4, 6.6e-6, 0.6e-6, 2.7e-6, most=20e9),  # LL
-    Protocol(0.92, 14.0e-6, 1.9e-6, 4.0e-6),  # LL128
-    Protocol(1.0, 8.4e-6, 3.4e-6, 14.0e-6),  # Simple
-)
-TREES = (
-    Protocol(0.92 / 3.8, 6.8e-6, 0.6e-6, 5.0e-6, most=20e9),
-    Protocol(0.92 * 120 / 128, 14.0e-6, 1.25e-6, 8.5e-6),
-    Protocol(0.92, 0.0, 28.0e-6, 28.0e-6),
-)
-
-
-def collective_seconds(message: Message, links: Links) -> float:
-    """The quickest of NCCL's rings, and for an all-reduce of its trees."""
-    group = message.group
-    if group.size == 1:
-        return 0.0
-    bandwidth = math.inf if group.per_node == 1 else links.nvlink
-    if group.num_nodes > 1:
-        # As many rings side by side as the group has GPUs in a node, each over one GPU's share of the network.
-        bandwidth = min(bandwidth, group.per_node * links.network)
-    reduces = message.kind == "all_reduce"
-    num_hops = (2 if reduces else 1) * (group.size - 1)
-    network_hops = 0 if group.num_nodes == 1 else 2 * group.num_nodes if reduces else group.num_nodes - 1
-    times = []
-    for protocol in RINGS:
-        node_hop = protocol.node_hop if group.num_nodes == 1 else max(protocol.node_hop, links.post)
-        latency = protocol.call + (num_hops - network_hops) * node_hop + network_hops * protocol.network_hop
-        times.append(latency + message.sent / min(protocol.kept * bandwidth, protocol.most))
-    if group.num_nodes == 2:
-        # A tree of two nodes sends everything across once each way, a ring almost twice.
-        bandwidth = min(links.nvlink if group.per_node > 1 else math.inf, 2 * group.per_node * links.network)
-    for protocol in TREES if reduces else ():
-        hops = (group.per_node - 1) * protocol.node_hop + math.log2(group.num_nodes) * protocol.network_hop
-        rate = min(protocol.kept * bandwidth, protocol.most)
-        times.append(protocol.call + 2 * hops + 2 * message.num_bytes / rate)
-    return min(times)
+# In fp32, per parameter: AdamW reads 4 and writes 3, the norm reads 1, clipping reads and writes 1.
+UPDATE_BYTES = 4 * (7 + 1 + 2)
+EMA_BYTES = 4 * 3  # it reads 2 and writes 1
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -126,7 +35,7 @@ def collective_seconds(message: Message, links: Links) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """A place where the model is cut, or what remains: its parameters, and FLOPs of an image's forward pass."""
+    """A part of the model between cut points, or the root: its parameters, and FLOPs of an image's forward pass."""
 
     shapes: tuple[tuple[int, ...], ...]
     flops: float
@@ -138,11 +47,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Profile:
-    """A model as its engines see it."""
+    """The sizes of a model that decide what an engine sends and when."""
 
     parts: tuple[Part, ...]  # in forward order; the last is the root, norm and head
-    units: tuple[int, ...]  # FSDP gathers so many neighbouring parts at once, and the root by itself
-    num_operations: int  # that a training step launches, whatever its batch; 0 is not counted
+    units: tuple[int, ...]  # numbers of neighbouring parts that FSDP gathers at once; the root is alone
+    num_operations: int  # operations that a micro-step launches for any batch; 0 means not counted
 
     @property
     def num_parameters(self) -> int:
@@ -154,7 +63,7 @@ class Profile:
 
 
 class _Operations(TorchDispatchMode):
-    """While entered, counts operations that compute something."""
+    """Count the operations that compute something."""
 
     count = 0
 
@@ -164,14 +73,19 @@ class _Operations(TorchDispatchMode):
 
 
 def profile_variant(variant: str, unit_parameters: int = 4_000_000) -> Profile:
-    """A GC ViT at its own resolution, counted without memory; FSDP's units are those of `FsdpConfig`'s default."""
+    """Profile a GC ViT at its own resolution. The default of `unit_parameters` is that of `FsdpConfig`."""
     with torch.device("meta"):
-        model = create_model(variant)
-        images = torch.empty(2, *model.input_size)
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            model.eval()(images[:1])
-        with _Operations() as operations:
-            model.train()(images).sum().backward()
+        return profile_model(create_model(variant), unit_parameters)
+
+
+def profile_model(model: GCViT, unit_parameters: int) -> Profile:
+    """Profile a model on meta: its parts, FSDP's units and the operations of a micro-step. Takes seconds."""
+    images = torch.empty(2, *model.input_size, device="meta")
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model.eval()(images[:1])
+    with _Operations() as operations:
+        model.train()(images).sum().backward()
+    model.zero_grad()
     names = model.cut_points()
     counted = {name: sum(c.values()) for name, c in flops.get_flop_counts().items()}
     parts = [
@@ -189,7 +103,7 @@ def profile_variant(variant: str, unit_parameters: int = 4_000_000) -> Profile:
 
 @dataclass
 class Clock:
-    """When the computing stream and the links of each level are free, and what was sent."""
+    """The times at which the compute stream and the links of each level are free, and the messages sent so far."""
 
     links: Links
     compute: float = 0.0
@@ -200,7 +114,7 @@ class Clock:
         self.compute = max(self.compute, after) + seconds
 
     def send(self, message: Message, after: float) -> float:
-        """When it has arrived, if it may start at `after`."""
+        """Send a message that may start at `after`, and return the time of its arrival."""
         between = message.group.num_nodes > 1
         self.free[between] = max(self.free[between], after) + collective_seconds(message, self.links)
         self.messages.append(message)
@@ -209,16 +123,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step does: on how many GPUs, in how many micro-steps, each computing for how long on one of them."""
+    """A training step: its GPUs, its micro-steps and the seconds that each computes."""
 
     num_gpus: int
     micro_seconds: float  # forward and backward of a micro-batch
     num_micro_steps: int = 1
-    reshard: bool = False  # `fsdp.reshard_after_forward`; the configs for several nodes say no
-    weight_bytes: int = 2  # bf16, in which fsdp and zero compute; ddp computes by autocast from fp32
+    shard_size: int | None = None  # GPUs of one copy of the model with hsdp; None: those of a node
+    reshard: bool = False  # `fsdp.reshard_after_forward`; false in the configs for several nodes
+    weight_bytes: int = 2  # fsdp and zero compute in bf16; ddp's weights stay fp32 under autocast
     gradient_bytes: int = 4  # all engines sum gradients in fp32
     buckets: tuple[float, float] = DDP_BUCKETS
-    update_bytes: int = UPDATE_BYTES
+    update_bytes: int = UPDATE_BYTES + EMA_BYTES
 
 
 @dataclass(frozen=True)
@@ -231,39 +146,47 @@ class Step:
         return sum(message.sent for message in self.messages)
 
 
-def play_step(engine: str, profile: Profile, setup: Setup, links: Links) -> Step:
-    """One training step of an engine. hsdp is fsdp with a copy of the model in each node."""
+def simulate_step(engine: str, profile: Profile, setup: Setup, links: Links) -> Step:
+    """Simulate one training step of an engine of `ENGINES`; hsdp is fsdp with several copies of the model.
+
+    The GPUs fill their nodes (`find_obstacle`).
+    """
     clock = Clock(links)
-    world = Group(max(1, setup.num_gpus // links.gpus_per_node), min(setup.num_gpus, links.gpus_per_node))
-    shard = Group(1, world.per_node) if engine == "hsdp" else world
-    assert world.size == setup.num_gpus, f"{setup.num_gpus} GPUs do not fill nodes of {links.gpus_per_node}"
+    world = shard = _group_of(setup.num_gpus, links)
+    if engine == "hsdp":
+        shard = _group_of(min(setup.num_gpus, setup.shard_size or links.gpus_per_node), links)
+    replicas = Group(world.num_nodes // shard.num_nodes, world.per_node // shard.per_node)
     for micro_step in range(setup.num_micro_steps):
         is_last = micro_step == setup.num_micro_steps - 1
         if engine == "ddp":
             first, limit = setup.buckets
             _compute_and_reduce(clock, profile, setup, world, limit if is_last else None, first)
-        elif engine == "zero2":
-            size = setup.gradient_bytes * _sizes(2, profile.num_parameters)["reduce_bucket_size"]
-            _compute_and_reduce(clock, profile, setup, world, size)
+        elif engine in ("zero1", "zero2"):
+            stage = int(engine[-1])
+            size = setup.gradient_bytes * _sizes(stage, profile.num_parameters)["reduce_bucket_size"]
+            _compute_and_reduce(clock, profile, setup, world, size if stage == 2 or is_last else None)
         elif engine == "zero3":
             _gather_parts(clock, profile, setup, world)
         else:
-            replicas = Group(world.num_nodes, 1) if engine == "hsdp" else Group(1, 1)
             _gather_units(clock, profile, setup, shard, replicas, reduces=is_last)
-    # The norm of all gradients, of which only ddp's ranks hold all: nothing is clipped before it is known.
+    # Clipping waits for the norm of all gradients, which only ddp's ranks hold whole.
     if engine in ("fsdp", "hsdp"):
         clock.run(0.0, clock.send(Message("all_gather", 4 * shard.size, shard), clock.compute))
     elif engine != "ddp":
-        for _ in range(2):  # and whether any rank met what is not finite
+        for _ in range(2):  # the norm, and whether a gradient is not finite on any rank
             clock.run(0.0, clock.send(Message("all_reduce", 4, world), clock.compute))
     holders = 1 if engine == "ddp" else shard.size
     clock.run(setup.update_bytes * profile.num_parameters / holders / links.memory)
-    if engine == "zero2":
-        # DeepSpeed waits for it: one for the parameters that decay, one for the others; the split is of no matter.
+    if engine in ("zero1", "zero2"):
+        # DeepSpeed waits for two gathers: of parameters with decay, and of the others. The split has no effect here.
         half = setup.weight_bytes * profile.num_parameters / 2
         for _ in range(2):
             clock.run(0.0, clock.send(Message("all_gather", half, world), clock.compute))
     return Step(clock.compute, clock.messages)
+
+
+def _group_of(num_gpus: int, links: Links) -> Group:
+    return Group(max(1, num_gpus // links.gpus_per_node), min(num_gpus, links.gpus_per_node))
 
 
 def _seconds_per_flop(profile: Profile, setup: Setup) -> float:
@@ -271,9 +194,9 @@ def _seconds_per_flop(profile: Profile, setup: Setup) -> float:
 
 
 def fill_buckets(sizes: Sequence[Sequence[float]], limit: float, first: float | None = None) -> list[list[float]]:
-    """The buckets that are full after each part, given the sizes of its gradients in the order of backward.
+    """Return the buckets that are full after each part, given the sizes of its gradients in the order of backward.
 
-    DDP's (which have a `first` limit) are full when the limit is reached, DeepSpeed's before it would be exceeded.
+    DDP's buckets (with a `first` limit) are full when they reach the limit, DeepSpeed's before they would exceed it.
     """
     full: list[list[float]] = []
     waiting, room = 0.0, limit if first is None else first
@@ -295,7 +218,7 @@ def fill_buckets(sizes: Sequence[Sequence[float]], limit: float, first: float | 
 def _compute_and_reduce(
     clock: Clock, profile: Profile, setup: Setup, world: Group, limit: float | None, first: float | None = None
 ) -> None:
-    """A micro-step of ddp or zero2: buckets are summed over all ranks while backward goes on; then it waits for them.
+    """Simulate a micro-step of ddp, zero1 or zero2: all-reduce buckets during backward, then wait for the last.
 
     Without a limit nothing is sent.
     """
@@ -313,7 +236,7 @@ def _compute_and_reduce(
 
 
 def _gather_units(clock: Clock, profile: Profile, setup: Setup, shard: Group, replicas: Group, reduces: bool) -> None:
-    """A micro-step of fsdp. The next unit is gathered while one computes; the last and the root are kept."""
+    """Simulate a micro-step of fsdp: gather the next unit while one computes; the last and the root stay gathered."""
     unit = _seconds_per_flop(profile, setup)
     root, units = profile.parts[-1], list(_join(profile))
     rows = [_count_padded_rows(part, shard.size) for part in (*units, root)]
@@ -346,11 +269,11 @@ def _gather_units(clock: Clock, profile: Profile, setup: Setup, shard: Group, re
         if reduces:
             reduced = reduce(i)
     if reduces:
-        clock.run(0.0, max(reduced, reduce(-1)))  # the root's come last: its hook runs when backward ends
+        clock.run(0.0, max(reduced, reduce(-1)))  # the root is last: its hook runs when backward ends
 
 
 def _join(profile: Profile) -> Iterator[Part]:
-    """FSDP's units, each as one part."""
+    """Join the parts of each of FSDP's units to one part."""
     start = 0
     for count in profile.units:
         parts = profile.parts[start : start + count]
@@ -360,18 +283,18 @@ def _join(profile: Profile) -> Iterator[Part]:
 
 
 def _count_padded_rows(part: Part, num_shards: int) -> int:
-    """Elements that are sent of a part: FSDP2 gives all ranks as many rows of a parameter, filling up the last."""
+    """Count the elements sent of a part: FSDP2 pads a parameter so that all ranks have equally many rows."""
     return sum(-(-shape[0] // num_shards) * num_shards * math.prod(shape[1:]) for shape in part.shapes)
 
 
 def can_shard(profile: Profile, num_shards: int) -> bool:
-    """Whether every rank gets something: else `FsdpEngine` refuses."""
+    """Return whether every rank gets a row of some parameter; otherwise `FsdpEngine` refuses."""
     last = num_shards - 1
     return any(last * -(-shape[0] // num_shards) < shape[0] for part in profile.parts for shape in part.shapes)
 
 
 def _gather_parts(clock: Clock, profile: Profile, setup: Setup, world: Group) -> None:
-    """A micro-step of zero3: the next part is gathered while one computes; gradients are scattered in buckets."""
+    """Simulate a micro-step of zero3: gather the next part while one computes; scatter gradients in buckets."""
     unit = _seconds_per_flop(profile, setup)
     limit = setup.gradient_bytes * _sizes(3, profile.num_parameters)["reduce_bucket_size"]
     for passes, parts in ((1, profile.parts), (2, profile.parts[::-1])):  # forward, backward
@@ -390,5 +313,46 @@ def _gather_parts(clock: Clock, profile: Profile, setup: Setup, world: Group) ->
 
 
 def _pad_flat(shape: tuple[int, ...], num_shards: int) -> int:
-    """Elements that are sent of a parameter: DeepSpeed cuts it flat and fills up the last rank's piece."""
+    """Count the elements sent of a parameter: DeepSpeed shards it flat and pads the last rank's shard."""
     return -(-math.prod(shape) // num_shards) * num_shards
+
+
+# ---- efficiency ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A predicted step on many GPUs, beside that of one GPU with the same engine and as many images a GPU."""
+
+    seconds: float
+    alone_seconds: float
+    links: Links
+
+    @property
+    def efficiency(self) -> float:
+        """Speed of a GPU among the others over its speed alone, from 0 to 1."""
+        return self.alone_seconds / self.seconds
+
+
+def find_obstacle(engine: str, gpu: str, num_gpus: int, shard_size: int | None = None) -> str:
+    """Return why the scaling of these GPUs cannot be predicted; "" if it can be."""
+    if engine not in ENGINES:
+        return f"no model of {engine}"
+    if gpu not in GPU_LINKS:
+        return f"no bandwidths known for {gpu}, only for {', '.join(GPU_LINKS)}"
+    per_node = GPU_LINKS[gpu].gpus_per_node
+    shard = shard_size if engine == "hsdp" and shard_size else per_node
+    if num_gpus > per_node and (num_gpus % per_node or (shard % per_node and per_node % shard)):
+        return f"{num_gpus} GPUs or their shards do not fill nodes of {per_node}"
+    return ""
+
+
+def predict_scaling(engine: str, gpu: str, profile: Profile, setup: Setup) -> Scaling | None:
+    """Predict the step and the efficiency of a setup; None where `find_obstacle` has a reason."""
+    if find_obstacle(engine, gpu, setup.num_gpus, setup.shard_size):
+        return None
+    launching = OPERATION_SECONDS * profile.num_operations
+    setup = replace(setup, micro_seconds=max(launching, setup.micro_seconds))
+    links = GPU_LINKS[gpu]
+    alone = simulate_step(engine, profile, replace(setup, num_gpus=1), links)
+    return Scaling(simulate_step(engine, profile, setup, links).seconds, alone.seconds, links)
