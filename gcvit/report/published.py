@@ -1,11 +1,13 @@
-"""What others have published, to stand a run beside: accuracy on ImageNet-1K against parameters, work and speed.
+"""Compare runs with published models: accuracy on ImageNet-1K against parameters, multiply-adds and speed.
 
-All peers are trained on ImageNet-1K alone and evaluated at 224 x 224. Accuracies, parameters and GMAC are their
-authors'; speeds are all from one table of timm's, so that they compare with each other.
+`published.yaml` holds the published numbers and their sources.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+
+import yaml
 
 from gcvit.model.variants import VARIANTS
 from gcvit.report.charts import Chart, KeyItem, log_axis, new_figure, safe, tone
@@ -36,50 +38,11 @@ class Family:
     points: tuple[Point, ...]
 
 
-SPEED_SOURCE = (
-    "timm's benchmark-infer-amp-nchw-pt240-cu124-rtx4090.csv (huggingface/pytorch-image-models, results/, 5c33776): "
-    "one RTX 4090, automatic mixed precision, PyTorch 2.4"
+_DATA = yaml.safe_load((files("gcvit.report") / "published.yaml").read_text())
+PEERS = tuple(
+    Family(peer["name"], peer["source"], tuple(Point(**point) for point in peer["points"])) for peer in _DATA["peers"]
 )
-GCVIT_SOURCE = "the authors' table of GC ViT (NVlabs/GCVit, README); parameters are counted on our models"
-# timm's names: swin_*_patch4_window7_224, convnext_* at 224, maxvit_*_tf_224.
-PEERS = (
-    Family(
-        "Swin",
-        "README of microsoft/Swin-Transformer",
-        (
-            Point("Swin-T", 81.2, 28, 4.5, 2659.27),
-            Point("Swin-S", 83.2, 50, 8.7, 1658.9),
-            Point("Swin-B", 83.5, 88, 15.4, 1207.02),
-        ),
-    ),
-    Family(
-        "ConvNeXt",
-        "README of facebookresearch/ConvNeXt (048efce)",
-        (
-            Point("ConvNeXt-T", 82.1, 28, 4.5, 4796.99),
-            Point("ConvNeXt-S", 83.1, 50, 8.7, 2968.52),
-            Point("ConvNeXt-B", 83.8, 89, 15.4, 2095.37),
-            Point("ConvNeXt-L", 84.3, 198, 34.4, 1206.16),
-        ),
-    ),
-    Family(
-        "MaxViT",
-        "README of google-research/maxvit (127a2b1)",
-        (
-            Point("MaxViT-T", 83.62, 31, 5.6, 1873.59),
-            Point("MaxViT-S", 84.45, 69, 11.7, 1245.42),
-            Point("MaxViT-B", 84.95, 119, 24.2),
-            Point("MaxViT-L", 85.17, 212, 43.9),
-        ),
-    ),
-)
-_GCVIT_SPEEDS = {
-    "gc_vit_xxtiny": 3656.12,
-    "gc_vit_xtiny": 2857.49,
-    "gc_vit_tiny": 1903.79,
-    "gc_vit_small": 1132.43,
-    "gc_vit_base": 837.14,
-}
+GCVIT_SOURCE = _DATA["gcvit"]["source"]
 _SIGNS = (("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"))
 _LABEL_PLACES = {
     "XXT": "middle right",
@@ -97,7 +60,7 @@ def _gcvit(is_21k: bool) -> tuple[Point, ...]:
         if (variant.weights_tag != "in1k") == is_21k:
             size = key.removeprefix("gc_vit_")
             name = _SHORT.get(size, size.replace("large_", "L ").replace("large", "L"))
-            speed = _GCVIT_SPEEDS.get(key)
+            speed = _DATA["gcvit"]["speeds"].get(key)
             point = Point(name, variant.published_top1, variant.num_params / 1e6, variant.published_gmacs, speed)
             points.append(point)
     return tuple(points)
@@ -271,5 +234,5 @@ def list_sources() -> list[str]:
     return [
         f"GC ViT: {GCVIT_SOURCE}.",
         *(f"{family.name}: {family.source}." for family in PEERS),
-        f"Speeds: {SPEED_SOURCE}.",
+        f"Speeds: {_DATA['speed_source']}.",
     ]
