@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from gcvit.config.schema import Config
 from gcvit.data.batch import Corruption
+from gcvit.monitoring.schema import KINDS
 from gcvit.monitoring.step_timer import Seconds, attribute
 from gcvit.monitoring.writers import Events
 from gcvit.optim.adamw import StepResult
@@ -246,7 +247,7 @@ class Metrics:
     def _write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
         """JSON has no word for what is not finite (of steps that were all refused): it gets null, TensorBoard none."""
         bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        self._append(step, kind, {**row, **dict.fromkeys(bad)})
+        self._append(step, kind, row)
         if self._events is not None:
             stages = {f"stages/{stage}": seconds for stage, seconds in row.get("stages", {}).items()}
             numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
@@ -255,8 +256,9 @@ class Metrics:
 
     def _append(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
         if self._rows is not None:
+            row = {"step": step, "kind": kind, "time": time.time(), **KINDS[kind](**row).as_dict()}
             with open(self._rows, "a") as file:
-                file.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **row}, allow_nan=False) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _peak_memory(device: torch.device) -> int:

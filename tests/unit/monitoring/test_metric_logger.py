@@ -21,6 +21,15 @@ from tests.helpers.launching import ROOT
 pytestmark = pytest.mark.gpu
 BATCH_SIZE = 32  # of golden.yaml
 TOTAL_STEPS = 20
+EVALUATION = {
+    "top1": 71.25,
+    "top5": 90.0,
+    "loss": 1.5,
+    "num_samples": 31,
+    "correct_top1": 22,
+    "num_skipped": 0,
+    "seconds": 2.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +161,7 @@ def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, cloc
 
 def test_an_evaluation_is_a_row_of_its_kind(config, world, capsys):
     metrics = begin(config, world)
-    found = {"top1": 71.25, "top5": 90.0, "loss": 1.5, "num_samples": 31, "correct_top1": 22}
+    found = EVALUATION
     metrics.log_evaluation(10, "ema", found)
     metrics.close()
     assert rows(config) == [{"step": 10, "kind": "val/ema", **found}]
@@ -211,7 +220,7 @@ def test_tensorboard_reads_what_stands_in_the_rows(config, world):
             result = add(metrics, world, 1 / (step + first_step))
             if step % 2 == 0:
                 log(metrics, step, 1e-3 / step, result)
-        metrics.log_evaluation(first_step + 6, "weights", {"top1": 50.0 + first_step, "loss": 2.0})
+        metrics.log_evaluation(first_step + 6, "weights", {**EVALUATION, "top1": 50.0 + first_step, "loss": 2.0})
         metrics.close()
     written = rows(config)
     assert [row["step"] for row in written if row["kind"] == "train"] == [2, 4, 6, 8, 10]

@@ -1,49 +1,65 @@
 """Rows of metrics: each key is checked, wrong ones are refused, and docs/metrics.md names the same keys."""
 
+import math
 import re
 
 import pytest
 
-from gcvit.monitoring.schema import KINDS, OPTIONAL, STAGES, TIMED_KEYS, find_faults
+from gcvit.monitoring.schema import KINDS, STAGES, TIMED_KEYS, EndRow, TrainRow, find_faults, optional_keys, types_of
 from tests.helpers.launching import ROOT
 
 VALUES = {int: 3, float: 0.5, str: "text", list: ["text"], dict: {}, type(None): None}
-EACH_KEY = [(kind, key) for kind, keys in KINDS.items() for key in ("step", "time", *keys)]
+EACH_KEY = [(kind, key) for kind in KINDS for key in types_of(kind) if key != "kind"]
+REQUIRED = [(kind, key) for kind, key in EACH_KEY if key not in optional_keys(kind)]
 
 
 def make(kind: str) -> dict:
-    """A sound row."""
-    row = {"step": 1, "kind": kind, "time": 0.5}
-    row |= {key: VALUES[types[0]] for key, types in (KINDS[kind] | OPTIONAL.get(kind, {})).items()}
+    """Make a valid row."""
+    row = {key: VALUES[types[0]] for key, types in types_of(kind).items()} | {"kind": kind}
     return row | ({"bound_by": STAGES[0], "stages": dict.fromkeys(STAGES, 0.5)} if kind == "train" else {})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sound_row_has_no_fault(kind):
+def test_a_valid_row_has_no_fault(kind):
     assert list(find_faults(make(kind))) == []
 
 
-@pytest.mark.parametrize(("kind", "key"), EACH_KEY)
+@pytest.mark.parametrize(("kind", "key"), REQUIRED)
 def test_each_key_is_checked(kind, key):
-    sound = make(kind)
-    missing = {name: value for name, value in sound.items() if name != key}
+    valid = make(kind)
+    missing = {name: value for name, value in valid.items() if name != key}
     assert any(f"{key} is missing" in fault for fault in find_faults(missing))
     for wrong in (True, {1}):
-        assert any(fault.startswith(f"{kind}: {key} is {wrong}") for fault in find_faults({**sound, key: wrong}))
+        assert any(fault.startswith(f"{kind}: {key} is {wrong}") for fault in find_faults({**valid, key: wrong}))
 
 
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, key in EACH_KEY if key not in ("step", "time")])
 def test_null_is_only_where_it_may_be(kind, key):
     faults = list(find_faults({**make(kind), key: None}))
-    assert bool(faults) != (type(None) in KINDS[kind][key])
+    assert bool(faults) != (type(None) in types_of(kind)[key] and key not in optional_keys(kind))
 
 
 def test_optional_keys_may_be_missing():
-    for kind, keys in OPTIONAL.items():
-        for key in keys:
+    for kind in KINDS:
+        for key in optional_keys(kind):
             row = make(kind)
             del row[key]
             assert list(find_faults(row)) == []
+    assert optional_keys("end") == {"best_top1"}
+
+
+def test_a_row_is_written_as_it_is_checked():
+    common = {"step": 1, "kind": "end", "time": 0.5}
+    assert list(find_faults(common | EndRow("finished", 64, 50.0).as_dict())) == []
+    assert EndRow("preempted", 64).as_dict() == {"outcome": "preempted", "samples": 64}
+    row = TrainRow(**{key: value for key, value in make("train").items() if key not in common} | {"loss": math.nan})
+    assert row.as_dict()["loss"] is None
+    assert list(find_faults(common | {"kind": "train"} | row.as_dict())) == []
+
+
+def test_a_writer_cannot_write_an_unknown_key():
+    with pytest.raises(TypeError, match="loss"):
+        KINDS["end"](outcome="finished", samples=64, loss=1.0)
 
 
 def test_what_is_unknown_is_refused():
@@ -58,7 +74,7 @@ def test_stages_are_those_that_are_timed(change):
 
 
 def test_keys_that_time_changes_are_keys():
-    assert set(TIMED_KEYS) <= {"time", *KINDS["train"]}
+    assert set(TIMED_KEYS) <= set(types_of("train"))
 
 
 # ---- docs/metrics.md -----------------------------------------------------------------------------
@@ -76,8 +92,8 @@ def table(heading: str) -> list[list[str]]:
 
 
 def test_the_page_names_all_keys_of_all_kinds():
-    told = {kind: words(keys) for kinds, _, keys in table("Rows") for kind in words(kinds)}
-    assert told == {kind: {*keys, *OPTIONAL.get(kind, {})} for kind, keys in KINDS.items()}
+    named = {kind: words(keys) for kinds, _, keys in table("Rows") for kind in words(kinds)}
+    assert named == {kind: set(types_of(kind)) - {"step", "kind", "time"} for kind in KINDS}
 
 
 def test_the_page_names_all_stages_in_order():
