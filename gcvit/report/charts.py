@@ -1,7 +1,7 @@
-"""Colours, and what all charts have in common. A chart is plotly's; colours are those of paper, and `page.js` swaps
-them for the night's.
+"""Charts and tables of the page: colours, axes, and columns reduced to as many points as a screen shows.
 
-Text that comes from files goes into charts through `safe`: plotly takes some of HTML for markup.
+Charts are plotly's, in the colours of the light theme; `page.js` replaces them for the dark theme. Text from files
+enters charts through `safe`, since plotly interprets some of HTML as markup.
 """
 
 import html
@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from gcvit.report.run_data import Numbers
 
-# Name: (by day, by night). Each colour by day occurs once, since it is what a colour by night is looked up by.
+# Name: (light theme, dark theme). Each light colour occurs once: it is the key of the dark one.
 # fmt: off
 PALETTE: dict[str, tuple[str, str]] = {
     "page": ("#faf9f6", "#141618"), "card": ("#ffffff", "#1b1e21"), "ink": ("#21252a", "#e7e5df"),
@@ -34,17 +35,17 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu 
 
 
 def tone(name: str) -> str:
-    """A colour by day."""
+    """Return a colour of the light theme."""
     return PALETTE[name][0]
 
 
 def soft(name: str) -> str:
-    """The same, for areas behind lines."""
+    """Return the transparent tone of a colour, for areas behind lines."""
     return _transparent(PALETTE[name][0])
 
 
 def night_of_day() -> dict[str, str]:
-    """Every colour that a chart may have: by day to by night."""
+    """Map every colour of a chart from the light to the dark theme."""
     pairs = list(PALETTE.values())
     return dict(pairs) | {_transparent(day): _transparent(night) for day, night in pairs}
 
@@ -55,14 +56,14 @@ def _transparent(color: str) -> str:
 
 
 def safe(text: object, max_length: int = 80) -> str:
-    """Text for a chart: without markup, and not endless."""
+    """Escape and shorten text for a chart."""
     words = str(text)
     return html.escape(words if len(words) <= max_length else f"{words[: max_length - 1]}…", quote=False)
 
 
 @dataclass(frozen=True)
 class KeyItem:
-    """An entry of a chart's key: what it is, the palette's name of its colour, and how it is drawn."""
+    """An entry of a chart's key: its text, the palette name of its colour, and its mark."""
 
     text: str
     color: str
@@ -82,8 +83,60 @@ class Chart:
     is_wide: bool = False
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table."""
+
+    text: str
+    is_number: bool = False
+    is_strong: bool = False
+    is_alarm: bool = False
+    color: str = ""
+    """Palette name of a run's colour, shown as a dot before the text."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; on a narrow page each row becomes a card, with each heading beside its value."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+
+
+MAX_POINTS = 500
+"""Points of a curve at most: about one for each pixel of a phone, one for each two of a screen."""
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """A column reduced to points of consecutive rows; arrays are (P,), NaN if none of a point's rows has a number."""
+
+    x: Numbers
+    """Values of the last row of each point."""
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+    rows_per_point: int
+    """1 if every row is drawn."""
+
+
+def thin(x: Numbers, y: Numbers, max_points: int = MAX_POINTS) -> Thinned:
+    """Reduce a column to at most `max_points` points: mean, least and greatest of equally many consecutive rows."""
+    rows_per_point = max(1, -(-len(y) // max_points))
+    if rows_per_point == 1:
+        return Thinned(x, y, y, y, 1)
+    begins = np.arange(0, len(y), rows_per_point)
+    ends = np.minimum(begins + rows_per_point, len(y))
+    is_number = np.isfinite(y)
+    nums = np.add.reduceat(is_number.astype(np.float64), begins)
+    sums = np.add.reduceat(np.where(is_number, y, 0.0), begins)
+    mean = np.divide(sums, nums, out=np.full(len(begins), np.nan), where=nums > 0)
+    # fmin and fmax ignore NaN unless all values are NaN.
+    return Thinned(x[ends - 1], mean, np.fmin.reduceat(y, begins), np.fmax.reduceat(y, begins), rows_per_point)
+
+
 def as_list(values: Numbers) -> list[float | None]:
-    """Whole numbers as they are, others with six digits, a third of the bytes; what is no number makes a gap."""
+    """Convert values for plotly: six digits, which take a third of the bytes, and None, a gap, for NaN."""
     return [_round(value) if math.isfinite(value) else None for value in values.tolist()]
 
 
@@ -92,7 +145,7 @@ def _round(value: float) -> float:
 
 
 def axis(title: str = "", **more: Any) -> dict[str, Any]:
-    """An axis: quiet, without a zero line."""
+    """Return the settings of an axis without a zero line."""
     base: dict[str, Any] = {
         "title": {"text": title, "standoff": 8, "font": {"size": 12}},
         "gridcolor": tone("grid"),
@@ -107,11 +160,11 @@ def axis(title: str = "", **more: Any) -> dict[str, Any]:
 
 
 def log_axis(least: float, greatest: float) -> dict[str, Any]:
-    """Settings of a logarithmic axis, with ticks at 1, 2 and 5 of each power of ten; at the powers, if it is long."""
+    """Return the settings of a logarithmic axis, with ticks at 1, 2 and 5 of each power of ten, or at the powers."""
     powers = range(math.floor(math.log10(least)), math.ceil(math.log10(greatest)) + 1)
     steps = (1, 2, 5) if greatest < 300 * least else (1,)
     ticks = [step * 10.0**power for power in powers for step in steps]
-    # Room at both ends, so that no sign is cut by the frame; the range of such an axis is of logarithms.
+    # Room at both ends, so that the frame cuts no mark; the range of such an axis is in logarithms.
     room = max(0.02, 0.04 * math.log10(greatest / least))
     ends = [math.log10(least) - room, math.log10(greatest) + room]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks], "range": ends}
@@ -120,7 +173,7 @@ def log_axis(least: float, greatest: float) -> dict[str, Any]:
 def new_figure(
     x_title: str, y_title: str = "", x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
 ) -> go.Figure:
-    """An empty figure; `x` and `y` are further settings of its axes."""
+    """Return an empty figure; `x` and `y` are further settings of its axes."""
     figure = go.Figure()
     figure.update_layout(
         template="none",

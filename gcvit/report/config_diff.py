@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from gcvit.report.charts import Cell, Table
 from gcvit.report.formatting import count, moment, short
 from gcvit.report.run_data import Record, Row, number, section
-from gcvit.report.tables import Cell, Table
 
 _NAMES_OF_RUNS = ("tag", "output_dir")  # differ without a meaning
 

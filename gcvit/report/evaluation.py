@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from plotly.subplots import make_subplots
 
-from gcvit.report.charts import Chart, KeyItem, as_list, axis, new_figure, tone
+from gcvit.report.charts import Cell, Chart, KeyItem, Table, as_list, axis, new_figure, tone
 from gcvit.report.formatting import count, duration, listing, percent, plain
-from gcvit.report.images import data_of, index_of, read_images
 from gcvit.report.run_data import Record, Row, column, number, rows_of, section
-from gcvit.report.tables import Cell, Table
+from gcvit.report.samples import index_of, read_images
 from gcvit.report.training import run_color
 
 _NUM_WORST = 12
@@ -176,7 +175,7 @@ def _find_worst(evaluation: Row) -> tuple[list[WorstClass], str]:
         mistakes[str(mistake.get("label"))].append(mistake)
     shown = {str(row.get("class")): mistakes[str(row.get("class"))][:4] for row in worst}
     indices = [index for rows in shown.values() for row in rows if (index := index_of(row)) is not None]
-    pictures, sentence = read_images(data_of(evaluation), indices)
+    pictures, sentence = read_images(section(evaluation, "data"), indices)
     found = []
     for row in worst:
         num, right = number(row.get("num")) or 0, number(row.get("correct_top1")) or 0
@@ -213,7 +212,7 @@ def _tabulate_confused(result: Row) -> Table | None:
 
 
 def _describe_origin(evaluation: Row) -> list[tuple[str, str]]:
-    checkpoint, data = section(evaluation, "checkpoint"), data_of(evaluation)
+    checkpoint, data = section(evaluation, "checkpoint"), section(evaluation, "data")
     versions = section(evaluation, "versions")
     named = [
         ("checkpoint", checkpoint.get("path")),

@@ -10,10 +10,9 @@ from importlib.resources import files
 import yaml
 
 from gcvit.model.variants import VARIANTS
-from gcvit.report.charts import Chart, KeyItem, log_axis, new_figure, safe, tone
+from gcvit.report.charts import Cell, Chart, KeyItem, Table, log_axis, new_figure, safe, tone
 from gcvit.report.formatting import count, listing, percent, plain
 from gcvit.report.run_data import Record, Row, number, section
-from gcvit.report.tables import Cell, Table
 from gcvit.report.training import run_color
 
 IMAGENET_CLASSES, IMAGENET_VAL_IMAGES = 1000, 50_000

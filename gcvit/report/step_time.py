@@ -4,8 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from gcvit.report.charts import Chart, KeyItem, as_list, new_figure, safe, tone
-from gcvit.report.downsample import thin
+from gcvit.report.charts import Chart, KeyItem, as_list, new_figure, safe, thin, tone
 from gcvit.report.formatting import count, percent
 from gcvit.report.run_data import Record, column, number, section
 from gcvit.report.training import Scale

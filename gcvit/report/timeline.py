@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from gcvit.report.charts import Chart, KeyItem, as_list, new_figure, safe, tone
-from gcvit.report.downsample import MAX_POINTS
+from gcvit.report.charts import MAX_POINTS, Chart, KeyItem, as_list, new_figure, safe, tone
 from gcvit.report.formatting import count, duration, gigabytes, listing, moment, plural
 from gcvit.report.run_data import Numbers, Record, Row, column, number
 from gcvit.report.training import run_color

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from gcvit.report.charts import Chart, KeyItem, as_list, log_axis, new_figure, safe, soft, tone
-from gcvit.report.downsample import thin
+from gcvit.report.charts import Chart, KeyItem, as_list, log_axis, new_figure, safe, soft, thin, tone
 from gcvit.report.formatting import count
 from gcvit.report.run_data import VAL_PREFIX, Numbers, Record, Row, column
 

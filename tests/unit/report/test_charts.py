@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.report.downsample import thin
+from gcvit.report.charts import thin
 
 values = st.one_of(st.floats(-1e6, 1e6), st.just(math.nan))
 

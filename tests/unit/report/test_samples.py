@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gcvit.report.evaluation import describe
-from gcvit.report.images import read_images
 from gcvit.report.run_data import read_record
-from gcvit.report.samples import find_columns, show_samples
+from gcvit.report.samples import find_columns, read_images, show_samples
 from tests.helpers.run_folders import write_evaluation, write_images, write_run, write_samples
 
 
@@ -86,9 +85,9 @@ def test_worst_classes_come_with_their_pictures(evaluated):
     ("change", "sentence"),
     [
         ({"dir": "/nowhere"}, "not at /nowhere/val any more"),
-        ({"dir": "https://host/data"}, "fetches nothing"),
+        ({"dir": "https://host/data"}, "downloads nothing"),
         ({"sha256": "0" * 64}, "other data now"),
-        ({"dir": None}, "does not say where"),
+        ({"dir": None}, "does not name the folder"),
     ],
 )
 def test_without_the_images_there_is_a_sentence(evaluated, change, sentence):
