@@ -1,4 +1,4 @@
-"""A plan in words and tables, for a terminal."""
+"""Format a plan as text and tables for a terminal."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,11 @@ _GB = 1e9
 def print_plan(
     config: Config, notices: Sequence[str], *, num_gpus: int | None, gpu: str | None, mfu: float | None
 ) -> None:
-    """What `train.py --plan` does; the arguments are its flags. Errors: as `make_plan` and `open_sources`."""
+    """Print the plan of `train.py --plan`; the arguments are its flags.
+
+    Raises:
+        UserError: As `make_plan` and `open_sources`.
+    """
     folder = config.data.dir
     if folder is not None and not is_remote(folder) and not Path(folder).exists():
         hint = "check --data_dir, or plan for ImageNet-1K with data.dir=null"
@@ -37,7 +41,7 @@ def print_plan(
 
 
 def describe(plan: Plan, notices: Sequence[str] = ()) -> str:
-    """The whole text; `notices` are what reading the config had to say."""
+    """Format the whole plan; `notices` are the warnings of loading the config."""
     config = plan.config
     side, where = config.model.img_size, f"{plan.num_gpus} x {plan.device.name}"
     head = (
@@ -54,7 +58,7 @@ def describe(plan: Plan, notices: Sequence[str] = ()) -> str:
     lines = [head]
     for title, sentences in sections.items():
         lines += ["", title, *(f"  {sentence}".rstrip() for sentence in sentences)]
-    remarks = [*notices, *find_doubts(plan)]
+    remarks = [*notices, *find_warnings(plan)]
     return "\n".join([*lines, *([""] if remarks else []), *(f"note: {remark}" for remark in remarks)])
 
 
@@ -70,7 +74,7 @@ def describe_recipe(plan: Plan) -> Iterator[str]:
     yield f"{schedule.total_steps:,} updates of {config.global_batch_size:,} images, in all {plan.num_trained:,}"
     yield f"learning rate up to {schedule.peak_lr:g}, {schedule.min_lr:g} at the end; seed {config.seed}"
     if config.optim.frozen_backbone:
-        yield f"the head alone moves for {config.optim.frozen_backbone}"
+        yield f"the head alone is trained for {config.optim.frozen_backbone}"
     if config.ema:
         length = {"global_batch_size": config.global_batch_size, "samples_per_epoch": plan.data.num_samples}
         half_life = to_samples(config.ema.half_life, **length)
@@ -111,7 +115,7 @@ def _amounts(kinds: Mapping[str, int], size: float) -> list[str]:
 
 
 def _row(names: Sequence[str], cells: Sequence[str]) -> str:
-    """Of the tables of memory, which hold `KINDS` and further columns."""
+    """Format a row of the tables of memory, with `KINDS` and further columns."""
     widths = (*[12 for _ in KINDS], 9, 10)
     columns = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False)]
     return f"{names[0]:14}{names[1]:12}" + "".join(columns)
@@ -180,8 +184,8 @@ def describe_checkpoints(plan: Plan) -> Iterator[str]:
     yield f"{_bytes(size)} each, every {every}; {keep} newest and the best: {_bytes((keep + 1) * size)}"
 
 
-def find_doubts(plan: Plan) -> Iterator[str]:
-    """What will work, but not well."""
+def find_warnings(plan: Plan) -> Iterator[str]:
+    """Yield warnings about what works, but not well."""
     config, data = plan.config, plan.data
     if plan.batch_plan.has_empty_shares:
         yield f"{plan.num_gpus} GPUs for a global batch of {config.global_batch_size}: some have nothing to do"
@@ -203,7 +207,7 @@ def find_doubts(plan: Plan) -> Iterator[str]:
         )
     num_bytes = config.data.lanes * config.data.shuffle_chunks * config.data.chunk_bytes / plan.num_gpus
     if data.in_runs and num_bytes > _GB:
-        yield f"the runs that are open take up to {num_bytes / _GB:,.1f} GB of the host's memory for each GPU"
+        yield f"the open chunks take up to {num_bytes / _GB:,.1f} GB of the host's memory for each GPU"
     if config.model.drop_path_skips:
         yield "model.drop_path_skips=true: a step that skips images takes less than is predicted here"
     if config.compile:
@@ -215,12 +219,12 @@ def _has_whole_lanes(plan: Plan) -> bool:
 
 
 def _count_readers(plan: Plan) -> int:
-    """Processes that read shards; without workers the training's own do."""
+    """Count the processes that read shards: the workers, or the training processes if there are none."""
     return plan.num_gpus * max(1, plan.config.data.num_workers)
 
 
 def _figure(number: float) -> str:
-    """Four digits, or all before the point."""
+    """Format with four digits, or all digits before the point."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 

@@ -1,7 +1,7 @@
-"""The memory of a config on any number of devices, for any micro-batch, in seconds and without a device.
+"""Predict the memory of a config on any number of devices, for any micro-batch, in seconds and without a device.
 
-A step is recorded for two micro-batches; what lies between or beyond them is a line through both, event by event: every
-tensor of a step has as many elements as images, or as weights, or the sum of both.
+A step is recorded for two micro-batches. Other sizes follow a line through both, event by event: the elements of every
+tensor are proportional to the images, constant, or the sum of both.
 """
 
 import copy
@@ -23,8 +23,8 @@ from gcvit.model.from_config import build_model
 from gcvit.parallel.activation_budget import Compute, choose_parts
 from gcvit.parallel.activation_checkpointing import recompute, recompute_parts
 from gcvit.parallel.build import DTYPES
-from gcvit.planning.memory_simulator import Layout, Memory, Played, PlayedDdp, PlayedFsdp
-from gcvit.planning.memory_simulator_zero import PlayedZero3, PlayedZero12
+from gcvit.planning.memory_simulator import Layout, Memory, SimulatedDdp, SimulatedFsdp, SimulatedStep
+from gcvit.planning.memory_simulator_zero import SimulatedZero3, SimulatedZero12
 from gcvit.planning.step_trace import Event, compute_as_on_gpu, record_step
 
 MODES = ("none", "selective", "blocks", "full")
@@ -58,18 +58,19 @@ class Forecast:
         self._records: dict[tuple[_Key, int], _Record] = {}
 
     def predict(self, config: Config, world_size: int, num_images: int) -> Memory:
-        """A training step of this config, with `num_images` in a full micro-batch.
+        """Predict a training step of this config, with `num_images` in a full micro-batch.
 
-        Errors: UserError for an activation budget that is too small.
+        Raises:
+            UserError: The activation budget is too small.
         """
         micro_steps = BatchPlan.from_config(config, world_size, num_images).num_micro_steps
-        played = player_of(config)(config, self._layout, world_size, micro_steps, self._on_gpu)
-        return played.play(self._events(config, num_images))
+        simulated_step = simulator_of(config)(config, self._layout, world_size, micro_steps, self._on_gpu)
+        return simulated_step.simulate(self._events(config, num_images))
 
     def largest(self, config: Config, world_size: int, limit_bytes: float) -> int:
-        """The most images in a micro-batch with which a step takes no more than that; 0 where none does.
+        """Find the most images of a micro-batch whose step fits the limit; 0 if none does.
 
-        It may be more than a rank's share of the global batch, which then leaves room.
+        The result may exceed a rank's share of the global batch.
         """
         batch_plan = BatchPlan.from_config(config, world_size, None)
         unit = batch_plan.unit
@@ -86,7 +87,7 @@ class Forecast:
         return fits * unit
 
     def recomputing(self, config: Config, num_images: int) -> GCViT:
-        """A copy of the model that recomputes as the config says for such a micro-batch."""
+        """Return a copy of the model with the config's recomputation for such a micro-batch."""
         model = copy.deepcopy(self.model)
         if config.activation_budget_bytes is None:
             recompute_parts(model, config.activation_checkpointing)
@@ -128,7 +129,7 @@ class Forecast:
 
 
 def condense(num_bytes: npt.NDArray[Any], marks: list[tuple[int, Event]]) -> list[Event]:
-    """The marks, and between two of them no more than by how much memory rose, and fell after that."""
+    """Keep the marks, and between two of them only the rise to the peak and the fall after it."""
     total = np.cumsum(num_bytes)
     events, start, base = [], 0, 0
     for place, mark in [*marks, (len(total), None)]:
@@ -143,24 +144,24 @@ def condense(num_bytes: npt.NDArray[Any], marks: list[tuple[int, Event]]) -> lis
 
 
 def _count_flops(part: nn.Module, inputs: Iterable[tuple[torch.Size, torch.dtype]], compute: Compute) -> float:
-    """A part's forward pass: where nothing can be timed, time goes with its operations."""
+    """Count the FLOPs of a part's forward pass, in place of its time, which cannot be measured here."""
     tensors = [torch.empty(shape, device="meta") for shape, _ in inputs]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         part(*tensors)
     return 1.0 + counter.get_total_flops()
 
 
-def player_of(config: Config) -> type[Played]:
-    """Who plays a step of its engine."""
+def simulator_of(config: Config) -> type[SimulatedStep]:
+    """Return the simulator of the config's engine."""
     if config.engine == "ddp":
-        return PlayedDdp
+        return SimulatedDdp
     if config.engine == "fsdp":
-        return PlayedFsdp
-    return PlayedZero3 if (config.zero or ZeroConfig()).stage == 3 else PlayedZero12
+        return SimulatedFsdp
+    return SimulatedZero3 if (config.zero or ZeroConfig()).stage == 3 else SimulatedZero12
 
 
 def engine_name(config: Config, world_size: int) -> str:
-    """In one word: ddp, fsdp, hsdp, zero1 to zero3, with +offload."""
+    """Name the engine: ddp, fsdp, hsdp, zero1 to zero3, with +offload."""
     if config.engine == "fsdp":
         fsdp = config.fsdp or FsdpConfig()
         has_replicas = (fsdp.shard_size or world_size) < world_size
@@ -173,7 +174,7 @@ def engine_name(config: Config, world_size: int) -> str:
 
 
 def with_engine(config: Config, name: str) -> Config:
-    """The same training by another engine, as `engine_name` calls it, with its default options."""
+    """Return the config with another engine, by its `engine_name`, and that engine's default options."""
     sections: dict[str, dict[str, Any]] = {
         "ddp": {"engine": "ddp"},
         "fsdp": {"engine": "fsdp"},

@@ -1,8 +1,8 @@
-"""The memory that a training takes on each device, predicted without one: what an engine holds, and the peak of a step.
+"""The memory of a training on each device, predicted without one: what an engine holds, and the peak of a step.
 
-A step is recorded once (`step_trace.py`), and played again as each engine would have it: beside what the model
-computes, weights are gathered and freed, gradients copied, summed and kept. What is held and in which pieces is read
-off the engines (`gcvit/parallel`), of FSDP2 off PyTorch 2.15; `memory_simulator_zero.py` has DeepSpeed's.
+A step is recorded once (`step_trace.py`) and simulated for each engine: weights are gathered and freed, gradients
+copied, summed and kept. What is held and in which pieces follows the engines (`gcvit/parallel`), and FSDP2 of PyTorch
+2.15; `memory_simulator_zero.py` follows DeepSpeed.
 `docs/planning.md` says what is left out: the memory of kernels' own, of NCCL and of the CUDA context.
 """
 
@@ -45,7 +45,7 @@ class Memory:
 
 
 class Layout:
-    """What a model on meta consists of: its parameters, and the parts that they are in, in forward order, root last."""
+    """The parameters of a model on meta, and the parts that hold them, in forward order, root last."""
 
     def __init__(self, model: GCViT):
         self.model = model
@@ -62,7 +62,7 @@ class Layout:
         self._units: dict[int, list[list[str]]] = {}
 
     def units(self, num_parameters: int) -> list[list[str]]:
-        """The parts that FSDP gathers together, of so many parameters at least; the root by itself."""
+        """Return the parts that FSDP gathers together, each unit of at least so many parameters; the root is alone."""
         if num_parameters not in self._units:
             sizes = [len(unit) for unit in find_units(self.model, num_parameters)]
             ends = itertools.accumulate(sizes)
@@ -71,11 +71,11 @@ class Layout:
         return self._units[num_parameters]
 
 
-class Played:
-    """A step as an engine has it: counts what is alive by kind, and notes the fullest moment.
+class SimulatedStep:
+    """Simulate a step of an engine: count the bytes in use by kind, and keep those of the peak.
 
-    Subclasses say what happens beside the model's own computing. Gradients are exchanged, where an engine waits for
-    that, while `is_last` is true, in the last of `num_micro_steps`.
+    Subclasses add what an engine allocates beside the model. Engines that exchange gradients once do so while `is_last`
+    is true, in the last of `num_micro_steps`.
     """
 
     def __init__(self, config: Config, layout: Layout, world_size: int, num_micro_steps: int, on_gpu: bool):
@@ -87,50 +87,50 @@ class Played:
         self._at_peak: dict[str, int] = {}
         self._peak, self._moment, self._peak_moment = -1, "", ""
 
-    def play(self, events: Sequence[Event]) -> Memory:
-        """A step whose micro-steps are all as recorded."""
+    def simulate(self, events: Sequence[Event]) -> Memory:
+        """Simulate a step whose micro-steps are all as recorded."""
         self.begin()
         held = dict(self._alive)
-        num_played = min(2, self.num_micro_steps)  # the first one, and one onto whose gradients others were summed
-        for micro_step in range(num_played):
-            self.is_last = micro_step == num_played - 1
-            self._play_micro_step(events)
+        num_simulated = min(2, self.num_micro_steps)  # the first one, and one that adds to earlier gradients
+        for micro_step in range(num_simulated):
+            self.is_last = micro_step == num_simulated - 1
+            self._simulate_micro_step(events)
         self._moment = "update"
         self.update()
         return Memory(held, self._at_peak, self._peak_moment, self.host_bytes())
 
-    def _play_micro_step(self, events: Iterable[Event]) -> None:
+    def _simulate_micro_step(self, events: Iterable[Event]) -> None:
         for num_bytes, what, name in events:
             if num_bytes:
-                self.take("activations", num_bytes)
+                self.allocate("activations", num_bytes)
             elif what == "gradient":
                 self.on_gradient(name)
             else:
                 self._moment = {"forward": "forward", "backward": "backward"}.get(what, self._moment)
                 getattr(self, f"on_{what}")(name)
 
-    def take(self, kind: str, num_bytes: float) -> None:
-        """So many bytes more; fewer where negative."""
+    def allocate(self, kind: str, num_bytes: float) -> None:
+        """Allocate bytes of a kind, or free them where negative."""
         self._alive[kind] += round(num_bytes)
         total = sum(self._alive.values())
         if total > self._peak:
             self._peak, self._at_peak, self._peak_moment = total, dict(self._alive), self._moment
 
-    def take_shortly(self, kind: str, num_bytes: float) -> None:
-        self.take(kind, round(num_bytes))
-        self.take(kind, -round(num_bytes))
+    def allocate_temporarily(self, kind: str, num_bytes: float) -> None:
+        self.allocate(kind, round(num_bytes))
+        self.allocate(kind, -round(num_bytes))
 
     def begin(self) -> None:
-        """Take what is held between steps."""
+        """Allocate what is held between steps."""
 
     def update(self) -> None:
-        """Clip and update: in place, but where a subclass says otherwise."""
+        """Clip and update; in place unless a subclass overrides it."""
 
     def host_bytes(self) -> int:
         return 0
 
     def on_gradient(self, name: str) -> None:
-        """A parameter's gradient is there, in memory that does not count any more."""
+        """Handle a parameter's complete gradient; its activation memory is no longer counted."""
 
     # Where a part's passes begin and end; forward as a whole ("loss") and backward ("end").
     def on_forward(self, part: str) -> None: ...
@@ -141,22 +141,22 @@ class Played:
     def on_end(self, _: str) -> None: ...
 
     def hold(self, *, parameters: float, moments: float, ema: float) -> None:
-        self.take("parameters", parameters)
-        self.take("moments", moments)
-        self.take("ema", ema if self.config.ema else 0)
+        self.allocate("parameters", parameters)
+        self.allocate("moments", moments)
+        self.allocate("ema", ema if self.config.ema else 0)
 
 
-class PlayedDdp(Played):
-    """Everything whole on every device; gradients are views of buckets that stay."""
+class SimulatedDdp(SimulatedStep):
+    """Simulate ddp: everything is replicated, and gradients are views of persistent buckets."""
 
     def begin(self) -> None:
         whole = FP32 * self.layout.num_parameters
         self.hold(parameters=whole, moments=2 * whole, ema=whole)
-        self.take("gradients", whole)
+        self.allocate("gradients", whole)
 
 
-class PlayedFsdp(Played):
-    """Rows are cut over the ranks, and all ranks have room for as many; units are gathered as they come."""
+class SimulatedFsdp(SimulatedStep):
+    """Simulate fsdp: rows are sharded and padded to equally many a rank; units are gathered before their use."""
 
     def __init__(self, config: Config, layout: Layout, world_size: int, num_micro_steps: int, on_gpu: bool):
         super().__init__(config, layout, world_size, num_micro_steps, on_gpu)
@@ -186,41 +186,41 @@ class PlayedFsdp(Played):
         unit = self.unit_of[part]
         if unit in self.gathered:
             return
-        self._send_for(unit)
-        # The message before stays until now, so that its copying out overlaps with this one.
+        self._start_gather(unit)
+        # The previous message stays until now, so that its copy overlaps with this one.
         for other in [key for key in self.arriving if key != unit]:
-            self.take("gathered", -self.arriving.pop(other))
+            self.allocate("gathered", -self.arriving.pop(other))
         self._copy_out(unit)
 
     def on_forwarded(self, part: str) -> None:
         unit = self.unit_of[part]
         stays = unit == len(self.units) - 2 or not self.fsdp.reshard_after_forward
         if part == self.units[unit][-1] and not stays:
-            self.take("gathered", -self.gathered.pop(unit))
+            self.allocate("gathered", -self.gathered.pop(unit))
 
     def on_loss(self, _: str) -> None:
         for unit in list(self.arriving):
-            self.take("gathered", -self.arriving.pop(unit))
+            self.allocate("gathered", -self.arriving.pop(unit))
         self.unfinished = set(range(len(self.units)))
 
     def on_backward(self, part: str) -> None:
         unit = self.unit_of[part]
         if unit not in self.gathered:
-            self._send_for(unit)
+            self._start_gather(unit)
             self._copy_out(unit)
-            self.take("gathered", -self.arriving.pop(unit, 0))
-        # The next one is sent for while this one computes.
+            self.allocate("gathered", -self.arriving.pop(unit, 0))
+        # The next unit is gathered while this one computes.
         following = unit - 1 if part else len(self.units) - 2
         if following in self.unfinished and following not in self.gathered:
-            self._send_for(following)
+            self._start_gather(following)
 
     def on_gradient(self, name: str) -> None:
         if not (self.has_sum and self.is_last):
             unit = self.unit_of[self.layout.part_of[name]]
-            # What is summed over micro-steps is in the precision of the exchange.
+            # Sums over micro-steps have the precision of the exchange.
             num_bytes = self.layout.numel[name] * (self.size_of if self.is_last else self.reduce_size)
             self.summed[unit] += num_bytes
-            self.take("gradients", num_bytes)
+            self.allocate("gradients", num_bytes)
 
     def on_backwarded(self, part: str) -> None:
         unit = self.unit_of[part]
@@ -230,39 +230,39 @@ class PlayedFsdp(Played):
     def on_end(self, _: str) -> None:
         for unit in sorted(self.unfinished, reverse=True):  # the root, and the unit of the stem
             self._finish(unit)
-        self.take("gathered", -self.leaving)
+        self.allocate("gathered", -self.leaving)
         self.leaving, self.has_sum = 0, True
 
     def _finish(self, unit: int) -> None:
-        """A unit's backward is done: its parameters are freed, and in the last micro-step its gradients exchanged."""
+        """Free a unit's parameters after its backward, and exchange its gradients in the last micro-step."""
         self.unfinished.discard(unit)
-        self.take("gathered", -self.gathered.pop(unit, 0))
+        self.allocate("gathered", -self.gathered.pop(unit, 0))
         if self.is_last:
-            self.take("gathered", -self.leaving)
+            self.allocate("gathered", -self.leaving)
             self.leaving = self.reduce_size * self.padded[unit]
-            self.take("gathered", self.leaving)
-            self.take("gradients", -self.summed.pop(unit, 0))
+            self.allocate("gathered", self.leaving)
+            self.allocate("gradients", -self.summed.pop(unit, 0))
             share = self.padded[unit] // self.num_shards
             if self.fsdp.cpu_offload:
-                self.take_shortly("gradients", self.reduce_size * share)
+                self.allocate_temporarily("gradients", self.reduce_size * share)
             else:
-                self.take("gradients", FP32 * share)
+                self.allocate("gradients", FP32 * share)
 
-    def _send_for(self, unit: int) -> None:
+    def _start_gather(self, unit: int) -> None:
         if unit in self.arriving or self.num_shards == 1:
             return
         self.arriving[unit] = self.size_of * self.padded[unit]
-        if self.dtype != torch.float32 or self.fsdp.cpu_offload:  # the shard's cast, or what comes from the host
-            self.take("gathered", self.arriving[unit] // self.num_shards)
-        self.take("gathered", self.arriving[unit])
+        if self.dtype != torch.float32 or self.fsdp.cpu_offload:  # the cast of the shard, or its copy from the host
+            self.allocate("gathered", self.arriving[unit] // self.num_shards)
+        self.allocate("gathered", self.arriving[unit])
         if self.dtype != torch.float32 or self.fsdp.cpu_offload:
-            self.take("gathered", -(self.arriving[unit] // self.num_shards))
+            self.allocate("gathered", -(self.arriving[unit] // self.num_shards))
 
     def _copy_out(self, unit: int) -> None:
         self.gathered[unit] = self.size_of * self.padded[unit]
-        self.take("gathered", self.gathered[unit])
+        self.allocate("gathered", self.gathered[unit])
 
     def _pad(self, name: str) -> int:
-        """Elements of a parameter, the last rank's rows filled up."""
+        """Count the elements of a parameter, with the last rank's rows padded."""
         shape = self.layout.shapes[name]
         return -(-shape[0] // self.num_shards) * self.num_shards * math.prod(shape[1:])

@@ -1,4 +1,4 @@
-"""The memory of engine zero, played as `memory_simulator.py` says: what DeepSpeed 0.19.8 holds, gathers and copies."""
+"""The memory of engine zero, simulated as in `memory_simulator.py`: what DeepSpeed 0.19.8 holds, gathers and copies."""
 
 import math
 from collections import Counter, defaultdict, deque
@@ -8,12 +8,12 @@ import torch
 from gcvit.config.schema import Config, ZeroConfig
 from gcvit.optim.adamw import Group, find_group
 from gcvit.parallel.deepspeed_config import build_settings
-from gcvit.planning.memory_simulator import FP32, Layout, Played
+from gcvit.planning.memory_simulator import FP32, Layout, SimulatedStep
 from gcvit.planning.step_trace import ROOT
 
 
-class PlayedZero(Played):
-    """What the stages have in common: fp32 masters and moments are cut over the ranks, gradients go in buckets."""
+class SimulatedZero(SimulatedStep):
+    """Simulate what the stages share: fp32 masters and moments are sharded, gradients are sent in buckets."""
 
     def __init__(self, config: Config, layout: Layout, world_size: int, num_micro_steps: int, on_gpu: bool):
         super().__init__(config, layout, world_size, num_micro_steps, on_gpu)
@@ -28,37 +28,37 @@ class PlayedZero(Played):
         self.num_in_bucket = 0
 
     def hold_share(self, share: float) -> None:
-        """Masters, moments and EMA of so many bytes each."""
+        """Allocate masters, moments and EMA of so many bytes each."""
         if self.zero.offload_optimizer is None:
             self.hold(parameters=share, moments=2 * share, ema=share)
 
     def share_on_host(self, share: float) -> float:
-        """The same, and gradients, where they lie on the host."""
+        """Return the bytes of masters, moments, EMA and gradients on the host, if they are offloaded."""
         return (5 if self.config.ema else 4) * share if self.zero.offload_optimizer else 0
 
     def fill_bucket(self, name: str) -> None:
-        """Copy a gradient into the bucket, which is sent where it has no room."""
+        """Copy a gradient into the bucket, which is sent first if it has no room."""
         numel = self.layout.numel[name]
         if self.in_bucket and self.num_in_bucket + numel > self.bucket_elements:
             self.send_bucket()
         self.in_bucket.append(name)
         self.num_in_bucket += numel
-        self.take("gradients", self.own_bytes(name))
+        self.allocate("gradients", self.own_bytes(name))
 
     def own_bytes(self, name: str) -> int:
-        """Of a gradient that is larger than the bucket, which stays where it is."""
+        """Return the bytes of a gradient larger than the bucket, which is not copied; 0 for others."""
         numel = self.layout.numel[name]
         return self.size_of * numel if numel > self.bucket_elements else 0
 
     def send_bucket(self) -> None:
         for name in self.in_bucket:
-            self.take("gradients", -self.own_bytes(name))
+            self.allocate("gradients", -self.own_bytes(name))
         self.in_bucket.clear()
         self.num_in_bucket = 0
 
 
-class PlayedZero12(PlayedZero):
-    """Stages 1 and 2: weights are whole, each group of the optimizer is laid flat and cut over the ranks."""
+class SimulatedZero12(SimulatedZero):
+    """Simulate stages 1 and 2: weights are replicated, each group of the optimizer is flat and sharded."""
 
     def __init__(self, config: Config, layout: Layout, world_size: int, num_micro_steps: int, on_gpu: bool):
         super().__init__(config, layout, world_size, num_micro_steps, on_gpu)
@@ -66,7 +66,7 @@ class PlayedZero12(PlayedZero):
         for name, shape in layout.shapes.items():
             groups[find_group(name, tuple(shape), config.optim, layout.layers)].append(shape.numel())
         self.shares = [math.ceil(sum(sizes) / world_size) for sizes in groups.values()]
-        # The last rank's, whose gradients come first: parameters that end in its share are kept whole.
+        # The last rank's gradients come first; parameters that end in its share are kept whole.
         self.kept_elements = sum(_count_from(sizes, (world_size - 1) / world_size) for sizes in groups.values())
         # In lower precision gradients are added to a flat fp32 share of their own.
         self.has_flat_sum = self.dtype != torch.float32
@@ -75,7 +75,7 @@ class PlayedZero12(PlayedZero):
         self.bucket_bytes = 0
 
     def begin(self) -> None:
-        self.take("parameters", self.size_of * self.layout.num_parameters)
+        self.allocate("parameters", self.size_of * self.layout.num_parameters)
         self.hold_share(FP32 * sum(self.shares))
 
     def host_bytes(self) -> int:
@@ -86,13 +86,13 @@ class PlayedZero12(PlayedZero):
             # Stage 1 sums in fp32 before it sends.
             size = FP32 if self.zero.stage == 1 else self.size_of
             self.bucket_bytes = (2 if self.overlaps else 1) * size * self.bucket_elements
-            self.take("gathered", self.bucket_bytes)
+            self.allocate("gathered", self.bucket_bytes)
 
     def on_gradient(self, name: str) -> None:
         if self.zero.stage == 1:
             if name not in self.whole:
                 self.whole[name] = FP32 * self.layout.numel[name]
-                self.take("gradients", self.whole[name])
+                self.allocate("gradients", self.whole[name])
             if self.is_last and self.overlaps:
                 self._exchange(name)
         else:
@@ -104,32 +104,32 @@ class PlayedZero12(PlayedZero):
                 self._exchange(name)
         if self.in_bucket:
             self.send_bucket()
-        self.take("gathered", -self.bucket_bytes)
+        self.allocate("gathered", -self.bucket_bytes)
         # Another micro-step's share is summed to the first one's at the end.
         self.has_share = self.has_flat_sum
 
     def _exchange(self, name: str) -> None:
         self.fill_bucket(name)
-        self.take("gradients", -self.whole.pop(name))
+        self.allocate("gradients", -self.whole.pop(name))
 
     def send_bucket(self) -> None:
         if self.dtype != torch.float32 and self.zero.stage == 2:  # summed in fp32
-            self.take_shortly("gathered", FP32 * self.num_in_bucket)
+            self.allocate_temporarily("gathered", FP32 * self.num_in_bucket)
         if not self.has_share and self.zero.offload_optimizer is None:
             self.has_share = True
-            self.take("gradients", FP32 * (sum(self.shares) if self.has_flat_sum else self.kept_elements))
+            self.allocate("gradients", FP32 * (sum(self.shares) if self.has_flat_sum else self.kept_elements))
         super().send_bucket()
 
     def update(self) -> None:
         if self.has_flat_sum or self.zero.offload_optimizer:
             return
         if self.zero.stage == 2 and self.num_micro_steps > 1:  # the last ones are in the sum
-            self.take("gradients", -FP32 * self.kept_elements)
-        self.take_shortly("gradients", FP32 * max(self.shares))  # laid flat, group by group
+            self.allocate("gradients", -FP32 * self.kept_elements)
+        self.allocate_temporarily("gradients", FP32 * max(self.shares))  # flattened, group by group
 
 
 def _count_from(sizes: list[int], place: float) -> int:
-    """Elements of the parameters that end beyond this place of the whole."""
+    """Count the elements of the parameters that end beyond this fraction of the total."""
     start, total, count = place * sum(sizes), 0, 0
     for size in sizes:
         total += size
@@ -137,8 +137,8 @@ def _count_from(sizes: list[int], place: float) -> int:
     return count
 
 
-class PlayedZero3(PlayedZero):
-    """Stage 3: each parameter is cut flat; parts are gathered as they come, and some parameters ahead of them."""
+class SimulatedZero3(SimulatedZero):
+    """Simulate stage 3: each parameter is sharded flat; parts are gathered before their use, some parameters ahead."""
 
     def __init__(self, config: Config, layout: Layout, world_size: int, num_micro_steps: int, on_gpu: bool):
         super().__init__(config, layout, world_size, num_micro_steps, on_gpu)
@@ -146,17 +146,17 @@ class PlayedZero3(PlayedZero):
         self.available: set[str] = set()
         self.arriving: list[list[str]] = []  # messages
         self.num_present = 0  # elements of both
-        self.ahead: deque[str] = deque()  # parameters in the order in which the step wants them
-        self.expected: Counter[str] = Counter()  # how many of a parameter's uses were taken off there
+        self.ahead: deque[str] = deque()  # parameters in the order of their use
+        self.expected: Counter[str] = Counter()  # how many uses of a parameter were removed from `ahead`
         self.used: Counter[str] = Counter()
 
     def begin(self) -> None:
         share = FP32 * self.padded / self.world_size
         if self.zero.offload_parameters is None:
-            self.take("parameters", self.size_of * self.padded / self.world_size)
+            self.allocate("parameters", self.size_of * self.padded / self.world_size)
         self.hold_share(share)
-        self.take("gradients", share if self.zero.offload_optimizer is None else 0)
-        self.take("gathered", FP32 * self.bucket_elements)
+        self.allocate("gradients", share if self.zero.offload_optimizer is None else 0)
+        self.allocate("gathered", FP32 * self.bucket_elements)
 
     def host_bytes(self) -> int:
         offloaded = self.size_of * self.padded / self.world_size if self.zero.offload_parameters else 0
@@ -195,17 +195,17 @@ class PlayedZero3(PlayedZero):
 
     def send_bucket(self) -> None:
         num_bytes = FP32 * sum(map(self._pad, self.in_bucket))
-        # Laid side by side for each rank, and before that cast where they are not fp32.
-        self.take_shortly("gathered", num_bytes * (1 if self.dtype == torch.float32 else 2))
+        # Laid out by rank, after a cast if they are not fp32.
+        self.allocate_temporarily("gathered", num_bytes * (1 if self.dtype == torch.float32 else 2))
         super().send_bucket()
 
     def _fetch(self, part: str) -> None:
         names, arriving = self.layout.names[part], set().union(*self.arriving)
         missing = {name for name in names if name not in self.available}
-        self._send_for([name for name in names if name in missing and name not in arriving])
+        self._start_gather([name for name in names if name in missing and name not in arriving])
         for message in [message for message in self.arriving if missing.intersection(message)]:
-            self.take("gathered", self.size_of * sum(self.layout.numel[name] for name in message))
-            self.take("gathered", -self.size_of * sum(map(self._pad, message)))
+            self.allocate("gathered", self.size_of * sum(self.layout.numel[name] for name in message))
+            self.allocate("gathered", -self.size_of * sum(map(self._pad, message)))
             self.available.update(message)
             self.arriving.remove(message)
         for name in names:
@@ -213,7 +213,7 @@ class PlayedZero3(PlayedZero):
             if self.expected[name] < self.used[name]:
                 self.ahead.remove(name)
                 self.expected[name] += 1
-        # Each module within a part has it send for more, so that this is the limit that counts.
+        # Each module within a part gathers more, so that this limit decides.
         room = self.settings["stage3_max_live_parameters"] - self.num_present
         present, chosen = self.available.union(*self.arriving), []
         while self.ahead and room > 0:
@@ -223,21 +223,21 @@ class PlayedZero3(PlayedZero):
                 present.add(name)
                 chosen.append(name)
                 room -= self.layout.numel[name]
-        self._send_for(chosen)
+        self._start_gather(chosen)
 
-    def _send_for(self, names: list[str]) -> None:
+    def _start_gather(self, names: list[str]) -> None:
         if names:
             self.arriving.append(names)
             self.num_present += sum(self.layout.numel[name] for name in names)
-            self.take("gathered", self.size_of * sum(map(self._pad, names)))
+            self.allocate("gathered", self.size_of * sum(map(self._pad, names)))
 
     def _release(self, part: str) -> None:
         for name in self.layout.names[part]:
-            # What is expected again is not freed: it was passed over when others were sent for.
+            # A parameter that is expected again is not freed: the gathers ahead skipped it.
             if name in self.available and self.expected[name] <= self.used[name]:
                 self.available.remove(name)
                 self.num_present -= self.layout.numel[name]
-                self.take("gathered", -self.size_of * self.layout.numel[name])
+                self.allocate("gathered", -self.size_of * self.layout.numel[name])
 
     def _pad(self, name: str) -> int:
         return -(-self.layout.numel[name] // self.world_size) * self.world_size

@@ -1,8 +1,8 @@
-"""`trainer.micro_batch_size=auto`: the largest micro-batch that fits, found by trying, at the start of a run.
+"""Measure the largest micro-batch that fits, at the start of a run: `trainer.micro_batch_size=auto`.
 
-Each rank tries by itself, without a word to the others, whom a rank that runs out of memory in the middle of an
-exchange would leave waiting; then all take the smallest answer. What the engine will hold beside the model's own
-computing is what `gcvit.planning.memory_predictor` says, and is taken up during the trial.
+Each rank measures without collectives: a rank that ran out of memory within one would leave the others waiting. Then
+all ranks use the smallest answer. During the trial the memory that the engine will hold beside the model's activations
+is allocated; `gcvit.planning.memory_predictor` predicts it.
 """
 
 import gc
@@ -23,16 +23,18 @@ from gcvit.planning.memory_predictor import Forecast, with_micro_batch
 from gcvit.runtime.distributed import World
 
 _DECISIVE = ("global_batch_size", "engine", "fsdp", "zero", "precision", "activation_checkpointing")
-"""What of a config decides how much fits, beside the model, which a checkpoint fixes."""
+"""The parts of a config that decide how much fits, beside the model, which a checkpoint fixes."""
 _MARGIN = 0.05  # of a GPU's memory, for NCCL's buffers and the gaps that many steps leave
 
 
 def resolve_micro_batch(config: Config, world: World, trained: Mapping[str, Any] | None, notices: list[str]) -> Config:
-    """Put a number in the place of "auto", the same on all ranks; how it came about is added to `notices`.
+    """Replace "auto" by a number, the same on all ranks, and add its origin to `notices`. Every rank calls it.
 
-    `trained` is the info of the checkpoint to go on from: where as many ranks go on in the same way, they keep the
-    number, since it decides where drop path falls. Every rank calls it. Errors: UserError where not even a single image
-    fits.
+    `trained` is the info of the checkpoint to resume from. If as many ranks resume in the same way, they keep its
+    number, since the number decides where drop path falls.
+
+    Raises:
+        UserError: Not even a single image fits.
     """
     if config.trainer.micro_batch_size != "auto":
         return config
@@ -84,7 +86,7 @@ def find_largest(batch_plan: BatchPlan, fits: Callable[[int], bool]) -> int:
 
 
 class Trial:
-    """Forward and backward of micro-batches on this rank's device, with the memory that its engine would hold taken."""
+    """Run micro-batches forward and backward on this rank's device, beside the memory that its engine would hold."""
 
     def __init__(self, config: Config, world: World):
         self._config, self._world, self._on_gpu = config, world, world.device.type == "cuda"
@@ -116,7 +118,7 @@ class Trial:
             p.register_post_accumulate_grad_hook(_forget)
         images = torch.full((num_images, *model.input_size), 0.5, device=device)
         targets = torch.zeros(num_images, config.model.num_classes, device=device)
-        # Drop path draws random numbers, of which the run must not feel anything.
+        # Drop path draws random numbers, which must not change those of the run.
         with torch.random.fork_rng(devices=[device] if self._on_gpu else []):
             with compute.context():
                 logits = model(images.to(compute.weights_dtype)).float()

@@ -1,7 +1,8 @@
-"""`train.py --plan`: what a training will take, before any GPU does it, and whether it can work at all.
+"""Plan a training before it runs (`train.py --plan`): its memory, speed and data, and whether it can work at all.
 
-Counted: parameters, operations, images, checkpoints. Predicted: memory (`memory_predictor.py`). Assumed, and said so:
-the share of the GPUs' peak that is reached, and without data ImageNet-1K. `format_plan.py` puts it into words.
+Counted: parameters, operations, images, checkpoints. Predicted: memory (`memory_predictor.py`) and scaling
+(`scaling.py`). Assumed: the share of the GPUs' peak, bandwidths, and ImageNet-1K if there is no data. `format_plan.py`
+prints the plan.
 """
 
 import math
@@ -37,16 +38,16 @@ from gcvit.planning.scaling import EMA_BYTES, UPDATE_BYTES, Profile, Scaling, Se
 from gcvit.runtime.gpu_specs import Device, find_device, get_device
 
 ROOM = 0.9
-"""Share of a GPU's memory that a step may take: beside it are CUDA's context, NCCL, workspaces and gaps."""
+"""Share of a GPU's memory that a step may use. The rest is for CUDA's context, NCCL, workspaces and gaps."""
 ASSUMED_MFU = 0.30
-"""Share of the peak at which images' operations are done, while GPUs compute. Not measured here."""
+"""Assumed share of the peak that a GPU reaches while it computes. It is not measured here."""
 ASSUMED_GPU = "h100-80"
-_SMALL = 8  # images: a GPU that computes fewer at once is badly used, so that other changes are proposed first
+_SMALL = 8  # images: a GPU that computes fewer at once is used badly, so that other changes are proposed first
 
 
 @dataclass(frozen=True)
 class Data:
-    """What there is to train on; `num_shards` is None where that is not known."""
+    """The training data; `num_shards` is None if it is unknown."""
 
     name: str
     num_samples: int
@@ -63,7 +64,7 @@ IMAGENET = Data("ImageNet-1K (assumed: there is no data.dir)", 1_281_167, 50_000
 
 @dataclass(frozen=True)
 class Cell:
-    """An engine with a mode of recomputation: what it takes with the plan's micro-batch, and the most that fits."""
+    """An engine with a mode of recomputation: its memory with the plan's micro-batch, and the most images that fit."""
 
     engine: str
     mode: str
@@ -82,7 +83,7 @@ class Plan:
     mfu: float
     schedule: Schedule
     forward_flops: int
-    """Of an image."""
+    """FLOPs of an image's forward pass."""
     recomputing: float
     """Operations of a step, as a multiple of those without recomputing."""
     num_parameters: int
@@ -96,7 +97,7 @@ class Plan:
 
     @property
     def train_flops(self) -> float:
-        """Of an image, recomputing included."""
+        """Compute the FLOPs to train an image, with recomputation."""
         return TRAINING_PASSES * self.forward_flops * self.recomputing
 
     @property
@@ -106,7 +107,7 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Of all GPUs, which wait for no data, and for the one that has the most images of a batch."""
+        """Compute the speed of all GPUs, without waits for data or messages; the largest share of a batch decides."""
         of_each = self.flops_per_second / self.train_flops
         return of_each * self.config.global_batch_size / self.batch_plan.largest_share
 
@@ -140,7 +141,7 @@ class Plan:
 
     @property
     def num_evaluated(self) -> int:
-        """Images, by the weights and by their EMA."""
+        """Count the images evaluated, by the weights and by their EMA."""
         return self.num_evaluations * self.data.num_val * (2 if self.config.ema else 1)
 
     @property
@@ -150,7 +151,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Parameters, two moments and the EMA in fp32."""
+        """Compute the size of a checkpoint: parameters, two moments and the EMA in fp32."""
         return 4 * self.num_parameters * (4 if self.config.ema else 3)
 
 
@@ -164,7 +165,8 @@ def make_plan(
 ) -> Plan:
     """Plan a config for so many GPUs (None: those of this job, or machine) of a kind (None: this machine's).
 
-    Errors: UserError for what cannot work, where it can with the nearest that does.
+    Raises:
+        UserError: The training cannot work. The hint is the nearest config that does, if there is one.
     """
     device, num_gpus = choose_device(gpu), count_gpus() if num_gpus is None else num_gpus
     if num_gpus < 1:
@@ -239,7 +241,11 @@ def profile_config(config: Config) -> Profile:
 
 
 def choose_device(gpu: str | None) -> Device:
-    """The kind of GPU that is named, or that is here, or `ASSUMED_GPU`. Errors: UserError for an unknown one."""
+    """Return the named kind of GPU, or this machine's, or `ASSUMED_GPU`.
+
+    Raises:
+        UserError: The kind is unknown.
+    """
     if gpu is not None:
         return get_device(gpu)
     if not torch.cuda.is_available():
@@ -251,12 +257,12 @@ def choose_device(gpu: str | None) -> Device:
 
 
 def count_gpus() -> int:
-    """Those of this job, or of this machine; 1 where there is none."""
+    """Count the GPUs of this job, or of this machine; 1 if there is none."""
     return int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
 
 
 def compare(config: Config, forecast: Forecast, num_gpus: int, micro_batch: int, limit: float) -> Iterator[Cell]:
-    """Every engine in every mode, the plan's own among them."""
+    """Predict every engine in every mode, the plan's own among them."""
     own = [] if config.activation_checkpointing in MODES else [config]  # by a budget of its own
     for by_engine in _engines(config, forecast, num_gpus):
         for by_mode in [*own, *_modes(by_engine, MODES)]:
@@ -270,7 +276,7 @@ def compare(config: Config, forecast: Forecast, num_gpus: int, micro_batch: int,
 
 
 def propose(config: Config, forecast: Forecast, num_gpus: int, limit: float) -> str:
-    """The nearest that fits, in words: smaller micro-batches before more recomputing, that before another engine."""
+    """Propose the nearest config that fits: smaller micro-batches, then more recomputation, then another engine."""
     later_modes = MODES[MODES.index(config.activation_checkpointing) + 1 :] if config in _modes(config, MODES) else ()
     own = [config, *_modes(config, later_modes)]
     _, *others = _engines(config, forecast, num_gpus)
@@ -288,7 +294,7 @@ def propose(config: Config, forecast: Forecast, num_gpus: int, limit: float) -> 
 
 
 def _overrides(config: Config, candidate: Config, micro_batch: int) -> Iterator[str]:
-    """The command line's words that make the one of the other."""
+    """Yield the overrides that turn `config` into `candidate`."""
     if candidate.engine != config.engine:
         yield f"engine={candidate.engine}"
     if (candidate.fsdp, candidate.zero) != (config.fsdp, config.zero):
@@ -313,7 +319,7 @@ def _modes(config: Config, modes: tuple[str, ...]) -> list[Config]:
 
 
 def _engines(config: Config, forecast: Forecast, num_gpus: int) -> list[Config]:
-    """The same training by each engine that can be had; by its own with the config's options."""
+    """List the config with each available engine; its own first, with its own options."""
     own = engine_name(config, num_gpus)
     names = ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
     if num_gpus <= GPUS_PER_NODE or num_gpus % GPUS_PER_NODE:
@@ -329,14 +335,14 @@ def _engines(config: Config, forecast: Forecast, num_gpus: int) -> list[Config]:
 
 
 def count_recomputing(config: Config, forecast: Forecast, micro_batch: int) -> float:
-    """Operations of a step, as a multiple of those without recomputing."""
+    """Count the operations of a step, as a multiple of those without recomputing."""
     if config.activation_checkpointing == "none":
         return 1.0
     return _count_step(forecast.recomputing(config, micro_batch)) / _count_step(forecast.model)
 
 
 def _count_step(model: GCViT) -> int:
-    """FLOPs of forward and backward of an image, on meta."""
+    """Count the FLOPs of forward and backward of an image, on meta."""
     with FlopCounterMode(display=False) as counter:
         model.train()(torch.empty(2, *model.input_size, device="meta")).sum().backward()
     model.zero_grad()

@@ -7,7 +7,7 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import FsdpConfig, ZeroConfig
 from gcvit.data.batch_plan import BatchPlan
 from gcvit.model.from_config import build_model
-from gcvit.planning.memory_predictor import player_of, with_engine
+from gcvit.planning.memory_predictor import simulator_of, with_engine
 from gcvit.planning.memory_simulator import KINDS, Layout, Memory
 from tests.helpers.imagined import imagine
 from tests.helpers.launching import ROOT
@@ -23,7 +23,7 @@ N = LAYOUT.num_parameters
 def predict(engine: str, num_images: int = 16, world_size: int = WORLD, **changes) -> Memory:
     config = with_engine(CONFIG, engine).model_copy(update=changes)
     micro_steps = BatchPlan.from_config(config, world_size, num_images).num_micro_steps
-    return player_of(config)(config, LAYOUT, world_size, micro_steps, False).play(imagine(MODEL, num_images))
+    return simulator_of(config)(config, LAYOUT, world_size, micro_steps, False).simulate(imagine(MODEL, num_images))
 
 
 @pytest.mark.parametrize(

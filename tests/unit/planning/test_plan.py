@@ -264,7 +264,7 @@ def test_the_recipe_in_words():
     assert len(re.findall("note:", text)) == 1
 
 
-def test_every_kind_of_memory_is_told_of_every_engine():
+def test_every_kind_of_memory_is_shown_for_every_engine():
     found = plan()
     kinds = dict(zip(KINDS, (1e9, 2e9, 3e9, 4e9, 5e9, 1234.5e9), strict=True))
     cell = Cell("zero3+offload", "selective", replace(found.memory, at_peak=kinds), 12_345)
@@ -277,20 +277,20 @@ def test_every_kind_of_memory_is_told_of_every_engine():
 
 def test_shards_are_set_against_their_readers():
     found = plan("data.num_workers=2", num_gpus=4)
-    told = {}
+    lines = {}
     for num_shards in (None, 7, 8):
         data = Data("here", 100, 10, 1e3, num_shards)
-        told[num_shards] = "\n".join(plan_text.describe_data(replace(found, data=data)))
-    assert "shards: not known; from 8 on" in told[None]
-    assert "7 for 8 reader(s), readers share them" in told[7]
-    assert "8 for 8 reader(s), one or more of its own for each" in told[8]
+        lines[num_shards] = "\n".join(plan_text.describe_data(replace(found, data=data)))
+    assert "shards: not known; from 8 on" in lines[None]
+    assert "7 for 8 reader(s), readers share them" in lines[7]
+    assert "8 for 8 reader(s), one or more of its own for each" in lines[8]
 
 
 def test_what_would_go_badly_is_noted():
     well = ["precision=bf16", "data.num_workers=8", "data.lanes=16", "trainer.eval_every=20 steps"]
 
     def notes(*overrides, **options):
-        return "\n".join(plan_text.find_doubts(plan(*well, *overrides, mfu=0.9, **options)))
+        return "\n".join(plan_text.find_warnings(plan(*well, *overrides, mfu=0.9, **options)))
 
     assert notes() == ""
     assert "5 GPUs do not divide data.lanes=16" in notes(num_gpus=5)
@@ -300,4 +300,4 @@ def test_what_would_go_badly_is_noted():
     assert "GB of the host's memory" in notes("data.chunk_bytes=1000000000")
     assert "skips images takes less" in notes("model.drop_path_skips=true", "model.drop_path=0.1")
     found = plan(*well, "data.chunk_bytes=1000000000", mfu=0.9)
-    assert not list(plan_text.find_doubts(replace(found, data=replace(found.data, in_runs=False))))
+    assert not list(plan_text.find_warnings(replace(found, data=replace(found.data, in_runs=False))))
