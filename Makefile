@@ -42,8 +42,9 @@ $(BIN)/pip:
 
 # The tests start more processes than a workstation has GPUs: they hide them, test-gpu apart.
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
-# Two processes at a time; the tests of a file share what is set up for them.
-TWO := -n 2 --dist loadfile
+# Two processes at a time; the tests of a file share what is set up for them. By default pytest-xdist begins with the
+# files of most tests, which are short ones: tests/conftest.py has the order.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

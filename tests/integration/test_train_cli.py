@@ -111,6 +111,7 @@ def test_torchrun_trains_as_one_process_does(images, trained):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.dist
 def test_the_deepspeed_launcher_trains_as_one_process_does(images, trained):
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_gpus", 2, "--master_port", 29777]
@@ -267,7 +268,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(images, trained, alone):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("num_processes", [2, 3, 5])
+@pytest.mark.parametrize("num_processes", [2, 5])  # three: test_evaluate_cli.py
 def test_counts_are_the_same_on_any_number_of_processes(images, trained, alone, num_processes):
     evaluation = ["evaluate.py", trained, "--data_dir", images, "--batch-size", 4]
     many = last_line(torchrun(num_processes, *evaluation))

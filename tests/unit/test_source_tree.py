@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG_FILES
+
 ROOT = Path(__file__).parents[2]
 PRODUCT = [*ROOT.glob("gcvit/**/*.py"), *ROOT.glob("data_prep/**/*.py"), ROOT / "train.py", ROOT / "evaluate.py"]
 ALL = [*PRODUCT, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
@@ -127,3 +129,8 @@ def test_an_unmarked_test_is_found():
     assert find_unmarked(body) == ["test_a"]
     assert find_unmarked(f"pytestmark = [pytest.mark.dist, pytest.mark.slow]\n{body}") == []
     assert find_unmarked(body.replace("def test_a", "@pytest.mark.dist\ndef test_a")) == []
+
+
+def test_the_long_files_exist():
+    """A file that was renamed would begin last."""
+    assert not [name for name in LONG_FILES if not (ROOT / "tests" / name).exists()]
