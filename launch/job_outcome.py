@@ -1,11 +1,11 @@
-"""How a job's processes ended, in one line; the exit code says what follows.
+"""Print in one line how the processes of a job ended, and exit with what the job does next.
 
     python launch/job_outcome.py REPORT_DIR PROCESSES_PER_NODE CODE_OF_SRUN NODE...
 
-0: all finished; 75: preempted, go on later; 2: a restart cannot mend it; 1: crashed, hung, killed, or preempted before
-the first step, to be tried again. Every process leaves a report where it can; the cause is what was first. One that was
-killed, by the system for its memory say, leaves none, and the others' reports say only that they lost the connection to
-it; torchrun's own word (torchrun_agent.py) says which one it was.
+0: all finished; 75: preempted, resume later; 2: an error of the user, no restart; 1: crashed, hung, killed, or
+preempted before the first step, try again. Every process writes a report if it can, and the first failure is the
+cause. A process that was killed, for using too much memory for example, writes none. The other reports then only state
+that the connection was lost, and the report of torchrun (torchrun_agent.py) names the process.
 """
 
 import json
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 FINISHED, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
-# What a process meets when another one is gone.
+# Errors of a process that lost the connection to another one.
 LOST = re.compile(r"connection|peer|gloo|nccl|DistBackendError|DistNetworkError|DistStoreError", re.IGNORECASE)
 
 
 def read_reports(folder: Path, of: str = "rank") -> dict[int, dict[str, Any]]:
-    """By rank: of the ranks themselves, or what an "agent" says of the first of its own that failed."""
+    """Read the reports by rank: those of the ranks, or those of the "agents" about the first rank that failed."""
     reports = {}
     for path in folder.glob(f"{of}_*.json"):
         try:
             report = json.loads(path.read_bytes())
             reports[int(report["rank"])] = report
-        except (OSError, ValueError, KeyError):  # of a node that is dying
+        except (OSError, ValueError, KeyError):  # of a node that is failing
             continue
     return reports
 
@@ -39,7 +39,12 @@ def judge(
     code: int,
     nodes: list[str],
 ) -> tuple[int, str]:
-    """The code to exit with, and the line. `num_processes` is that of each node; `code` is srun's."""
+    """Return the exit code and the line.
+
+    Args:
+        num_processes: The number of processes of each node.
+        code: The exit code of srun.
+    """
     size = num_processes * len(nodes)
     silent = [rank for rank in range(size) if rank not in reports]
     by_time = sorted(reports.values(), key=when)
@@ -53,7 +58,7 @@ def judge(
     if of["user error"]:
         return USER_ERROR, f"a restart cannot mend it: {describe(of['user error'][0])}{without}"
     if of["hung"]:
-        # One that was stopped finds no hang itself; the others wait for it, and find theirs at about the same time.
+        # A stopped process does not notice that it hangs. The others wait for it, and report at about the same time.
         others = sorted({*range(size)} - {report["rank"] for report in of["hung"]})
         suspects = f"; the cause may be {describe_ranks(others, num_processes, nodes)}, without such a report"
         line = f"hung: {describe(of['hung'][0])} ({len(of['hung'])} of {size} processes say so)"
@@ -61,7 +66,7 @@ def judge(
     if of["failed"] and not (silent and LOST.search(of["failed"][0]["what"])):
         return FAILED, f"crashed: {describe(of['failed'][0])}{without}"
     if of["preempted"] and not of["failed"]:
-        # One that never comes to a step would be preempted for ever.
+        # A run that never reaches a step would be requeued forever.
         has_moved = any(report["step"] is not None for report in of["preempted"])
         return PREEMPTED if has_moved else FAILED, f"preempted: {describe(of['preempted'][0])}{without}"
     where = describe_ranks(silent, num_processes, nodes)

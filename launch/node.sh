@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What srun runs on each node of a job: the launcher of the node's processes. job.sh sets LAUNCHER, PROCESSES, NODES,
+# Start the launcher of a node's processes; srun runs this on each node of a job. job.sh sets LAUNCHER, PROCESSES, NODES,
 # MASTER_ADDR and MASTER_PORT.
 #     launch/node.sh ENTRY.py ARGUMENT...
 #
-# Ranks follow the order of the nodes, so that job.sh knows where a rank was which left no report.
+# Ranks follow the order of the nodes, so that job.sh knows the node of a rank that wrote no report.
 set -euo pipefail
 
-# USR1 reaches every process of the step. The launchers would die of it: they ignore it, and so do their children
-# until Python has its handler.
+# USR1 reaches every process of the step, and would kill the launchers. They ignore it, and so do their children
+# until they have installed their handler.
 trap '' USR1
 if [[ $LAUNCHER == deepspeed ]]; then
     hostfile=$GCVIT_REPORT_DIR/hostfile.$SLURM_NODEID
     # shellcheck disable=SC2086 # NODES is a list
     printf "%s slots=$PROCESSES\n" $NODES > "$hostfile"
-    # --no_ssh: srun is here already, and what srun starts ends with the job.
+    # --no_ssh: srun runs this on each node already, and what srun starts ends with the job.
     exec "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID" \
         --force_multi --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 fi

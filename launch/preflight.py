@@ -1,10 +1,10 @@
-"""What the nodes of a job are asked before it starts; see preflight.sh, which runs this.
+"""Check the nodes of a job before it starts. preflight.sh runs this.
 
-    look ANSWERS ENTRY ARGUMENT...    on each node: what does it see? Written to ANSWERS/HOST.json
-    judge ANSWERS HOST...             on the first: compare; name the bad ones on stderr, list them on stdout
-    silent ANSWERS HOST...            after an all-reduce that failed: the nodes that did not come to it
+    inspect ANSWERS ENTRY ARGUMENT... on each node: write what it sees to ANSWERS/HOST.json
+    judge ANSWERS HOST...             on the first node: compare; name the bad ones on stderr, list them on stdout
+    silent ANSWERS HOST...            after an all-reduce that failed: the nodes that did not take part
 
-Exit code 0: fit; 1: bad nodes; 2: the command is wrong, which no other node can mend.
+Exit code 0: fit; 1: bad nodes; 2: the command is wrong on every node.
 """
 
 import hashlib
@@ -24,18 +24,22 @@ from gcvit.config import evaluate_cli, train_cli
 from gcvit.errors import UserError
 from gcvit.runtime.entrypoint import run_main
 
-MAX_CLOCK_SECONDS = 10.0  # the run folder's lock tells the dead from the living by the time
+MAX_CLOCK_SECONDS = 10.0  # the lock of the run folder compares the times of two nodes
 READ_BYTES = 256 << 20
-ALIKE = ("code", "python", "torch", "data")  # in which all nodes must agree
+ALIKE = ("code", "python", "torch", "data")  # must be equal on all nodes
 
 
 def host() -> str:
-    """By the name that SLURM gave it."""
+    """Return this node's name, as SLURM has it."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def read_command(entry: str, arguments: list[str]) -> tuple[str | None, Any]:
-    """Where the data is, and the config, None for an evaluation. Errors: UserError."""
+    """Return the place of the data, and the config, or None for an evaluation.
+
+    Raises:
+        UserError: if the command or the config is wrong.
+    """
     sys.argv = [entry, *arguments]
     if Path(entry).stem != "train":
         return evaluate_cli.parse_arguments(None).data_dir, None
@@ -49,7 +53,7 @@ def read_command(entry: str, arguments: list[str]) -> tuple[str | None, Any]:
 # ---- each node alone --------------------------------------------------------------------------------------------
 
 
-def look(answers: Path, entry: str, arguments: list[str]) -> None:
+def inspect_node(answers: Path, entry: str, arguments: list[str]) -> None:
     problems: list[str] = []
     answer: dict[str, Any] = {"host": host(), "problems": problems, "refused": None}
     answer |= {"code": digest_code(), "python": platform.python_version()}
@@ -62,7 +66,7 @@ def look(answers: Path, entry: str, arguments: list[str]) -> None:
         data, config = read_command(entry, arguments)
     except UserError as error:
         answer["refused"] = str(error)
-    except SystemExit as end:  # of argparse, which has said why
+    except SystemExit as end:  # of argparse, which has printed why
         if end.code != 2:
             raise
         answer["refused"] = "the command line is not understood"
@@ -72,7 +76,7 @@ def look(answers: Path, entry: str, arguments: list[str]) -> None:
     if config is not None:
         check_writable(Path(config.output_dir), problems)
     check_gpus(problems)
-    # The time is taken by the node, and by the file system's own clock when the answer lands there.
+    # The node's time is compared with the file system's, which dates the file.
     part = answers / f"{host()}.tmp"
     part.write_text(json.dumps(answer | {"time": time.time()}))
     part.rename(part.with_suffix(".json"))
@@ -86,13 +90,13 @@ def digest_code() -> str:
 
 
 def digest_names(data: Path) -> str:
-    """Of the data's folders and what lies right in them."""
+    """Hash the names of the data's folders and of the files directly in them."""
     names = sorted(str(path.relative_to(data)) for path in [*data.glob("*"), *data.glob("*/*")])
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
 def read_speed(data: Path, problems: list[str]) -> float | None:
-    """MB/s of a shard; each node takes another, which no cache has. None for folders of images."""
+    """Measure the MB/s of reading a shard, a different one on each node. None for folders of images."""
     if not data.is_dir() or not any(data.iterdir()):  # empty: not mounted here
         problems.append(f"does not see the data {data}")
         return None
@@ -126,7 +130,7 @@ def check_writable(output: Path, problems: list[str]) -> None:
 
 
 def check_gpus(problems: list[str]) -> None:
-    """As many as processes, where the machine has any at all to show."""
+    """Check that there are as many GPUs as processes, if the node has nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return
     done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
@@ -143,17 +147,17 @@ def judge(answers: Path, hosts: list[str]) -> None:
         raise UserError(next(iter(found.values()))["refused"])
     problems = {name: ["does not answer, or does not see JOBS_DIR or the code"] for name in hosts if name not in found}
     for answer in found.values():
-        if answer["refused"]:  # by this node alone: a config that it does not see, say
+        if answer["refused"]:  # by this node alone: it may not see the config
             answer["problems"].append(answer["refused"])
-    sound = {name: answer for name, answer in found.items() if not answer["problems"]}  # the others are named anyway
+    fit = {name: answer for name, answer in found.items() if not answer["problems"]}  # the others are named anyway
     for key in ALIKE:
-        values = Counter(str(answer.get(key)) for answer in sound.values()).most_common()
-        # Where no value is that of most nodes, nobody knows whose is wrong.
-        usual = values[0][0] if values and 2 * values[0][1] > len(sound) else "other ones"
-        for name, answer in sound.items():
+        values = Counter(str(answer.get(key)) for answer in fit.values()).most_common()
+        # If no value has a majority, any node may be wrong.
+        usual = values[0][0] if values and 2 * values[0][1] > len(fit) else "other ones"
+        for name, answer in fit.items():
             if str(answer.get(key)) != usual:
                 problems.setdefault(name, []).append(f"has {key} {answer.get(key)}, the others {usual}")
-    # How far a node's clock is from the file system's; the median takes out what writing took.
+    # The difference to the file system's clock. Subtracting the median removes the time of writing.
     ahead = {name: answer["time"] - answer["landed"] for name, answer in found.items()}
     for name, answer in found.items():
         difference = ahead[name] - sorted(ahead.values())[len(ahead) // 2]
@@ -171,7 +175,7 @@ def end_with(problems: dict[str, list[str]], num_hosts: int) -> None:
     for name, words in sorted(problems.items()):
         print(f"pre-flight: bad node {name}: {'; '.join(words)}", file=sys.stderr)
     if problems:
-        if len(problems) < num_hosts:  # where all are bad, none can be left out
+        if len(problems) < num_hosts:  # if all are bad, none can be excluded
             print(",".join(sorted(problems)))
         sys.exit(1)
     print(f"pre-flight: {num_hosts} nodes alike and fit", file=sys.stderr)
@@ -194,8 +198,8 @@ def name_silent(answers: Path, hosts: list[str]) -> None:
 def main() -> None:
     os.environ.pop("GCVIT_REPORT_DIR", None)  # for the reports of the training itself
     what, answers, *others = sys.argv[1:]
-    if what == "look":
-        look(Path(answers), others[0], others[1:])
+    if what == "inspect":
+        inspect_node(Path(answers), others[0], others[1:])
     elif what == "judge":
         judge(Path(answers), others)
     else:

@@ -1,9 +1,9 @@
-"""All processes of a job together, before it starts: do they reach one another, how fast, and is there room?
+"""Check before a job starts that its processes reach one another, how fast, and that checkpoints have room.
 
     python launch/preflight_allreduce.py ANSWERS ENTRY ARGUMENT...    in each process; see preflight.sh
 
-Each leaves ANSWERS/HOST.LOCAL_RANK.came before an all-reduce, which waits for all. Exit code 2: no room for the
-checkpoints, or a wrong command.
+Each process creates ANSWERS/HOST.LOCAL_RANK.came before an all-reduce, which waits for all. Exit code 2: no room for
+the checkpoints, or a wrong command.
 """
 
 import os
@@ -31,7 +31,7 @@ def reduce(answers: Path, entry: str, arguments: list[str]) -> None:
     (answers / f"{host()}.{os.environ['LOCAL_RANK']}.came").touch()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     numbers = torch.ones((64 if device.type == "cuda" else 4) << 20, device=device)
-    dist.all_reduce(numbers)  # opens the connections, and is not timed
+    dist.all_reduce(numbers)  # opens the connections; not timed
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -41,7 +41,7 @@ def reduce(answers: Path, entry: str, arguments: list[str]) -> None:
     if total != size**2:
         raise RuntimeError(f"an all-reduce of ones over {size} processes gives {total}, not {size}^2")
     if rank == 0:
-        # What each process must send and receive in a ring.
+        # The bytes that each process sends and receives in a ring.
         speed = 2 * (size - 1) / size * numbers.nbytes / 1e9 / seconds
         print(f"pre-flight: all-reduce over {size} x {device.type}: {speed:.2f} GB/s", file=sys.stderr)
         _, config = read_command(entry, arguments)
@@ -51,7 +51,11 @@ def reduce(answers: Path, entry: str, arguments: list[str]) -> None:
 
 
 def check_room(config: Any) -> None:
-    """For the checkpoints that a run keeps: masters, two moments, and the average, in fp32. Errors: UserError."""
+    """Check the room for the checkpoints that a run keeps: masters, two moments and the EMA, in fp32.
+
+    Raises:
+        UserError: if there is not enough.
+    """
     from gcvit.model import create_model  # loads timm, in one process
 
     given = config.model.overrides.model_dump(exclude_none=True) if config.model.overrides else {}

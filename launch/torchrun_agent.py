@@ -1,7 +1,7 @@
-"""torchrun, which besides leaves in GCVIT_REPORT_DIR which of its processes was the first to fail.
+"""Run torchrun, and write to GCVIT_REPORT_DIR which of its processes was the first to fail.
 
-A process that is killed from outside, by the system for its memory say, leaves no report itself, and the others of its
-node are ended for it: only torchrun knows which one it was.
+A process that is killed from outside, for using too much memory for example, writes no report. torchrun then ends the
+other processes of the node, and only torchrun knows which one came first.
 """
 
 import json

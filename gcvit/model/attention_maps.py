@@ -1,7 +1,7 @@
-"""Where attention goes: a picture beside maps of what local and global attention look at, as in the GC ViT paper.
+"""Draw an image beside maps of its local and global attention, as in the GC ViT paper.
 
-A tile shows how much attention each position receives from the queries of its window, heads and queries averaged, in
-the last local or the last global block of a stage. Attention is shared out within a window, so 1 is an equal share.
+A tile shows how much attention each position receives from the queries of its window, averaged over heads and queries,
+in the last local or the last global block of a stage. The attention of a window is normalized: 1 is an equal share.
 """
 
 from collections.abc import Iterator

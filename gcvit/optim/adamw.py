@@ -1,4 +1,4 @@
-"""AdamW in groups, by weight decay and by layer; clipping and stepping without a word to the host."""
+"""Build AdamW with groups by weight decay and by layer, clip, and update without waiting for the device."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,28 +17,32 @@ BIAS_TABLE = "bias_table"
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update did, on the device."""
+    """Hold the outcome of an update, on the device."""
 
     grad_norm: Tensor  # [], before clipping
-    applied: Tensor  # [], 1.0, or 0.0 where the gradient was not finite and nothing was changed
+    applied: Tensor  # [], 1.0, or 0.0 if the gradient was not finite and the update was refused
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What an engine counts beside its tensors; it survives in a checkpoint."""
+    """Hold the counters of an engine, which a checkpoint stores beside its tensors."""
 
-    updates: int = 0  # applied by AdamW: steps less the refused ones
-    loss_scale: float = 2.0**16  # of fp16, doubled after 2000 updates that it survived, halved after one it did not
-    loss_scale_updates: int = 0  # updates since it last changed
+    updates: int = 0  # applied by AdamW: steps minus refused updates
+    loss_scale: float = 2.0**16  # of fp16: doubled after 2000 applied updates, halved after a refused one
+    loss_scale_updates: int = 0  # applied updates since it last changed
 
 
 class Updater:
-    """The updates of an engine: AdamW over what this rank holds, clipping, the loss scale of fp16, and the counters.
+    """Update what this rank holds: AdamW, clipping, the loss scale of fp16 and the counters of an engine.
 
-    `held` are this rank's fp32 tensors by parameter name, whole or in part, on the device or on the host; `shapes`
-    those of the wholes, `layers` as for `build_adamw`. `group` are the ranks that hold the other parts, None where
-    all are held whole. Gradients are looked for in `held[name].grad`, times the loss scale where there is one;
-    `keeps_gradients` is for those whose memory is held for the whole run, and needed again.
+    Gradients are read from `held[name].grad`. With fp16 they are multiplied by the loss scale.
+
+    Args:
+        held: This rank's fp32 tensors by parameter name, whole or in part, on the device or on the host.
+        shapes: The shapes of the whole parameters.
+        layers: See `build_adamw`.
+        group: The ranks that hold the other parts; None if every rank holds whole parameters.
+        keeps_gradients: Set gradients to zero instead of None, because their memory is held for the whole run.
     """
 
     def __init__(
@@ -64,11 +68,11 @@ class Updater:
         self._loss_scale = LossScale(device) if fp16 else None
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss as backward wants it."""
+        """Return the loss to call backward on, multiplied by the loss scale in fp16."""
         return loss if self._loss_scale is None else loss * self._loss_scale.value
 
     def step(self, lr: float, *, head_only: bool = False) -> StepResult:
-        """Clip, update or refuse, and forget the gradients."""
+        """Clip, update unless the gradient is not finite, and drop the gradients."""
         grads = [tensor.grad for tensor in self._held.values() if tensor.grad is not None]
         norm = global_norm(grads)
         if self._group is not None:
@@ -83,7 +87,7 @@ class Updater:
         return result
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by kind and parameter name."""
+        """Return the tensors of a checkpoint, by kind and parameter name."""
         state = self._optimizer.state
         moments = {kind: {n: state[tensor][kind] for n, tensor in self._held.items()} for kind in (EXP_AVG, EXP_AVG_SQ)}
         return {MODEL: dict(self._held), **moments}
@@ -99,7 +103,7 @@ class Updater:
             self._loss_scale.set(counters.loss_scale, counters.loss_scale_updates)
 
     def _over_ranks(self, norm: Tensor) -> Tensor:
-        """The norm over the group's ranks, added up in their order: replicas in other groups get the same bits."""
+        """Compute the norm over the group's ranks, summed in their order: all replicas get the same bits."""
         assert self._group is not None
         norms = torch.empty(self._group.size(), dtype=norm.dtype, device=self._device)
         dist.all_gather_into_tensor(norms, norm.view(1).to(self._device), group=self._group)
@@ -107,10 +111,10 @@ class Updater:
 
 
 def decays(name: str, shape: Iterable[int], *, decay_bias_tables: bool) -> bool:
-    """Whether a parameter decays: matrices and convolutions do, vectors and biases do not.
+    """Return whether weight decay applies to a parameter: to matrices and convolutions, not to vectors and biases.
 
-    Relative-position bias tables are matrices in form and biases in use: the published runs decay them (their
-    exemption names a parameter that does not exist), timm does not, so it is a choice.
+    Relative-position bias tables are matrices that serve as biases. The published runs decay them, because their
+    exemption names a parameter that does not exist. timm does not decay them. So it is an option.
     """
     if name.endswith(BIAS_TABLE):
         return decay_bias_tables
@@ -118,17 +122,17 @@ def decays(name: str, shape: Iterable[int], *, decay_bias_tables: bool) -> bool:
 
 
 class Group(NamedTuple):
-    """What parameters have in common that AdamW treats alike."""
+    """Hold the settings that the parameters of one AdamW group share."""
 
     lr_scale: float
-    """Factor on the schedule's learning rate."""
+    """The factor on the schedule's learning rate."""
     is_head: bool
-    """Always True where the head is never alone in moving."""
+    """Whether it is updated while the backbone is frozen. Always True if the backbone is never frozen."""
     decays: bool
 
 
 def find_group(name: str, shape: tuple[int, ...], optim: OptimConfig, layers: Mapping[str, int]) -> Group:
-    """The group of a parameter of this whole shape; `layers` as for `build_adamw`."""
+    """Find the group of a parameter by its name and whole shape. For `layers` see `build_adamw`."""
     head = max(layers.values())
     return Group(
         lr_scale=(optim.layer_decay or 1.0) ** (head - layers[name]),
@@ -140,11 +144,13 @@ def find_group(name: str, shape: tuple[int, ...], optim: OptimConfig, layers: Ma
 def build_adamw(
     parameters: Iterable[tuple[str, tuple[int, ...], torch.Tensor]], optim: OptimConfig, layers: Mapping[str, int]
 ) -> torch.optim.AdamW:
-    """Fused AdamW over (name, whole shape, tensor); the tensor may be any shard of the parameter.
+    """Build a fused AdamW. `set_lr` sets the learning rate at every step.
 
-    The whole shape decides about decay: a shard stored flat has lost it. `layers` is the depth of each of the model's
-    parameters, the head being the last: of two neighbours the first learns at `optim.layer_decay` of the other's rate
-    (Bao et al., BEiT, 2021). The learning rate is set at every step by `set_lr`.
+    Args:
+        parameters: (name, whole shape, tensor) of each parameter. The tensor may be any shard of it, stored flat: the
+            whole shape decides about weight decay.
+        layers: The depth of each parameter of the model, the head being the deepest. A layer's learning rate is
+            `optim.layer_decay` of the next one's (Bao et al., BEiT, 2021).
     """
     groups: dict[Group, list[torch.Tensor]] = {}
     for name, shape, tensor in parameters:
@@ -174,7 +180,7 @@ def create_moments(optimizer: torch.optim.AdamW) -> None:
 
 
 def create_moment(optimizer: torch.optim.AdamW, p: torch.Tensor) -> None:
-    """The state of one tensor, as the fused AdamW would create it at its first step."""
+    """Create the state of one tensor, as the fused AdamW would at its first step."""
     optimizer.state[p] = {
         "step": torch.zeros((), dtype=torch.float32, device=p.device),
         "exp_avg": torch.zeros_like(p),
@@ -183,7 +189,7 @@ def create_moment(optimizer: torch.optim.AdamW, p: torch.Tensor) -> None:
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all given tensors together, [] in fp32 or better, on their device."""
+    """Compute the L2 norm over all tensors together: [], in fp32 or better, on their device."""
     norms = torch.stack(torch._foreach_norm([grad.detach() for grad in grads]))
     return torch.linalg.vector_norm(norms, dtype=torch.promote_types(norms.dtype, torch.float32))
 
@@ -197,9 +203,8 @@ def clip_and_step(
 ) -> StepResult:
     """Clip `grads` in place to `clip_norm` by their global `norm`, then update, without waiting for the device.
 
-    Gradients and norm are `loss_scale` times too large, where it is given. A non-finite norm reaches the fused AdamW
-    as `found_inf`, the flag of gradient scaling: the kernel then leaves parameters, moments and step counters
-    untouched.
+    If `loss_scale` is given, gradients and norm are multiplied by it, and divided here. A non-finite norm reaches the
+    fused AdamW as `found_inf`, the flag of gradient scaling: its kernel then changes no parameter, moment or counter.
     """
     found_inf = (~torch.isfinite(norm)).float()
     factor = None
@@ -216,6 +221,6 @@ def clip_and_step(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, *, head_only: bool = False) -> None:
-    """Set the schedule's learning rate, by each group's factor; with `head_only` the rest neither learns nor decays."""
+    """Set the learning rate of each group by its factor. With `head_only` it is 0 for all but the head."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"] if group["is_head"] or not head_only else 0.0

@@ -1,7 +1,7 @@
-"""Durations to steps, step to learning rate. Pure: every process computes the same, a resume needs no state.
+"""Convert durations to steps, and compute the learning rate of a step. It has no state, so a resume needs none.
 
-The published recipe's cosine runs by an index that counts from step 0; its first part is *replaced* by the linear
-warm-up, so the rate jumps where the two meet (timm's CosineLRScheduler with `warmup_prefix=False`).
+The cosine of the published recipe counts from step 0, and the linear warm-up *replaces* its first part. So the rate
+jumps at the end of the warm-up (timm's CosineLRScheduler with `warmup_prefix=False`).
 """
 
 import math
@@ -12,7 +12,7 @@ from gcvit.errors import UserError
 
 
 def to_samples(duration: str, *, global_batch_size: int, samples_per_epoch: int) -> float:
-    """A duration such as "20 epochs", "500 steps" or "1e6 samples", in samples."""
+    """Convert a duration such as "20 epochs", "500 steps" or "1e6 samples" to samples."""
     match = DURATION.match(duration)
     assert match, f"the config accepted {duration!r}"
     unit = {"sample": 1, "step": global_batch_size, "epoch": samples_per_epoch}[match["unit"]]
@@ -20,14 +20,14 @@ def to_samples(duration: str, *, global_batch_size: int, samples_per_epoch: int)
 
 
 def to_steps(duration: str, *, global_batch_size: int, samples_per_epoch: int) -> int:
-    """A duration in whole optimizer steps, rounded to the nearest."""
+    """Convert a duration to optimizer steps, rounded to the nearest."""
     samples = to_samples(duration, global_batch_size=global_batch_size, samples_per_epoch=samples_per_epoch)
     return round(samples / global_batch_size)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step and the length of the run, in optimizer steps."""
+    """Hold the learning rate of each step and the length of the run, in optimizer steps."""
 
     peak_lr: float
     warmup_lr: float
@@ -36,14 +36,14 @@ class Schedule:
     cosine_steps: int
     cooldown_steps: int
     frozen_steps: int = 0
-    """The first ones, in which the head alone moves."""
+    """The number of first steps that update the head alone."""
 
     @property
     def total_steps(self) -> int:
         return self.cosine_steps + self.cooldown_steps
 
     def lr(self, step: int) -> float:
-        """Learning rate of update `step`, which counts from 0."""
+        """Compute the learning rate of update `step`, which counts from 0."""
         if step < self.warmup_steps:
             return self.warmup_lr + step * (self.peak_lr - self.warmup_lr) / self.warmup_steps
         if step >= self.cosine_steps:
@@ -55,7 +55,11 @@ class Schedule:
 def build_schedule(
     schedule: ScheduleConfig, optim: OptimConfig, *, global_batch_size: int, samples_per_epoch: int
 ) -> Schedule:
-    """Resolve the recipe's durations for a data set. Errors: UserError where nothing would be trained."""
+    """Resolve the recipe's durations for a data set.
+
+    Raises:
+        UserError: if nothing would be trained, or one phase does not fit into another.
+    """
     warmup, cosine, cooldown, frozen = (
         to_steps(duration, global_batch_size=global_batch_size, samples_per_epoch=samples_per_epoch)
         for duration in (schedule.warmup, schedule.cosine, schedule.cooldown, optim.frozen_backbone or "0 steps")
@@ -78,5 +82,5 @@ def build_schedule(
 
 
 def is_time(step: int, every_steps: int, total_steps: int) -> bool:
-    """Whether something done every so many steps is due after `step` of `total_steps` finished; always at the end."""
+    """Return whether something done every `every_steps` steps is due after step `step`; it always is after the last."""
     return step % max(1, every_steps) == 0 or step == total_steps

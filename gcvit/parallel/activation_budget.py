@@ -1,4 +1,4 @@
-"""Which parts to checkpoint so that a micro-batch's activations fit a given memory: exact bytes, measured times."""
+"""Choose the parts to checkpoint so that the activations of a micro-batch fit into a given memory."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ _NUM_RUNS = 5
 
 @dataclass(frozen=True)
 class Compute:
-    """How an engine computes: on which device, in which precision, and whether by autocast over fp32 weights."""
+    """Describe how an engine computes: its device, its precision, and whether it uses autocast over fp32 weights."""
 
     device: torch.device
     dtype: torch.dtype
@@ -40,13 +40,13 @@ class Compute:
         return torch.autocast(self.device.type, self.dtype, enabled=self.autocast and self.dtype != torch.float32)
 
 
-# Of a part on meta, its inputs' shapes and types, and how it computes: what forward takes.
+# The milliseconds of a forward pass, from a part on meta, the shapes and types of its inputs, and how it computes.
 Cost = Callable[[nn.Module, Iterable[tuple[torch.Size, torch.dtype]], Compute], float]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A cut point, and what checkpointing it frees and costs."""
+    """Hold a cut point, and what checkpointing it frees and costs."""
 
     name: str
     num_bytes: int  # stored by it for backward, of one micro-batch
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Choice:
-    """Cut points to checkpoint, in the order in which they were chosen, and what a micro-batch then stores."""
+    """Hold the cut points to checkpoint, in the order of choice, and the bytes that a micro-batch then stores."""
 
     names: list[str]
     num_bytes: int
@@ -63,7 +63,7 @@ class Choice:
 
 
 class StorageTracker(TorchDispatchMode):
-    """While entered, notes the memory behind every tensor that an operation takes or gives; `excluded` apart."""
+    """Record, while entered, the storage of every input and output of an operation, except those of `excluded`."""
 
     def __init__(self, excluded: Iterable[Tensor]):
         super().__init__()
@@ -85,31 +85,35 @@ class StorageTracker(TorchDispatchMode):
         return len(self._seen)
 
     def bytes_alive(self, start: int = 0, stop: int | None = None, without: int | None = None) -> int:
-        """Bytes of what was seen, from the `start`-th to before the `stop`-th, and is still there.
+        """Sum the bytes of recorded storages that are still alive, from the `start`-th to before the `stop`-th.
 
-        `without` is an `address_of` something that does not count.
+        Args:
+            without: The `address_of` a tensor whose storage does not count.
         """
         found = list(self._seen.items())[start:stop]
         return sum(n for address, (storage, n) in found if address != without and not storage.expired())
 
 
 def address_of(tensor: Tensor) -> int:
-    """Of the record of its memory: the same for all views."""
+    """Return the address of a tensor's storage object: the same for all views."""
     return tensor.untyped_storage()._cdata
 
 
 def choose_parts(
     model: GCViT, compute: Compute, num_images: int, budget_bytes: int, cost: Cost | None = None
 ) -> Choice:
-    """Just enough parts of a model on meta for `num_images` at once, by bytes freed per millisecond.
+    """Choose just enough parts of a model on meta for `num_images` at once, by bytes freed per millisecond.
 
-    `cost` stands in for the measured time of a part, where there is no device to measure on. Errors: UserError where
-    all parts together are not enough.
+    Args:
+        cost: Replaces the measured time of a part, if there is no device to measure on.
+
+    Raises:
+        UserError: if all parts together do not free enough.
     """
     parts, num_bytes = measure_parts(model, compute, num_images, cost)
     order = sorted((p for p in parts if p.num_bytes), key=lambda p: p.num_bytes / p.milliseconds, reverse=True)
     names = [part.name for part in order]
-    # Their bytes, taken off, say almost how many it takes; what remains to be told is the queries that blocks keep.
+    # The sum of their bytes is a close estimate. It misses the queries that checkpointed blocks store.
     count, estimate = 0, num_bytes
     while num_bytes > budget_bytes and count < len(order):
         while count < len(order) and estimate > budget_bytes:
@@ -133,9 +137,12 @@ def choose_parts(
 
 
 def recompute_within(budget_bytes: int, model: GCViT, compute: Compute, num_images: int, world: World) -> str:
-    """Checkpoint what rank 0 chooses, on all ranks alike, and say what it is. Errors: as `choose_parts`.
+    """Checkpoint the parts that rank 0 chooses, on all ranks, and return a description of the choice.
 
-    Times differ from run to run, and so may the choice: it never changes what is computed.
+    Times differ from run to run, and so may the choice. It never changes a result.
+
+    Raises:
+        UserError: as `choose_parts` does.
     """
     choice = world.on_rank0(lambda: choose_parts(model, compute, num_images, budget_bytes))
     recompute(model, choice.names)
@@ -143,7 +150,7 @@ def recompute_within(budget_bytes: int, model: GCViT, compute: Compute, num_imag
 
 
 def activation_bytes(model: GCViT, names: Sequence[str], compute: Compute, num_images: int) -> int:
-    """What is alive after a training forward pass of a model on meta, with these parts checkpointed; weights apart."""
+    """Compute the bytes of activations after a training forward pass, with the parts `names` checkpointed."""
     model = copy.deepcopy(model)
     recompute(model, names)
     with _imagine(model, compute, num_images) as (tracker, forward):
@@ -152,7 +159,10 @@ def activation_bytes(model: GCViT, names: Sequence[str], compute: Compute, num_i
 
 
 def measure_parts(model: GCViT, compute: Compute, num_images: int, cost: Cost | None = None) -> tuple[list[Part], int]:
-    """All cut points of a model on meta, in forward order, and the bytes of the whole; times are taken by kind."""
+    """Measure all cut points of a model on meta, in forward order, and the bytes of the whole.
+
+    Parts of the same kind, shapes and inputs are timed once.
+    """
     spans: dict[str, _Span] = {}
     watched = copy.deepcopy(model)
     with _imagine(watched, compute, num_images) as (tracker, forward):
@@ -174,9 +184,9 @@ def measure_parts(model: GCViT, compute: Compute, num_images: int, cost: Cost | 
 
 
 class _Span(NamedTuple):
-    """What a part did: the memory that it was the first to use, and what it took and gave."""
+    """Hold what the forward pass of one part allocated, its inputs and its output."""
 
-    start: int  # of what the tracker has seen
+    start: int  # in the order of the tracker's storages
     stop: int
     output: int  # the address of its storage
     inputs: tuple[tuple[torch.Size, torch.dtype], ...]
@@ -195,27 +205,27 @@ def _watch(
 
 @contextmanager
 def _imagine(model: GCViT, compute: Compute, num_images: int) -> Iterator[tuple[StorageTracker, Callable[[], Tensor]]]:
-    """A training forward pass as it would be on its device, but of tensors without memory, and what tracks it."""
+    """Prepare a training forward pass as on the device, but with tensors without memory, and its tracker."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         weights: dict[str, Tensor] = {
             name: nn.Parameter(torch.empty(p.shape, dtype=compute.weights_dtype, device=compute.device))
             for name, p in model.named_parameters()
         }
         with StorageTracker(weights.values()) as tracker, compute.context():
-            # Made in sight of the tracker: else they would count as the first part's, which does not free them.
+            # The tracker must see them before the first part does: that part does not free them.
             images = torch.empty(num_images, *model.input_size, dtype=compute.weights_dtype, device=compute.device)
             yield tracker, lambda: torch.func.functional_call(model.train(), weights, (images,))
 
 
 def _time_forward(part: nn.Module, inputs: Iterable[tuple[torch.Size, torch.dtype]], compute: Compute) -> float:
-    """Milliseconds of a part's forward pass on the real device, the median of a few; the part is on meta."""
+    """Measure the milliseconds of a part's forward pass on the real device: the median of a few. It is on meta."""
     part = copy.deepcopy(part).to(compute.weights_dtype).to_empty(device=compute.device).train()
     for p in part.parameters():
-        nn.init.constant_(p, 0.01)  # what lies in fresh memory may be slow to compute with
+        nn.init.constant_(p, 0.01)  # uninitialized memory may hold values that are slow to compute with
     tensors = [torch.full(shape, 0.5, dtype=dtype, device=compute.device) for shape, dtype in inputs]
     on_gpu = compute.device.type == "cuda"
     times = []
-    # Drop path draws random numbers, of which the run must not feel anything.
+    # Drop path draws random numbers, which must not change those of the run.
     with torch.random.fork_rng(devices=[compute.device] if on_gpu else []), compute.context():
         for _ in range(1 + _NUM_RUNS):
             if on_gpu:

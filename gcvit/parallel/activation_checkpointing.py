@@ -1,4 +1,4 @@
-"""Activation checkpointing: forget what a part of the model computed, and compute it again in backward."""
+"""Checkpoint activations: drop what a part of the model computed, and compute it again in backward."""
 
 import functools
 from collections import deque
@@ -13,16 +13,19 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from gcvit.model import GCViT
 from gcvit.model.layers import Block
 
-# What `F.linear` becomes. Attention's products are computed again: they are quick, and the scores of a 14 x 14 window
-# are larger than all that its block keeps of linear layers. Convolutions make the model's largest maps.
+# The operations of `F.linear`. Attention's products are computed again: they are quick, and the scores of a 14 x 14
+# window are larger than all outputs of linear layers in its block. Convolutions make the model's largest maps.
 _LINEAR = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 
 
 def recompute_parts(model: GCViT, mode: str) -> None:
-    """Checkpoint parts of the model in place: by "none" nothing, by "blocks" the blocks, by "full" all cut points.
+    """Checkpoint parts of the model in place.
 
-    "selective" takes all too, but keeps what their linear layers give. For mode "budget" see `activation_budget.py`.
-    The last part is always left alone: backward begins with it, so to forget it would cost time and lower no peak.
+    The last part is never checkpointed: backward begins with it, so recomputing it costs time and lowers no peak.
+
+    Args:
+        mode: "none" for nothing, "blocks" for the blocks, "full" for all cut points, "selective" for all cut points
+            except the outputs of their linear layers. `activation_budget.py` has the mode "budget".
     """
     if mode == "none":
         return
@@ -34,10 +37,10 @@ def recompute_parts(model: GCViT, mode: str) -> None:
 
 
 def recompute(model: GCViT, names: Sequence[str], *, keep_linear: bool = False) -> None:
-    """Checkpoint these cut points: of each nothing is stored but its inputs, and where `keep_linear` those products.
+    """Checkpoint the cut points `names`: each stores its inputs, and with `keep_linear` the outputs of linear layers.
 
-    The forward of each part is wrapped, not the module, so that names stay as they are; the state of the random
-    generator is kept, so that drop path falls alike both times.
+    The forward of each part is wrapped, not the module, so that parameter names stay. The state of the random
+    generator is stored too, so that drop path draws the same numbers both times.
     """
     for name in names:
         part = model.get_submodule(name)
@@ -54,17 +57,17 @@ def _forward(forward: Callable[..., Tensor], part: nn.Module, keep_linear: bool,
 
 
 def _keep_products() -> tuple["_Keep", "_Reuse"]:
-    """Contexts of forward and of computing it again.
+    """Return the contexts of forward and of its recomputation.
 
-    PyTorch's own count every operation and want the same ones both times; under ZeRO-3 they are not, for gathering
-    is done inside and depends on what is there already.
+    PyTorch's own contexts require the same operations both times. Under ZeRO-3 they differ: parameters are gathered
+    inside, if they are not gathered already.
     """
     products: deque[Tensor] = deque()
     return _Keep(products), _Reuse(products)
 
 
 class _Keep(TorchDispatchMode):
-    """Keeps what linear layers give."""
+    """Store the outputs of linear layers."""
 
     def __init__(self, products: deque[Tensor]):
         super().__init__()
@@ -73,12 +76,12 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
         if op in _LINEAR:
-            self._products.append(out.detach())  # `out` itself would hold the graph that holds it
+            self._products.append(out.detach())  # `out` itself would be part of a reference cycle with the graph
         return out
 
 
 class _Reuse(TorchDispatchMode):
-    """Hands out what was kept, in the same order, instead of computing it."""
+    """Return the stored outputs, in the same order, instead of computing them."""
 
     def __init__(self, products: deque[Tensor]):
         super().__init__()
@@ -90,7 +93,7 @@ class _Reuse(TorchDispatchMode):
             self._last = self._products.popleft()
             return self._last
         if op is torch.ops.aten.add_.Tensor and self._last is not None and _share_memory(args[0], self._last):
-            return args[0]  # ZeRO-3 adds a linear layer's bias in place: it was added to what was kept
+            return args[0]  # ZeRO-3 adds the bias in place: the stored output includes it
         return op(*args, **(kwargs or {}))
 
 
@@ -102,5 +105,5 @@ def _choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if op in _LINEAR else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# The compiler wants PyTorch's contexts, which mark its graph.
+# The compiler requires PyTorch's contexts, which mark its graph.
 _mark_products = functools.partial(create_selective_checkpoint_contexts, _choose)

@@ -1,4 +1,4 @@
-"""The one place where parallelism is applied, from outside, in this order: recompute, compile, shard, fill."""
+"""Apply parallelism to the model, here only, in this order: recompute, compile, shard, fill."""
 
 from typing import Any
 
@@ -20,11 +20,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_engine(config: Config, world: World, *, num_micro_steps: int, notices: list[str] | None = None) -> Engine:
-    """The engine that the config names, with the seed's initial weights: the same for every engine and world.
+    """Build the engine that the config names, with the seed's initial weights: the same for every engine and world.
 
-    What was chosen for the user is added to `notices`. Errors: UserError for options that cannot be had here.
+    Args:
+        notices: Receives a line about what was chosen for the user.
+
+    Raises:
+        UserError: for options that this machine or world does not support.
     """
-    # On meta a model is only shapes: an engine that shards never holds the whole.
+    # A model on meta has shapes only: an engine that shards never holds the whole.
     with torch.device("meta"):
         module = build_model(config.model)
     dtype = DTYPES[config.precision]

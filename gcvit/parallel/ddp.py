@@ -1,4 +1,4 @@
-"""Engine ddp: the whole model on every rank, gradients averaged by PyTorch's DistributedDataParallel."""
+"""Train with engine ddp: the whole model on every rank, gradients averaged by DistributedDataParallel."""
 
 import warnings
 
@@ -14,7 +14,10 @@ from gcvit.runtime.distributed import World
 
 
 class DdpEngine:
-    """See `engine.py`. `module` is on the meta device; a `dtype` below fp32 is autocast over fp32 weights."""
+    """Implement `Engine` with replicated weights.
+
+    `module` is on the meta device. A `dtype` below fp32 is autocast over fp32 weights.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class DdpEngine:
         module.to_empty(device=world.device)
         module.init_buffers()
         for p in module.parameters():
-            nn.init.zeros_(p)  # until the fragments are filled: the dry passes below must not meet a NaN
+            nn.init.zeros_(p)  # until the fragments are filled: a NaN would spread in the dry passes below
         self.module = module
         self.world = world
         self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
@@ -38,10 +41,10 @@ class DdpEngine:
         self._loss_factor = world.size / global_batch_size  # DDP averages over ranks
         self._num_micro_steps = num_micro_steps
         self._autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-        # Gradients are views of buckets: forgotten, all micro-steps but the last would sum in memory of their own.
+        # Gradients are views of buckets. If they were dropped, earlier micro-steps would sum in memory of their own.
         keeps_gradients = num_micro_steps > 1
-        # Before there are moments, in whose place its activations and buckets are.
-        self._settle_buckets(img_size, keeps_gradients)
+        # Before the moments are allocated: its activations and first buckets use their memory.
+        self._rebuild_buckets(img_size, keeps_gradients)
         self._updater = Updater(
             dict(module.named_parameters()),
             self._shapes,
@@ -79,7 +82,7 @@ class DdpEngine:
         }
 
     def refresh(self) -> None:
-        """Nothing to do: the fragments are the model's own weights."""
+        """Do nothing: the fragments are the model's own weights."""
 
     def counters(self) -> Counters:
         return self._updater.counters()
@@ -89,25 +92,25 @@ class DdpEngine:
 
     def _begin_micro_step(self, micro_step: int) -> None:
         self._micro_step = micro_step
-        # What `no_sync()` sets, without a context that would have to span forward and backward.
+        # `no_sync()` sets it too, in a context that would have to span forward and backward.
         self._ddp.require_backward_grad_sync = micro_step == self._num_micro_steps - 1
 
-    def _settle_buckets(self, img_size: int, keeps_gradients: bool) -> None:
-        """Let DDP rebuild its buckets before the first step.
+    def _rebuild_buckets(self, img_size: int, keeps_gradients: bool) -> None:
+        """Have DDP rebuild its buckets before the first step.
 
-        It does so after the first backward, in the order in which gradients came: a resumed run would reduce its
-        first step in another order than the run that it continues, and differ in the last bit. Two dry passes make
-        both alike; the gradients are dropped.
+        DDP rebuilds them after the first backward pass, in the order in which gradients arrived. A resumed run would
+        then reduce its first step in another order than the run that it continues, and differ in the last bit. Two
+        dry passes make both runs alike; their gradients are dropped.
         """
         image = torch.zeros(1, 3, img_size, img_size, device=self.world.device)
         self.module.train()
-        # One image is no batch to compile for.
+        # Do not compile for a batch of one image.
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            # Of weights with sides of 1, whose bytes have one order by any strides; it is said once, and so here.
+            # It concerns weights with sides of 1, where all strides mean the same layout. PyTorch warns once, here.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             for _ in range(2):
-                self.module.zero_grad()  # the first buckets are freed before the second ones are there
+                self.module.zero_grad()  # frees the first buckets before the second ones are allocated
                 with self._autocast:
                     self._ddp(image).float().sum().backward()
-        # As every step leaves them: DDP divides by the number of ranks where they are there, multiplies where not.
+        # As after every step: DDP scales gradients that exist in another way than gradients that do not.
         self.module.zero_grad(set_to_none=not keeps_gradients)

@@ -1,9 +1,9 @@
-"""DeepSpeed's configuration: what this trainer decides, what it proposes, and what `zero.extra` may say.
+"""Build DeepSpeed's configuration, with `zero.extra` merged in.
 
-What DeepSpeed 0.19.8 reads at the top of its configuration falls into three: keys that this trainer decides itself
-(refused in `zero.extra` unless they say the same), keys that tune or observe (passed on), and all others, which
-belong to features that are not used here. DeepSpeed passes over unknown keys at the top in silence, so they are
-refused here; below, it refuses them itself.
+The top-level keys of DeepSpeed 0.19.8 are of three kinds. The trainer decides some: `zero.extra` may repeat their value
+and not change it. Some tune or observe: they are passed on. All others belong to features that are not used here, and
+are refused. DeepSpeed ignores unknown top-level keys without a message, so they are refused here. It refuses unknown
+keys below the top itself.
 """
 
 import difflib
@@ -21,7 +21,7 @@ _PRECISION = "set precision"
 _CHECKPOINTS = "remove it: checkpoints are the trainer's own, see trainer.save_every"
 _BATCH = "set global_batch_size and trainer.micro_batch_size"
 _OFFLOADING = "set zero.offload_optimizer or zero.offload_parameters"
-# What is decided here, by path, and what the user sets instead.
+# Keys that are decided here, by path, and what the user sets instead.
 _DECIDED = {
     "train_batch_size": _BATCH,
     "train_micro_batch_size_per_gpu": _BATCH,
@@ -57,13 +57,13 @@ _DECIDED = {
     "zero_optimization.offload_optimizer.ratio": "remove it: the optimizer is on the host as a whole",
     "zero_optimization.offload_optimizer.super_offload": "remove it: the optimizer is torch's AdamW",
     "zero_optimization.allgather_bucket_size": "remove it: updated weights are gathered in one message",
-    # Both gather submodules whole; the stem among them would get no gradient.
+    # Both gather whole submodules, and the stem would get no gradient.
     "zero_optimization.stage3_module_granularity_threshold": "remove it: the model is gathered part by part",
     "zero_optimization.leaf_module": "remove it: the model is gathered part by part",
-    # Seen to put weights where the engine does not look for them.
+    # Measured: it stores weights where the engine does not expect them.
     "zero_optimization.round_robin_gradients": "remove it: weights would lie in another order",
-    # Its groups can be created once in a process, and each part of the model would.
-    "zero_optimization.zero_hpz_partition_size": "take engine=fsdp with fsdp.shard_size",
+    # DeepSpeed creates its groups once in a process, and each part of the model would create them.
+    "zero_optimization.zero_hpz_partition_size": "use engine=fsdp with fsdp.shard_size",
     "zero_optimization.zero_quantized_nontrainable_weights": "remove it: all weights are trained",
     "zero_optimization.zenflow": "remove it: it updates later than the step that the loop counts",
     "zero_optimization.legacy_stage1": "remove it: DeepSpeed 0.19.8 has it no more",
@@ -74,7 +74,7 @@ _DECIDED = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _CHECKPOINTS,
     "zero_optimization.gather_16bit_weights_on_model_save": _CHECKPOINTS,
 }
-# What tunes or observes, and changes nothing that the trainer promises.
+# Keys that tune or observe, and change no result.
 _PASSED_ON = {
     "zero_optimization",
     "comms_logger",
@@ -92,9 +92,10 @@ _PASSED_ON = {
 def build_settings(
     optim: OptimConfig, zero: ZeroConfig, module: nn.Module, num_micro_steps: int, dtype: torch.dtype
 ) -> Settings:
-    """DeepSpeed's configuration for this model, with `zero.extra` merged in.
+    """Build DeepSpeed's configuration for this model, with `zero.extra` merged in.
 
-    Errors: UserError for a key of `zero.extra` that contradicts the trainer, or that is not known.
+    Raises:
+        UserError: for a key of `zero.extra` that is unknown or contradicts the trainer.
     """
     sizes = _sizes(zero.stage, sum(p.numel() for p in module.parameters()))
     decided: Settings = {
@@ -124,15 +125,15 @@ def build_settings(
 
 
 def _sizes(stage: int, num_parameters: int) -> Settings:
-    """Buffers and messages in proportion to the model, in elements; `zero.extra` may set others.
+    """Compute the sizes of buffers and messages, in elements, from the model's; `zero.extra` may set others.
 
-    DeepSpeed's own are for models a hundred times as large: it holds its reduction buckets through the whole run,
-    one and with overlap two, and would reduce a GC ViT in a single message after backward.
+    DeepSpeed's defaults are for models a hundred times as large. It would reduce a GC ViT in a single message after
+    backward, and hold one such bucket, or two with overlap, for the whole run.
     """
-    # An eighth leaves seven messages to send while backward goes on; smaller ones would cost more than they hide.
+    # With an eighth, seven messages are sent while backward runs. Smaller ones would cost more than they hide.
     sizes: Settings = {"reduce_bucket_size": max(num_parameters // 8, 1_000_000)}
     if stage < 3:
-        # DeepSpeed reduces its buckets over all ranks either way; with it, it would copy them out piece by piece.
+        # DeepSpeed reduces its buckets over all ranks either way. With True it would copy them out piece by piece.
         return sizes | {"reduce_scatter": False}
     return sizes | {
         # A gathered parameter is freed after its use: by default none is that will be used again within 1e9 elements.

@@ -1,7 +1,7 @@
-"""Engine fsdp: parameters, gradients, moments and EMA cut over the ranks by PyTorch's FSDP2.
+"""Train with engine fsdp: PyTorch's FSDP2 shards parameters, gradients, moments and EMA over the ranks.
 
-FSDP2 cuts every parameter by rows (dimension 0, as `torch.chunk` does), so a rank holds a contiguous range of the
-flattened tensor. The optimizer works on these local tensors directly: AdamW is elementwise, and plain tensors spare
+FSDP2 shards every parameter by rows (dimension 0, as `torch.chunk` does), so a rank holds a contiguous range of the
+flattened tensor. The optimizer updates these local tensors directly: AdamW is elementwise, and plain tensors avoid
 the overhead of dispatching each operation through DTensor.
 """
 
@@ -22,7 +22,10 @@ from gcvit.runtime.distributed import World
 
 
 class FsdpEngine:
-    """See `engine.py`. `module` is on the meta device; its parameters are undefined until `fragments` are filled."""
+    """Implement `Engine` with FSDP2.
+
+    `module` is on the meta device. Its parameters are undefined until `fragments` are filled.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class FsdpEngine:
         check_shards(module, shard_size, world.size)
         self._num_replicas, self._shard_size = world.size // shard_size, shard_size
         self._replica, self._shard_rank = divmod(world.rank, shard_size)
-        # Ranks of a node are neighbours: the gathering of parameters stays within it where shard_size lets it.
+        # Ranks of a node are neighbours: parameters are gathered within the node if shard_size is at most its size.
         shape = (self._num_replicas, shard_size) if self._num_replicas > 1 else (shard_size,)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         policy = MixedPrecisionPolicy(
@@ -51,13 +54,13 @@ class FsdpEngine:
         common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
         units = find_units(module, fsdp.unit_parameters)
         for unit in units:
-            # Backward begins with the last one, which would be gathered again at once.
+            # Backward begins with the last unit, which would be gathered again at once.
             reshard = fsdp.reshard_after_forward and unit is not units[-1]
             fully_shard(unit, reshard_after_forward=reshard, **common)
         fully_shard(module, **common)
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                # Summed over ranks: the loss is divided instead, which costs nothing.
+                # Gradients are summed over ranks, and the loss is divided instead, which costs nothing.
                 part.set_force_sum_reduction_for_comms(True)
                 part.set_gradient_divide_factor(1.0)
         module.to_empty(device="cpu" if fsdp.cpu_offload else world.device)
@@ -103,7 +106,7 @@ class FsdpEngine:
         }
 
     def refresh(self) -> None:
-        """Forget gathered copies: the last unit and the outermost group keep theirs after forward."""
+        """Free gathered copies: the last unit and the outermost group keep theirs after forward."""
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
@@ -126,7 +129,11 @@ class FsdpEngine:
 
 
 def check_shards(module: GCViT, shard_size: int, world_size: int) -> None:
-    """Errors: UserError where so many ranks cannot share a copy of the model."""
+    """Check that `shard_size` ranks can share a copy of the model.
+
+    Raises:
+        UserError: if they cannot.
+    """
     if world_size % shard_size:
         fitting = max(size for size in range(1, shard_size) if world_size % size == 0)
         raise UserError(
@@ -138,14 +145,14 @@ def check_shards(module: GCViT, shard_size: int, world_size: int) -> None:
     last = shard_size - 1
     if not any(last * -(-p.shape[0] // shard_size) < p.shape[0] for p in module.parameters()):
         raise UserError(
-            "engine=fsdp cuts parameters by rows, and there are too few for all processes",
+            "engine=fsdp shards parameters by rows, and there are too few for all processes",
             got=f"{shard_size} processes to share a copy",
-            hint="start fewer, set a smaller fsdp.shard_size, or take engine=ddp: the model is small",
+            hint="start fewer, set a smaller fsdp.shard_size, or use engine=ddp: the model is small",
         )
 
 
 def find_units(module: GCViT, num_parameters: int) -> list[list[nn.Module]]:
-    """Neighbouring cut points in groups of at least so many parameters: small ones cost a message, not bytes."""
+    """Group neighbouring cut points to units of at least `num_parameters`: a small unit costs a message, not bytes."""
     units: list[list[nn.Module]] = []
     unit: list[nn.Module] = []
     for name in module.cut_points():
@@ -153,12 +160,12 @@ def find_units(module: GCViT, num_parameters: int) -> list[list[nn.Module]]:
         if sum(p.numel() for part in unit for p in part.parameters()) >= num_parameters:
             units.append(unit)
             unit = []
-    # What is left is too small for a unit, and is gathered with the one before.
+    # The rest is too small for a unit: it joins the last one.
     return [*units[:-1], units[-1] + unit] if units else [unit]
 
 
 def _local(tensor: Tensor | None) -> Tensor:
-    """This rank's rows of a DTensor, flat, sharing its memory."""
+    """Return this rank's rows of a DTensor, flat, as a view of its memory."""
     assert isinstance(tensor, DTensor)
     local: Tensor = tensor.to_local()
     return local.detach().view(-1)

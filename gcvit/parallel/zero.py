@@ -1,9 +1,9 @@
-"""Engine zero: moments, gradients and parameters cut over the ranks by DeepSpeed ZeRO, stages 1 to 3.
+"""Train with engine zero: DeepSpeed ZeRO shards moments, gradients and parameters, by stages 1 to 3.
 
-DeepSpeed flattens each parameter group and cuts the flat fp32 master at equal places, in the middle of a matrix
-where that falls so; at stage 3 it flattens and cuts each parameter for itself. Either way a rank holds contiguous
-ranges of flattened tensors. Reaching them takes private names of DeepSpeed 0.19.8 (pinned): they stand here alone,
-and the tests compare digests. DeepSpeed's own checkpoints are not used: they do not move between world sizes.
+DeepSpeed flattens each parameter group and splits the flat fp32 master into equal parts, also in the middle of a
+matrix. At stage 3 it flattens and splits each parameter. Either way a rank holds contiguous ranges of flattened
+tensors. They are reached by private names of DeepSpeed 0.19.8 (pinned), which only this module uses, and tests compare
+digests. DeepSpeed's own checkpoints are not used: they cannot be loaded at another world size.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,10 @@ from gcvit.runtime.distributed import World
 
 
 class ZeroEngine:
-    """See `engine.py`. `module` is on the meta device; its parameters are undefined until `fragments` are filled."""
+    """Implement `Engine` with DeepSpeed.
+
+    `module` is on the meta device. Its parameters are undefined until `fragments` are filled.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class ZeroEngine:
             raise UserError(
                 f"DeepSpeed does not compute in fp16 on this {world.device.type}",
                 got="precision=fp16, engine=zero",
-                hint="set precision=bf16, or take engine=ddp or engine=fsdp",
+                hint="set precision=bf16, or use engine=ddp or engine=fsdp",
             )
         prepare_environment(world.device.type)
         deepspeed.init_distributed(dist_backend=None, verbose=False)
@@ -78,7 +81,7 @@ class ZeroEngine:
         self._loss_factor = num_micro_steps * (world.size if zero.stage == 3 else 1) / global_batch_size
         self._num_micro_steps, self._micro_step = num_micro_steps, 0
         self._dtype = dtype
-        # On the host: DeepSpeed wants it there, and has waited for the device when it is known.
+        # On the host: DeepSpeed reads it there, and has waited for the device by then.
         self._loss_scale = LossScale(torch.device("cpu")) if dtype == torch.float16 else None
         self._follow_loss_scale()
         for flat in self._flat_masters():
@@ -93,10 +96,10 @@ class ZeroEngine:
         self._engine.backward(loss_sum * self._loss_factor)
         self._micro_step += 1
         if self._micro_step < self._num_micro_steps:
-            self._engine.step()  # only counts: DeepSpeed wants it after every micro-step
+            self._engine.step()  # it only counts: DeepSpeed requires the call after every micro-step
 
     def step(self, lr: float, *, head_only: bool = False) -> StepResult:
-        """DeepSpeed clips, refuses non-finite gradients (which waits for the device) and updates."""
+        """Have DeepSpeed clip, refuse non-finite gradients (which waits for the device) and update."""
         assert self._micro_step == self._num_micro_steps, f"step after {self._micro_step} micro-steps"
         set_lr(self._zero.optimizer, lr, head_only=head_only)
         self._engine.step()
@@ -148,7 +151,7 @@ class ZeroEngine:
             self._follow_loss_scale()
 
     def _follow_loss_scale(self) -> None:
-        """Tell DeepSpeed, whose own scale is constant, by what it shall multiply the loss and divide gradients."""
+        """Set DeepSpeed's loss scale, which is constant by itself, to ours."""
         if self._loss_scale is not None:
             self._zero.loss_scaler.cur_scale = self._loss_scale.value.item()
 
@@ -158,7 +161,7 @@ class ZeroEngine:
         )
 
     def _ranges(self) -> Iterator[tuple[str, Tensor, slice, int, torch.Size]]:
-        """(name, flat master, slice of it, place in the flattened parameter, whole shape) of all that is held here."""
+        """Yield (name, flat master, slice, start in the flattened parameter, whole shape) of what this rank holds."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         for group, flat in enumerate(self._flat_masters()):
             if self._stage != 3:
@@ -181,7 +184,11 @@ class ZeroEngine:
 
 
 def check_settings(settings: dict[str, Any], device_type: str) -> None:
-    """Let DeepSpeed read its settings, before anything is built. Errors: UserError with what it says of them."""
+    """Have DeepSpeed validate its settings before anything is built.
+
+    Raises:
+        UserError: with DeepSpeed's message.
+    """
     quantized = [key for key, value in settings["zero_optimization"].items() if "quantized" in key and value]
     if quantized and device_type != "cuda":
         raise UserError("ZeRO++ quantizes on a GPU only", got=", ".join(quantized), hint="remove it from zero.extra")
@@ -192,9 +199,9 @@ def check_settings(settings: dict[str, Any], device_type: str) -> None:
 
 
 def _gather_by_parts(module: GCViT) -> None:
-    """Gather each part of the model in one message, and not its every layer in one of its own.
+    """Gather each part of the model in one message instead of one message per layer.
 
-    Not the stem: it has no input with a gradient, so the end of its backward is not seen.
+    The stem is left out: its input has no gradient, so DeepSpeed does not notice the end of its backward pass.
     """
     for name in module.cut_points():
         part = module.get_submodule(name)
@@ -203,8 +210,8 @@ def _gather_by_parts(module: GCViT) -> None:
 
 
 def _materialize_in_parts(module: GCViT, device: torch.device, settings: dict[str, Any]) -> None:
-    """Give each submodule memory and let stage 3 cut it at once, so that no rank ever holds the whole model."""
-    for part in reversed(list(module.modules())):  # children before their parents: DeepSpeed skips what is cut
+    """Allocate and shard one submodule after another, so that no rank ever holds the whole model."""
+    for part in reversed(list(module.modules())):  # children before their parents: DeepSpeed skips what is sharded
         if next(part.parameters(recurse=False), None) is not None:
             part.to_empty(device=device, recurse=False)
             deepspeed.zero.Init(module=part, config_dict_or_path=settings)

@@ -1,7 +1,7 @@
-"""Told to leave at any moment, a run saves, ends with 75, and goes on as if nothing had happened. And other ends.
+"""A run that is preempted at any moment saves, ends with 75, and resumes to the same result. Other ends are reported.
 
-Trainings with slow steps, evaluations and writes get SIGUSR1 or SIGTERM aimed at what their log says they do, and are
-started again until they are done. The ends that nobody asked for (a rank that hangs, stops or raises) are told apart.
+Trainings with slow steps, evaluations and writes get SIGUSR1 or SIGTERM at chosen moments, which their log names, and
+start again until they are done. Reports tell apart a rank that hangs, one that is stopped and one that raises.
 """
 
 import json
@@ -74,10 +74,10 @@ def read_reports(folder: Path) -> list[dict]:
     return found
 
 
-# ---- told to leave -------------------------------------------------------------------------------
+# ---- preempted ----------------------------------------------------------------------------------
 
 
-def train_and_tell(
+def train_and_preempt(
     trainings: Trainings, run_dir: Path, ranks: int, overrides: list[str], moment: str, chance: random.Random
 ) -> list[int]:
     """Start a training, tell it to leave at this moment or a little later; returns the exit codes."""
@@ -105,7 +105,7 @@ def train_and_tell(
     return trainings.exit_codes()
 
 
-def leave_and_go_on(trainings: Trainings, root: Path, engine: str, ranks: int, num_tries: int) -> Counter[str]:
+def preempt_and_resume(trainings: Trainings, root: Path, engine: str, ranks: int, num_tries: int) -> Counter[str]:
     """Tell one run after another to leave, `num_tries` times in all; each must end as the undisturbed one."""
     overrides, chance = [*OVERRIDES, *ENGINES[engine]], random.Random(f"{engine} {ranks}")
     reports, whole = root / "reports", root / "whole"
@@ -121,7 +121,7 @@ def leave_and_go_on(trainings: Trainings, root: Path, engine: str, ranks: int, n
         while any(codes) and told.total() < num_tries:
             moments = moments or chance.sample(MOMENTS, len(MOMENTS))
             moment, before = moments.pop(), newest_step(run_dir)
-            codes = train_and_tell(trainings, run_dir, ranks, overrides, moment, chance)
+            codes = train_and_preempt(trainings, run_dir, ranks, overrides, moment, chance)
             told[f"{moment}: {'left' if codes[0] else 'finished'}"] += 1
             assert codes in ([75] * ranks, [0] * ranks), trainings.end_of_log()
             outcome = ("preempted", 75) if codes[0] else ("finished", 0)
@@ -156,15 +156,15 @@ def numbers_of(run_dir: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2)])
-def test_a_run_that_is_told_to_leave_ends_as_if_it_were_not(trainings, tmp_path, engine, ranks):
-    print(dict(leave_and_go_on(trainings, tmp_path, engine, ranks, 2)))
+def test_a_preempted_run_ends_as_one_that_was_not(trainings, tmp_path, engine, ranks):
+    print(dict(preempt_and_resume(trainings, tmp_path, engine, ranks, 2)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("zero2", 2)])
-def test_a_run_that_is_told_to_leave_at_many_moments(trainings, tmp_path, engine, ranks):
-    told = leave_and_go_on(trainings, tmp_path, engine, ranks, 16)
+def test_a_run_that_is_preempted_at_many_moments(trainings, tmp_path, engine, ranks):
+    told = preempt_and_resume(trainings, tmp_path, engine, ranks, 16)
     print(dict(told))
     for moment in MOMENTS:
         assert told[f"{moment}: left"], told

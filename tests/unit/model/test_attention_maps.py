@@ -66,7 +66,7 @@ def test_a_position_that_all_look_at_receives_everything():
     attention.bias_table.zero_()
     attention.bias_table[:5] = 99  # queries two rows above their keys: they have no such key, or one of the last row
     received = receive(attention, torch.randn(1, 3, 3, 8, dtype=torch.float64), queries)[0]
-    # The three queries of row 0 look at row 2 alone, the six others at all nine positions alike.
+    # The three queries of row 0 attend to row 2 alone, the six others to all nine positions alike.
     expected = torch.tensor([2 / 3, 2 / 3, 5 / 3], dtype=torch.float64)[:, None].expand(3, 3)
     torch.testing.assert_close(received, expected)
 
