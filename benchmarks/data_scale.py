@@ -168,7 +168,7 @@ def plan_large(path: Path) -> dict[str, float]:
     order.plan(np.arange(order.lanes))
     seconds = time.process_time() - start
     positions = np.arange(0, IMAGENET_21K, 1000)
-    assert len(np.unique(order.take(positions).samples)) == len(positions)
+    assert len(np.unique(order.lookup(positions).samples)) == len(positions)
     return {"planning_s": seconds, "planning_mb": resident_mb(field="VmHWM") - before}
 
 

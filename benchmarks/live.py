@@ -35,14 +35,14 @@ TINY = "{width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8], windows: [4, 
 @contextmanager
 def unwatched() -> Iterator[None]:
     """Take away what the steps themselves tell, in the loader too."""
-    from gcvit.data.stage_timer import Stopwatch
+    from gcvit.data.stage_timer import StageTimer
     from gcvit.monitoring.step_timer import StepClock
     from gcvit.training import trainer
 
     nothing = torch.zeros((), dtype=torch.int64)
     with ExitStack() as stack:
         for owner, name, instead in (
-            (Stopwatch, "switch", lambda watch, stage: None),
+            (StageTimer, "switch", lambda watch, stage: None),
             (StepClock, "switch", lambda clock, stage: None),
             (StepClock, "during", lambda clock, stage: nullcontext()),
             (trainer, "count_correct", lambda logits, targets: nothing),

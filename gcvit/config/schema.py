@@ -106,9 +106,9 @@ class DataConfig(Section):
     lanes: Count = 1024
     """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
     chunk_bytes: Count = 2_000_000
-    """Bytes of consecutive samples that are read together and shuffled as one run."""
+    """Bytes of consecutive samples that are read together, as one chunk, and shuffled as one."""
     shuffle_chunks: Count = 2
-    """Runs per lane that are open, and mixed, at once; all ranks together hold lanes * shuffle_chunks * chunk_bytes."""
+    """Chunks per lane in the shuffle buffer; all ranks together hold lanes * shuffle_chunks * chunk_bytes."""
     max_corrupt_fraction: Share = 1e-4
     """Training replaces samples that are corrupt, and stops when they exceed this share of its samples."""
     exif_orientation: bool = False

@@ -1,4 +1,4 @@
-"""The epochs that a rank goes through: their orders, planned ahead, and the shards of each, brought ahead."""
+"""The orders of consecutive epochs, planned ahead, and the shards that a rank needs, prefetched in order of use."""
 
 import itertools
 import math
@@ -9,17 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from gcvit.config.schema import DataConfig
-from gcvit.data.epoch_order import EpochOrder, Picks
+from gcvit.data.epoch_order import EpochOrder, EpochSlice
 from gcvit.data.source import Source
 
 Indices = npt.NDArray[np.int64]
 
 
-class Epochs:
-    """What lies at the positions that a rank takes: `share` of each global batch from `start_step` on.
+class EpochOrders:
+    """The orders of the epochs that a rank reads, from `start_step` on.
 
-    The next epoch is planned in a thread while one is used. Where shards must be brought from elsewhere, those of
-    this rank's lanes are asked for in the order of their use.
+    A thread plans the next epoch while one is read. If the shards lie elsewhere, those of this rank's lanes are
+    prefetched in the order of their use.
+
+    Args:
+        share: the rank's positions in each global batch: [share].
+        start_step: first optimizer step that is read.
     """
 
     def __init__(
@@ -32,30 +36,30 @@ class Epochs:
         start_step: int,
     ):
         self._source, self._data, self._seed = source, data, seed
-        # A batch's slot meets only lanes that are congruent to it, less the epoch's first sample, modulo this.
+        # A slot of the batch meets only lanes that are congruent to it, less the epoch's first sample, modulo this.
         self._period = math.gcd(global_batch_size, data.lanes)
         self._slots = np.unique(share % self._period)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._orders: dict[int, Future[EpochOrder]] = {}
         self._start_epoch, start = divmod(start_step * global_batch_size, source.num_samples)
         self._start_entry = start // data.lanes
-        self._use: dict[tuple[int, int], int] = {}  # epoch and shard to its place among the shards asked for
+        self._first_use: dict[tuple[int, int], int] = {}  # (epoch, shard) to its rank among the prefetched shards
         self._prefetcher = source.prefetch(self._shards())
 
-    def take(self, epoch: int, positions: Indices) -> Picks:
-        """As `EpochOrder.take`; epochs come in ascending order."""
+    def lookup(self, epoch: int, positions: Indices) -> EpochSlice:
+        """Look up the samples at `positions` [b] of an epoch; epochs must come in ascending order."""
         for wanted in (epoch, epoch + 1):
             if wanted not in self._orders:
                 self._orders[wanted] = self._thread.submit(self._plan, wanted)
         self._orders.pop(epoch - 1, None)
-        picks = self._orders[epoch].result().take(positions)
+        found = self._orders[epoch].result().lookup(positions)
         if self._prefetcher:
-            shards = np.unique(np.searchsorted(self._source.first, picks.samples, side="right") - 1)
-            self._prefetcher.advance(max(self._use.get((epoch, shard), 0) for shard in shards.tolist()))
-        return picks
+            shards = np.unique(np.searchsorted(self._source.first, found.samples, side="right") - 1)
+            self._prefetcher.advance(max(self._first_use.get((epoch, shard), 0) for shard in shards.tolist()))
+        return found
 
     def _plan(self, epoch: int) -> EpochOrder:
-        order = order_of(self._source, self._data, self._seed, epoch)
+        order = build_order(self._source, self._data, self._seed, epoch)
         order.plan(self._lanes(epoch))
         return order
 
@@ -64,16 +68,17 @@ class Epochs:
         return np.flatnonzero(np.isin(slots, self._slots))
 
     def _shards(self) -> Iterator[int]:
-        """Shards in the order in which they are needed, epoch after epoch; runs in the prefetcher's thread."""
+        """Yield the shards in the order of their use, epoch after epoch; this runs in the prefetcher's thread."""
         for epoch in itertools.count(self._start_epoch):
             start_entry = self._start_entry if epoch == self._start_epoch else 0
-            for shard in order_of(self._source, self._data, self._seed, epoch).shards(self._lanes(epoch), start_entry):
-                self._use[epoch, shard] = len(self._use) + 1
+            order = build_order(self._source, self._data, self._seed, epoch)
+            for shard in order.shards(self._lanes(epoch), start_entry):
+                self._first_use[epoch, shard] = len(self._first_use) + 1
                 yield shard
 
 
-def order_of(source: Source, data: DataConfig, seed: int, epoch: int) -> EpochOrder:
-    """The order in which a run takes the samples of an epoch, which counts from 0; no lane is planned yet."""
+def build_order(source: Source, data: DataConfig, seed: int, epoch: int) -> EpochOrder:
+    """Build the order of an epoch, counted from 0, without planning any lane."""
     return EpochOrder(
         source.first,
         source.length,
@@ -86,13 +91,16 @@ def order_of(source: Source, data: DataConfig, seed: int, epoch: int) -> EpochOr
 
 
 def find_samples(source: Source, data: DataConfig, seed: int, numbers: Indices) -> Indices:
-    """The samples that a run takes as its `numbers` [n]: step * global_batch_size + position, counted from 0.
+    """Find the samples that a run read as its `numbers`, each step * global_batch_size + position.
 
-    Their lanes are planned anew, in seconds for a large set: for the rare look back.
+    Their lanes are planned again, which takes seconds for a large set.
+
+    Returns:
+        Samples of the source: int64 [n].
     """
-    epochs, places = np.divmod(numbers, source.num_samples)
-    samples = np.empty_like(places)
+    epochs, positions = np.divmod(numbers, source.num_samples)
+    samples = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        samples[here] = order_of(source, data, seed, int(epoch)).take(places[here]).samples
+        in_epoch = epochs == epoch
+        samples[in_epoch] = build_order(source, data, seed, int(epoch)).lookup(positions[in_epoch]).samples
     return samples

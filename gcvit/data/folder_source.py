@@ -51,7 +51,7 @@ class FolderSource:
         """Nothing to bring: files are read where they lie."""
 
     @property
-    def in_runs(self) -> bool:
+    def is_chunked(self) -> bool:
         return False
 
     def fetch(self, begin: int, end: int) -> list[memoryview]:

@@ -1,25 +1,21 @@
 """The stream of batches, for training and for evaluation.
 
-1. The run's place is one integer, the samples consumed: step t begins at t * global_batch_size.
-2. The main process plans: sample number g is position g % N of epoch g // N, and the epoch's order names the
-   sample. Of each global batch it takes its rank's share (`gcvit.data.batch_plan`), cuts it into micro-batches,
-   and each of these into one task per loader process, of a few numbers.
-3. A run of neighbouring samples is one loader process's, which reads it at once and keeps it until its last sample
-   is used. (Where a rank does not keep its lanes, runs are several ranks', and samples are read one by one.)
-4. A loader process seeds each sample by (seed, epoch, position), decodes, transforms, stacks; it times each of these.
-5. The main process receives the pieces in the order of the tasks, pins them where wanted, groups a step's.
-6. A corrupt sample is replaced by another, which (seed, epoch, position) chooses; the batch tells. What else fails
-   travels as an error; the main process raises it, and it stays a UserError.
+1. A run's progress is one integer, the samples consumed: step t begins at t * global_batch_size.
+2. The main process plans. Sample number g is position g % N of epoch g // N, and the epoch's order gives the sample.
+   The rank's share of each global batch (`gcvit.data.batch_plan`) is cut into micro-batches, and each of these into
+   one small task per worker.
+3. A chunk of neighbouring samples belongs to one worker, which reads it at once and keeps it until its last sample
+   is used. If a rank does not keep its lanes, several ranks need a chunk, and samples are read one by one.
+4. A worker seeds each sample by (seed, epoch, position), decodes, transforms and stacks it, and times each stage.
+5. The main process receives the pieces in the order of the tasks, pins them if asked to, and groups them by step.
+6. A corrupt sample is replaced by another, chosen by (seed, epoch, position), and reported in the batch. Any other
+   failure of a worker is sent back as an error, and the main process raises it: a UserError stays one.
 
-Nothing is remembered but the step: resuming is starting at another one, on any number of processes.
+The only state is the step: to resume is to start at another step, on any number of processes.
 """
 
 import itertools
-import multiprocessing
-import os
 import resource
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -36,37 +32,35 @@ from gcvit.config.schema import AugmentConfig, Config, DataConfig
 from gcvit.data.batch import Batch, Corruption, EvalBatch, Piece, empty_images, join_pieces
 from gcvit.data.batch_plan import BatchPlan, check_world, cut_consecutive
 from gcvit.data.decode import DecodeError
-from gcvit.data.epoch_iterator import Epochs
+from gcvit.data.epoch_iterator import EpochOrders
 from gcvit.data.source import CorruptSample, Source
 from gcvit.data.transforms import EvalTransform, TrainTransform, draw_erase, preserved_generators, seed_sample
-from gcvit.data.worker_process import loader_context
+from gcvit.data.worker_process import loader_context, start_worker
 from gcvit.errors import UserError
-from gcvit.runtime import signals
 
 __all__ = ["Batch", "EvalBatch", "eval_stream", "train_stream"]
 
 Loaded = TypeVar("Loaded", Piece, EvalBatch)
 Indices = npt.NDArray[np.int64]
 
-_REPLACEMENT_STREAM = 4  # keeps these draws apart from others that begin with the same seed
-_MAX_REPLACEMENTS = 100  # tries: so many corrupt samples in a row are no accident
+_REPLACEMENT_STREAM = 4  # separates these draws from others with the same seed
+_MAX_REPLACEMENTS = 100  # attempts: so many corrupt samples in a row are no accident
 
 
 @dataclass(frozen=True)
 class _TrainTask:
     """Some rows of a micro-batch to load; every array is [p].
 
-    Row in the micro-batch; epoch and position therein; the sample, its run's begin and end, and whether the run
-    is done with it.
+    `positions` lie within the epochs. `is_last` is true where the worker can drop the chunk after this sample.
     """
 
     rows: Indices
     epochs: Indices
-    places: Indices
+    positions: Indices
     samples: Indices
-    begin: Indices
-    end: Indices
-    last: npt.NDArray[np.bool_]
+    chunk_begin: Indices
+    chunk_end: Indices
+    is_last: npt.NDArray[np.bool_]
 
 
 def train_stream(
@@ -78,17 +72,22 @@ def train_stream(
     rank: int,
     pin_memory: bool,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Endless: for each optimizer step from `start_step` on, this rank's `batch_plan.num_micro_steps` batches.
+    """Stream this rank's batches of the optimizer steps from `start_step` on, without end.
 
-    Errors: UserError, at once, for more processes than samples, a micro-batch too small for a pair, an unknown
-    RandAugment policy; later, with `rank_local`, for files that cannot be read, and for nothing but corruption.
+    Returns:
+        For each step, `batch_plan.num_micro_steps` batches.
+
+    Raises:
+        UserError: at once, for more processes than samples, a micro-batch too small for a pair, or an unknown
+            RandAugment policy. Later, with `rank_local`, for files that cannot be read, and where all attempts to
+            replace a corrupt sample meet another.
     """
     check_world(source.num_samples, batch_plan.world_size)
     data = config.data
     # Plan before the loader starts, so that errors in the numbers are raised before processes exist.
     micro_batches = batch_plan.micro_batches(rank, data.lanes)
     tasks = _plan_training(source, data, config.seed, batch_plan, micro_batches, start_step)
-    loader = _TrainLoader(source, data, config.augment, config.model.img_size, config.seed)
+    loader = _TrainDataset(source, data, config.augment, config.model.img_size, config.seed)
     pieces = _load(loader, tasks, data.num_workers, data, pin_memory)
     return _group(pieces, micro_batches, _num_pieces(data))
 
@@ -105,17 +104,23 @@ def eval_stream(
     skip_corrupt: bool = False,
     five_crop: bool = False,
 ) -> Iterator[EvalBatch]:
-    """Each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
+    """Stream each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
 
-    A rank takes consecutive samples. A corrupt one is an error, or with `skip_corrupt` a row of padding. With
-    `five_crop` each sample has five images, one behind the other (`EvalTransform`). Errors: as `train_stream`.
+    A rank reads consecutive samples.
+
+    Args:
+        skip_corrupt: a corrupt sample becomes a row of padding, not an error.
+        five_crop: each sample has five consecutive images (see `EvalTransform`).
+
+    Raises:
+        UserError: as `train_stream`, and for a corrupt sample unless `skip_corrupt`.
     """
     check_world(source.num_samples, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))
     largest_share = -(-source.num_samples // world_size)
     num_batches = -(-largest_share // batch_size)
     tasks = _plan_evaluation(source, cut_consecutive(np.arange(low, high), num_batches, batch_size))
-    loader = _EvalLoader(source, data, img_size, batch_size, skip_corrupt, five_crop)
+    loader = _EvalDataset(source, data, img_size, batch_size, skip_corrupt, five_crop)
     return _load(loader, tasks, min(data.num_workers, num_batches), data, pin_memory)
 
 
@@ -127,32 +132,31 @@ def _plan_training(
     micro_batches: list[Indices],
     start_step: int,
 ) -> Iterator[_TrainTask]:
-    in_runs = source.in_runs and batch_plan.holds_whole_lanes(data.lanes)
+    reads_chunks = source.is_chunked and batch_plan.holds_whole_lanes(data.lanes)
     batch_size = batch_plan.global_batch_size
-    orders = Epochs(source, data, seed, np.concatenate(micro_batches), batch_size, start_step)
+    orders = EpochOrders(source, data, seed, np.concatenate(micro_batches), batch_size, start_step)
     for step in itertools.count(start_step):
-        for positions in micro_batches:
-            epochs, places = np.divmod(step * batch_size + positions, source.num_samples)
-            yield from _cut_tasks(orders, epochs, places, in_runs, _num_pieces(data))
+        for micro_batch in micro_batches:
+            epochs, positions = np.divmod(step * batch_size + micro_batch, source.num_samples)
+            yield from _cut_tasks(orders, epochs, positions, reads_chunks, _num_pieces(data))
 
 
 def _cut_tasks(
-    orders: Epochs, epochs: Indices, places: Indices, in_runs: bool, num_pieces: int
+    orders: EpochOrders, epochs: Indices, positions: Indices, reads_chunks: bool, num_pieces: int
 ) -> Iterator[_TrainTask]:
-    samples, begin, end, opened = (np.empty_like(places) for _ in range(4))
-    last = np.ones(len(places), dtype=bool)
+    samples, begin, end, number = (np.empty_like(positions) for _ in range(4))
+    is_last = np.ones(len(positions), dtype=bool)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        picks = orders.take(int(epoch), places[here])
-        samples[here], begin[here], end[here] = picks.samples, picks.begin, picks.end
-        opened[here], last[here] = picks.opened, picks.last
-    if not in_runs:
-        begin, end, opened, last = samples, samples + 1, np.arange(len(samples)), np.ones_like(last)
+        in_epoch = epochs == epoch
+        found = orders.lookup(int(epoch), positions[in_epoch])
+        samples[in_epoch], number[in_epoch], is_last[in_epoch] = found.samples, found.chunk_number, found.is_last
+        begin[in_epoch], end[in_epoch] = found.chunk_begin, found.chunk_end
+    if not reads_chunks:
+        begin, end, number, is_last = samples, samples + 1, np.arange(len(samples)), np.ones_like(is_last)
     for piece in range(num_pieces):
-        rows = np.flatnonzero(opened % num_pieces == piece)
-        yield _TrainTask(
-            rows, epochs[rows], places[rows], samples[rows], begin[rows], end[rows], last[rows].astype(np.bool_)
-        )
+        rows = np.flatnonzero(number % num_pieces == piece)
+        chunk = begin[rows], end[rows], is_last[rows].astype(np.bool_)
+        yield _TrainTask(rows, epochs[rows], positions[rows], samples[rows], *chunk)
 
 
 def _plan_evaluation(source: Source, tasks: list[Indices]) -> Iterator[Indices]:
@@ -168,45 +172,46 @@ def _plan_evaluation(source: Source, tasks: list[Indices]) -> Iterator[Indices]:
 
 
 def _num_pieces(data: DataConfig) -> int:
-    # The loader hands tasks to its processes in turn, so that piece w of each micro-batch is process w's.
+    # The loader sends tasks to its workers in turn, so that worker w loads piece w of each micro-batch.
     return max(1, data.num_workers)
 
 
-class _TrainLoader(Dataset[Piece | UserError]):
-    """Runs in the loader processes: a task becomes a piece of a batch."""
+class _TrainDataset(Dataset[Piece | UserError]):
+    """Load the piece of a batch that a task describes; this runs in the workers."""
 
     def __init__(self, source: Source, data: DataConfig, augment: AugmentConfig, img_size: int, seed: int):
         self._source, self._seed, self._img_size = source, seed, img_size
         self._transform = TrainTransform(augment, data, img_size)
         self._erase_prob = augment.erase_prob
-        self._runs: dict[tuple[int, int], list[memoryview]] = {}  # that are open, by epoch and first sample
+        self._chunks: dict[tuple[int, int], list[memoryview]] = {}  # in the shuffle buffer, by epoch and first sample
 
     def __getitem__(self, task: _TrainTask) -> Piece | UserError:
-        stopwatch = self._transform.stopwatch
-        stopwatch.switch("collation")
+        timer = self._transform.timer
+        timer.switch("collation")
         images = empty_images(len(task.rows), self._img_size)
         erase = np.zeros((len(task.rows), 5), dtype=np.int64)
         samples = task.samples.copy()
         corrupt: list[Corruption] = []
         with preserved_generators():
-            for i, (epoch, place, sample) in enumerate(
-                zip(task.epochs.tolist(), task.places.tolist(), task.samples.tolist(), strict=True)
+            for i, (epoch, position, sample) in enumerate(
+                zip(task.epochs.tolist(), task.positions.tolist(), task.samples.tolist(), strict=True)
             ):
                 try:
-                    stopwatch.switch("storage")
-                    content = self._stored(epoch, sample, int(task.begin[i]), int(task.end[i]), bool(task.last[i]))
+                    timer.switch("storage")
+                    chunk = int(task.chunk_begin[i]), int(task.chunk_end[i])
+                    content = self._read(epoch, sample, *chunk, is_last=bool(task.is_last[i]))
                     for attempt in range(_MAX_REPLACEMENTS):
-                        seed_sample(self._seed, epoch, place)
+                        seed_sample(self._seed, epoch, position)
                         try:
                             self._source.check(sample, content)
                             view = self._transform(content)
-                            stopwatch.switch("collation")
+                            timer.switch("collation")
                             images[i] = view
                             break
                         except (CorruptSample, DecodeError) as error:
                             corrupt.append(Corruption(sample, self._source.name(sample), str(error)))
-                        stopwatch.switch("storage")
-                        sample = self._replacement(epoch, place, attempt)
+                        timer.switch("storage")
+                        sample = self._draw_replacement(epoch, position, attempt)
                         (content,) = self._source.fetch(sample, sample + 1)
                     else:
                         return _too_much_corruption(corrupt)
@@ -215,19 +220,19 @@ class _TrainLoader(Dataset[Piece | UserError]):
                 samples[i] = sample
                 erase[i] = draw_erase(self._erase_prob, self._img_size, self._img_size)
         labels = self._source.label[samples].astype(np.int64)
-        stopwatch.switch(None)
-        return Piece(task.rows, images, labels, erase, tuple(corrupt), samples, stopwatch.take())
+        timer.switch(None)
+        return Piece(task.rows, images, labels, erase, tuple(corrupt), samples, timer.pop_seconds())
 
-    def _stored(self, epoch: int, sample: int, begin: int, end: int, is_last: bool) -> memoryview:
-        run = self._runs.pop((epoch, begin), None)
-        if run is None:
-            run = self._source.fetch(begin, end)
+    def _read(self, epoch: int, sample: int, begin: int, end: int, *, is_last: bool) -> memoryview:
+        chunk = self._chunks.pop((epoch, begin), None)
+        if chunk is None:
+            chunk = self._source.fetch(begin, end)
         if not is_last:
-            self._runs[epoch, begin] = run
-        return run[sample - begin]
+            self._chunks[epoch, begin] = chunk
+        return chunk[sample - begin]
 
-    def _replacement(self, epoch: int, place: int, attempt: int) -> int:
-        words = np.random.SeedSequence((self._seed, _REPLACEMENT_STREAM, epoch, place, attempt)).generate_state(
+    def _draw_replacement(self, epoch: int, position: int, attempt: int) -> int:
+        words = np.random.SeedSequence((self._seed, _REPLACEMENT_STREAM, epoch, position, attempt)).generate_state(
             1, np.uint64
         )
         return int(words[0]) % self._source.num_samples
@@ -241,8 +246,8 @@ def _too_much_corruption(corrupt: list[Corruption]) -> UserError:
     )
 
 
-class _EvalLoader(Dataset[EvalBatch | UserError]):
-    """As `_TrainLoader`; a task holds the numbers of up to `batch_size` consecutive samples."""
+class _EvalDataset(Dataset[EvalBatch | UserError]):
+    """Load a batch of evaluation; a task holds the numbers of up to `batch_size` consecutive samples."""
 
     def __init__(
         self, source: Source, data: DataConfig, img_size: int, batch_size: int, skip_corrupt: bool, five_crop: bool
@@ -273,8 +278,8 @@ class _EvalLoader(Dataset[EvalBatch | UserError]):
                 "a sample is corrupt",
                 got=f"{corrupt[0].where} ({corrupt[0].reason})",
                 hint=(
-                    "python -m data_prep.verify lists all corruption, and --repair mends"
-                    if self._source.in_runs
+                    "python -m data_prep.verify lists all corruption, and --repair replaces it"
+                    if self._source.is_chunked
                     else "replace the file"
                 )
                 + "; --skip-corrupt leaves it out",
@@ -292,9 +297,9 @@ def _load(
     data: DataConfig,
     pin_memory: bool,
 ) -> Iterator[Loaded]:
-    """What becomes of the tasks, in their order; with 0 workers it is made when asked for, in this process."""
+    """Load the tasks in their order; without workers, each is loaded by this process when it is asked for."""
     if num_workers:
-        # Images of all micro-batches of a step may be on their way at once, each with a file descriptor.
+        # Images of all micro-batches of a step may be in transit at once, each with a file descriptor.
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     loaded = DataLoader(
@@ -304,41 +309,16 @@ def _load(
         num_workers=num_workers,
         prefetch_factor=data.prefetch_batches if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         multiprocessing_context=loader_context() if num_workers else None,
-        # The loader draws its workers' seeds, which nobody reads, from here, not from the global generator.
+        # The loader draws the seeds of its workers, which are not used, from here, not from the global generator.
         generator=torch.Generator(),
     )
     return _raise_error(iter(loaded))
 
 
-def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: the main process ends its workers, they need not each say so.
-    # torch has set one thread a worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # So does the notice to leave, of which they take none (signals.py): they load what the last steps need.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-
-    def follow() -> None:
-        # torch's own watch looks at the fork server, which lives for as long as one of its children does.
-        trainer.join()
-        os._exit(1)
-
-    def obey() -> None:
-        # A worker that does not stop of itself is ended by the trainer, with SIGTERM.
-        while True:
-            sent = signal.sigwaitinfo(signals.SIGNALS)
-            if (sent.si_signo, sent.si_pid) == (signal.SIGTERM, trainer.pid):
-                os._exit(1)
-
-    for watch in (follow, obey):
-        threading.Thread(target=watch, daemon=True).start()
-
-
 def _raise_error(items: Iterator[Loaded | UserError]) -> Iterator[Loaded]:
-    """Pass items on; raise the first error that comes in place of one."""
+    """Yield the items; raise the first error that comes in place of one."""
     for item in items:
         if isinstance(item, UserError):
             error = item
@@ -346,10 +326,10 @@ def _raise_error(items: Iterator[Loaded | UserError]) -> Iterator[Loaded]:
         yield item
     else:
         return
-    # Nothing may hold the loader when the error leaves, this frame and the error's traceback included: where
-    # it dies in a cycle, its queues close before the workers are told to end, and each is awaited for 5 s.
+    # Nothing may refer to the loader when the error leaves, this frame and the error's traceback included. If it
+    # is freed in a cycle, its queues close before the workers are asked to end, and each is awaited for 5 s.
     del items, item
-    error.rank_local = True  # type: ignore[attr-defined]  # other ranks do not meet this error
+    error.rank_local = True  # type: ignore[attr-defined]  # other ranks do not raise this error
     try:
         raise error
     finally:
@@ -363,20 +343,20 @@ def _group(pieces: Iterator[Piece], micro_batches: list[Indices], num_pieces: in
 
 
 def _await_batch(positions: Tensor, pieces: Iterator[Piece], num_pieces: int) -> Batch:
-    """Take a batch's pieces, timing how long each is waited for: in that time the loader works on it, or has done so.
+    """Receive the pieces of a batch, and time the wait for each.
 
-    A wait is split by stage as the loader's work on the piece was.
+    A wait is attributed to stages in proportion to the worker's seconds on the piece.
     """
     waited: dict[str, float] = defaultdict(float)
-    taken = []
+    received = []
     for _ in range(num_pieces):
         begin = time.perf_counter()
         piece = next(pieces)
         share = (time.perf_counter() - begin) / (sum(piece.seconds.values()) or 1.0)
         for stage, seconds in piece.seconds.items():
             waited[stage] += share * seconds
-        taken.append(piece)
+        received.append(piece)
     begin = time.perf_counter()
-    batch = join_pieces(positions, tuple(taken))
+    batch = join_pieces(positions, tuple(received))
     waited["collation"] += time.perf_counter() - begin
     return replace(batch, waited=waited)

@@ -58,8 +58,8 @@ class Source(Protocol):
         """Hex text that is equal where the samples, their order and their classes are."""
 
     @property
-    def in_runs(self) -> bool:
-        """Whether neighbours lie together, so that many are read as quickly as one."""
+    def is_chunked(self) -> bool:
+        """Whether neighbours are stored together, so that a chunk of them is read as quickly as one."""
 
     def fetch(self, begin: int, end: int) -> list[memoryview]:
         """The encoded images `begin` to `end` (exclusive) as they are stored, in few reads: see `check`.
@@ -112,7 +112,7 @@ class ShardSource:
         return self._manifest.member_name(index)
 
     @property
-    def in_runs(self) -> bool:
+    def is_chunked(self) -> bool:
         return True
 
     def prefetch(self, shards: Iterable[int]) -> Prefetcher | None:

@@ -1,10 +1,10 @@
-"""Seconds by stage, on the host: each moment belongs to the stage that was switched to last."""
+"""Time the stages of work on the host: each moment belongs to the stage that was switched to last."""
 
 import time
 
 
-class Stopwatch:
-    """Stages are texts; the moments of None are nobody's."""
+class StageTimer:
+    """Add up seconds by stage, a text; the time of None is not counted."""
 
     def __init__(self) -> None:
         self._stage: str | None = None
@@ -12,15 +12,19 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
 
     def switch(self, stage: str | None) -> str | None:
-        """From now on it is this stage's time; returns the one before."""
+        """Begin another stage.
+
+        Returns:
+            The stage before.
+        """
         now, before = time.perf_counter(), self._stage
         if before is not None:
             self._seconds[before] = self._seconds.get(before, 0.0) + now - self._since
         self._stage, self._since = stage, now
         return before
 
-    def take(self) -> dict[str, float]:
-        """What has added up since the last call, by stage."""
+    def pop_seconds(self) -> dict[str, float]:
+        """Return the seconds since the last call, by stage."""
         self.switch(self._stage)
         seconds, self._seconds = self._seconds, {}
         return seconds

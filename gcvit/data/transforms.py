@@ -25,7 +25,7 @@ from gcvit.config.schema import AugmentConfig, DataConfig, MixConfig
 from gcvit.data.batch import Batch
 from gcvit.data.decode import Box, Bytes, DecodeError, EncodedImage, Pixels, decode
 from gcvit.data.image_files import MAX_PIXELS
-from gcvit.data.stage_timer import Stopwatch
+from gcvit.data.stage_timer import StageTimer
 from gcvit.errors import UserError
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the image; these and the aspect ratio are timm's defaults
@@ -43,12 +43,12 @@ class TrainTransform:
 
     In memory the channels come last, as decoders leave them: the device puts them first in no time, a processor
     needs a quarter of a resize. Draws come from Python's, NumPy's and torch's global generators: see `seed_sample`.
-    Its `stopwatch` tells "decoding" from "augmentation".
+    Its `timer` separates "decoding" from "augmentation".
     """
 
     def __init__(self, augment: AugmentConfig, data: DataConfig, img_size: int):
         """Errors: UserError for a RandAugment policy that timm cannot read."""
-        self.stopwatch = Stopwatch()
+        self.timer = StageTimer()
         self._augment, self._upright, self._img_size = augment, data.exif_orientation, img_size
         self._steps: list[Callable[[Image.Image], Image.Image]] = []
         if affine := augment.affine:
@@ -62,7 +62,7 @@ class TrainTransform:
 
     def __call__(self, content: Bytes) -> Tensor:
         """Errors: DecodeError for bytes that are no image or a corrupt one."""
-        self.stopwatch.switch("decoding")
+        self.timer.switch("decoding")
         encoded = EncodedImage(content, upright=self._upright)
         box = draw_crop(self._augment.scale, self._augment.ratio, encoded.height, encoded.width)
         interpolation: str = self._augment.interpolation
@@ -70,7 +70,7 @@ class TrainTransform:
             interpolation = random.choice(("bilinear", "bicubic"))
         flip = torch.rand(1).item() < self._augment.hflip
         pixels, inner = encoded.read(box, math.ceil(_MIN_DECODED * self._img_size))
-        self.stopwatch.switch("augmentation")
+        self.timer.switch("augmentation")
         pixels = _resize(pixels, inner, self._img_size, interpolation)
         if not self._steps:
             view = torch.from_numpy(pixels.transpose(2, 0, 1))

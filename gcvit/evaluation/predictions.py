@@ -74,7 +74,7 @@ class Collector:
 def key_of(source: Source, index: int) -> str:
     """A sample's name in its split, from a shard without the shard's: "n01440764/n01440764_10026.jpg"."""
     name = source.name(index)
-    key = name.partition(": ")[2] if source.in_runs else name
+    key = name.partition(": ")[2] if source.is_chunked else name
     return os.fsencode(key).decode(errors="backslashreplace")  # of a disk, where names may be any bytes
 
 

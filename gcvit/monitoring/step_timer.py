@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gcvit.data.batch import Batch
-from gcvit.data.stage_timer import Stopwatch
+from gcvit.data.stage_timer import StageTimer
 from gcvit.monitoring.process_group_hooks import Around, wrap_collectives
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.engine import Engine
@@ -35,7 +35,7 @@ class StepClock:
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._host = Stopwatch()
+        self._host = StageTimer()
         self._stage: str | None = None
         self._marks: list[tuple[str | None, torch.cuda.Event]] = []  # each stage's begin
         self._seconds: dict[str, float] = {}
@@ -90,7 +90,7 @@ class StepClock:
         if self._is_cuda:
             self._marks[-1][1].synchronize()
             self._add_up(len(self._marks) - 1)
-        found = Seconds(self._seconds if self._is_cuda else self._host.take(), self._loading)
+        found = Seconds(self._seconds if self._is_cuda else self._host.pop_seconds(), self._loading)
         self._seconds, self._loading = {}, dict.fromkeys(LOADING, 0.0)
         return found
 

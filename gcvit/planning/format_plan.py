@@ -206,8 +206,8 @@ def find_warnings(plan: Plan) -> Iterator[str]:
             "the GPUs would wait"
         )
     num_bytes = config.data.lanes * config.data.shuffle_chunks * config.data.chunk_bytes / plan.num_gpus
-    if data.in_runs and num_bytes > _GB:
-        yield f"the open chunks take up to {num_bytes / _GB:,.1f} GB of the host's memory for each GPU"
+    if data.is_chunked and num_bytes > _GB:
+        yield f"the shuffle buffer takes up to {num_bytes / _GB:,.1f} GB of the host's memory for each GPU"
     if config.model.drop_path_skips:
         yield "model.drop_path_skips=true: a step that skips images takes less than is predicted here"
     if config.compile:

@@ -54,8 +54,8 @@ class Data:
     num_val: int
     bytes_per_image: float
     num_shards: int | None
-    in_runs: bool = True
-    """As `Source.in_runs`."""
+    is_chunked: bool = True
+    """As `Source.is_chunked`."""
 
 
 # The mean is that of ILSVRC2012_img_train.tar, 147,897,477,120 bytes, over its images.
@@ -186,7 +186,7 @@ def make_plan(
         train, val = sources
         check_world(train.num_samples, num_gpus)
         mean = float(train.length.mean(dtype="float64"))
-        places = (len(train.first) - 1, train.in_runs)
+        places = (len(train.first) - 1, train.is_chunked)
         data = Data(str(config.data.dir), train.num_samples, val.num_samples, mean, *places)
     schedule = build_schedule(
         config.schedule, config.optim, global_batch_size=config.global_batch_size, samples_per_epoch=data.num_samples

@@ -209,8 +209,8 @@ def describe(
         f"in {batch_plan.num_micro_steps} micro-step(s), from step {first_step}"
     )
     num_bytes = data.lanes * data.shuffle_chunks * data.chunk_bytes
-    if train.in_runs and num_bytes > _MUCH_MEMORY * world.size:
-        yield f"the runs that are open take up to {num_bytes / world.size / 1e9:.1f} GB in each process"
+    if train.is_chunked and num_bytes > _MUCH_MEMORY * world.size:
+        yield f"the shuffle buffer takes up to {num_bytes / world.size / 1e9:.1f} GB in each process"
     if not batch_plan.holds_whole_lanes(data.lanes):
         yield (
             f"samples are read one by one: {world.size} processes do not divide data.lanes={data.lanes}, "

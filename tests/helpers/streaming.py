@@ -67,4 +67,4 @@ def assert_equal_rows(got, expected):
 
 def order_epoch(first, length, **arguments) -> np.ndarray:
     """The sample at each position of an epoch: [N]."""
-    return EpochOrder(first, length, **arguments).take(np.arange(first[-1])).samples
+    return EpochOrder(first, length, **arguments).lookup(np.arange(first[-1])).samples

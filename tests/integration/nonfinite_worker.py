@@ -125,7 +125,7 @@ def observe(trainer: Trainer, plan: dict[int, str]) -> dict[str, Any]:
         poison(trainer, plan),
         mock.patch.object(Trainer, "train_step", observed_train_step),
         mock.patch.object(trainer.engine, "step", observed_step),
-        mock.patch.object(loader._TrainLoader, "__getitem__", reads.apart(loader._TrainLoader.__getitem__)),
+        mock.patch.object(loader._TrainDataset, "__getitem__", reads.apart(loader._TrainDataset.__getitem__)),
         reads,
     ):
         try:

@@ -22,10 +22,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from gcvit.checkpoint.manager import CheckpointManager, Snapshot
 from gcvit.config.load import load_config
-from gcvit.config.schema import Config
 from gcvit.data import batch, decode, loader, source, transforms
 from gcvit.data import folder_source as class_folders
-from gcvit.data.source import Source, open_sources
+from gcvit.data.source import open_sources
 from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.ddp import DdpEngine
 from gcvit.runtime.distributed import World, join_world
@@ -80,19 +79,20 @@ def visited(places: list[tuple[Any, str]], visit: Callable[[], None]) -> Iterato
         yield
 
 
-class SleepyLoader(loader._TrainLoader):
+class SleepyLoader(loader._TrainDataset):
     """Travels to the loader processes, and is slow there."""
 
     sleeper: ClassVar[Sleeper]
+    batch_size: ClassVar[int]
 
-    def __init__(self, data: Source, config: Config):
-        super().__init__(data, config)
-        self._sleeper, self._batch_size = self.sleeper, config.global_batch_size
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._sleeper, self._batch_size = self.sleeper, self.batch_size
 
     def __getitem__(self, task: loader._TrainTask) -> Any:
         if not len(task.rows):
             return super().__getitem__(task)
-        step = 1 + int(task.epochs[0] * self._source.num_samples + task.places[0]) // self._batch_size
+        step = 1 + int(task.epochs[0] * self._source.num_samples + task.positions[0]) // self._batch_size
         with ExitStack() as stack:
             for stage, places in LOADER_PLACES.items():
                 stack.enter_context(visited(places, lambda stage=stage: self._sleeper.visit(stage, step)))
@@ -149,8 +149,9 @@ def run_all(spec: dict, world: World) -> None:
         overrides = [*run["overrides"], f"tag={run['tag']}", f"output_dir={spec['out']}", f"data.dir={spec['data']}"]
         config, _ = load_config(spec["config"], overrides)
         SleepyLoader.sleeper = sleeper = Sleeper(run, world.rank)
+        SleepyLoader.batch_size = config.global_batch_size
         with (
-            mock.patch.object(loader, "_TrainLoader", SleepyLoader),
+            mock.patch.object(loader, "_TrainDataset", SleepyLoader),
             build_trainer(config, world, open_sources(config.data, config.model.num_classes)) as trainer,
         ):
             train_slowly(trainer, sleeper, set(map(int, run["plan"])))

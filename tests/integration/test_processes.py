@@ -159,13 +159,12 @@ def test_a_loader_that_is_stuck_is_left_behind_whatever_signals_rain(tmp_path):
     """Of two SIGTERMs that wait at once the system keeps one: the trainer's may be the one that it drops."""
     (tmp_path / "stuck.py").write_text("""
 import os, subprocess, sys, time
-from gcvit.data.worker_process import loader_context
-from gcvit.data.loader import _start_worker
+from gcvit.data.worker_process import loader_context, start_worker
 
 RAIN = "import os, sys, itertools; [os.kill(int(sys.argv[1]), 15) for _ in itertools.count()]"
 
 def load(pipe):
-    _start_worker(0)
+    start_worker(0)
     pipe.send(os.getpid())
     time.sleep(1000)
 

@@ -115,34 +115,34 @@ def test_lanes_planned_apart_are_the_same_lanes(arguments, data):
         apart.plan(np.array(lanes))
     positions = np.array(data.draw(st.permutations(range(num_samples))), dtype=np.int64)
     for some in np.array_split(positions, 3):
-        assert np.array_equal(apart.take(some).samples, whole[some])
+        assert np.array_equal(apart.lookup(some).samples, whole[some])
 
 
 @given(arguments=orders())
 @settings(max_examples=100, deadline=None)
-def test_runs_are_read_once_and_dropped_after_their_last_sample(arguments):
+def test_chunks_are_read_once_and_dropped_after_their_last_sample(arguments):
     arguments, num_samples = arguments
-    picks = EpochOrder(**arguments).take(np.arange(num_samples))
+    found = EpochOrder(**arguments).lookup(np.arange(num_samples))
     lanes = np.arange(num_samples) % arguments["lanes"]
-    assert ((picks.begin <= picks.samples) & (picks.samples < picks.end)).all()
-    shard = np.searchsorted(arguments["first"], picks.samples, side="right")
-    assert np.array_equal(shard, np.searchsorted(arguments["first"], picks.begin, side="right"))
-    assert np.array_equal(shard, np.searchsorted(arguments["first"], picks.end - 1, side="right"))
-    runs = set(zip(picks.begin.tolist(), picks.end.tolist(), strict=True))
-    assert sum(end - begin for begin, end in runs) == num_samples  # runs neither overlap nor leave out
-    for begin, end in runs:
-        of_run = np.flatnonzero(picks.begin == begin)
-        assert len(set(lanes[of_run])) == 1
-        assert sorted(picks.samples[of_run]) == list(range(begin, end))
-        assert picks.last[of_run].tolist() == [False] * (end - begin - 1) + [True]
-        bytes_of_run = arguments["length"][begin:end].sum()
-        assert bytes_of_run < arguments["chunk_bytes"] + arguments["length"][begin:end].max()
+    assert ((found.chunk_begin <= found.samples) & (found.samples < found.chunk_end)).all()
+    shard = np.searchsorted(arguments["first"], found.samples, side="right")
+    assert np.array_equal(shard, np.searchsorted(arguments["first"], found.chunk_begin, side="right"))
+    assert np.array_equal(shard, np.searchsorted(arguments["first"], found.chunk_end - 1, side="right"))
+    chunks = set(zip(found.chunk_begin.tolist(), found.chunk_end.tolist(), strict=True))
+    assert sum(end - begin for begin, end in chunks) == num_samples  # chunks neither overlap nor leave out
+    for begin, end in chunks:
+        of_chunk = np.flatnonzero(found.chunk_begin == begin)
+        assert len(set(lanes[of_chunk])) == 1
+        assert sorted(found.samples[of_chunk]) == list(range(begin, end))
+        assert found.is_last[of_chunk].tolist() == [False] * (end - begin - 1) + [True]
+        bytes_of_chunk = arguments["length"][begin:end].sum()
+        assert bytes_of_chunk < arguments["chunk_bytes"] + arguments["length"][begin:end].max()
     for lane in range(min(arguments["lanes"], num_samples)):
-        opened = picks.opened[lanes == lane] - lane
-        assert sorted(set(opened.tolist())) == list(range(opened.max() + 1))
-        # A run is opened only when all before it are open or done: at most shuffle_chunks at once.
-        newest = np.maximum.accumulate(opened)
-        assert (newest - opened < arguments["shuffle_chunks"]).all()
+        number = found.chunk_number[lanes == lane] - lane
+        assert sorted(set(number.tolist())) == list(range(number.max() + 1))
+        # A chunk enters the shuffle buffer only when all before it are in it or done: at most shuffle_chunks at once.
+        newest = np.maximum.accumulate(number)
+        assert (newest - number < arguments["shuffle_chunks"]).all()
 
 
 @given(arguments=orders(), data=st.data())
@@ -152,7 +152,7 @@ def test_shards_come_in_the_order_of_their_first_use(arguments, data):
     lanes = np.array(data.draw(st.lists(st.integers(0, arguments["lanes"] - 1), min_size=1)))
     order = EpochOrder(**arguments)
     positions = np.flatnonzero(np.isin(np.arange(num_samples) % arguments["lanes"], lanes))
-    shard = np.searchsorted(arguments["first"], order.take(positions).samples, side="right") - 1
+    shard = np.searchsorted(arguments["first"], order.lookup(positions).samples, side="right") - 1
     assert sorted(order.shards(lanes)) == sorted(set(shard.tolist()))
     start_entry = data.draw(st.integers(0, 30))
     if num_samples:
@@ -169,11 +169,11 @@ def test_a_lane_uses_few_shards_at_a_time():
         seed=0,
         epoch=0,
         lanes=4,
-        chunk_bytes=500,  # 40 runs a shard: 6.4 shards in 256 runs, 50 in a lane
+        chunk_bytes=500,  # 40 chunks a shard: 6.4 shards in 256 chunks, 50 in a lane
         shuffle_chunks=3,
     )
     for lane in range(4):
-        shards = order.take(np.arange(lane, num_samples, 4)).samples // shard
+        shards = order.lookup(np.arange(lane, num_samples, 4)).samples // shard
         spans = [np.flatnonzero(shards == one)[[0, -1]] for one in np.unique(shards)]
         num_open = [sum(begin <= entry <= end for begin, end in spans) for entry in range(len(shards))]
         assert max(num_open) <= 16
@@ -183,7 +183,7 @@ def test_a_lane_uses_few_shards_at_a_time():
 def test_a_resumed_epoch_brings_the_shards_that_it_needs():
     first, length = np.arange(0, 40_001, 100), random_lengths(40_000)
     order = EpochOrder(first, length, seed=0, epoch=0, lanes=4, chunk_bytes=500, shuffle_chunks=3)
-    lane = order.take(np.arange(2, 40_000, 4)).samples // 100
+    lane = order.lookup(np.arange(2, 40_000, 4)).samples // 100
     for start_entry in (0, 3000, 9000):
         listed = order.shards(np.array([2]), start_entry)
         assert set(lane[start_entry:].tolist()) <= set(listed)

@@ -107,7 +107,7 @@ def test_each_epoch_takes_each_sample_once(
     for rank in range(world_size):
         tasks, num_steps = plan(source, config, world_size, rank, micro)
         for task in itertools.islice(tasks, num_batches * num_steps * max(1, num_workers)):
-            for epoch, place, sample in zip(task.epochs, task.places, task.samples, strict=True):
+            for epoch, place, sample in zip(task.epochs, task.positions, task.samples, strict=True):
                 assert (epoch, place) not in seen
                 seen[epoch, place] = sample
     orders = [[seen[epoch, place] for place in range(NUM_TRAIN)] for epoch in range(3)]
@@ -127,8 +127,8 @@ def plan(source, config, world_size, rank, micro, start_step=0):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_rank_reads_its_share_once_in_runs(shard_dir, monkeypatch, world_size, num_workers):
-    """Two epochs: each run is one read of one loader process, dropped after its last sample."""
+def test_a_rank_reads_its_share_once_in_chunks(shard_dir, monkeypatch, world_size, num_workers):
+    """Two epochs: each chunk is one read of one worker, dropped after its last sample."""
     source = open_source(shard_dir, "train")
     config = make_config(16, num_workers)
     fetched = []
@@ -136,19 +136,19 @@ def test_a_rank_reads_its_share_once_in_runs(shard_dir, monkeypatch, world_size,
     num_read = 0
     for rank in range(world_size):
         options = (source, config.data, config.augment, 32, config.seed)
-        loaders = [module._TrainLoader(*options) for _ in range(num_workers)]
+        loaders = [module._TrainDataset(*options) for _ in range(num_workers)]
         tasks, num_steps = plan(source, config, world_size, rank, None)
         most_open = 0
         wanted = 0
         for number, task in enumerate(itertools.islice(tasks, 6 * num_steps * num_workers)):
             wanted += len(task.rows)
             for row, sample in enumerate(task.samples):
-                run = int(task.begin[row]), int(task.end[row])
-                loaders[number % num_workers]._stored(int(task.epochs[row]), sample, *run, bool(task.last[row]))
-            most_open = max(most_open, sum(len(loader._runs) for loader in loaders))
+                chunk, is_last = (int(task.chunk_begin[row]), int(task.chunk_end[row])), bool(task.is_last[row])
+                loaders[number % num_workers]._read(int(task.epochs[row]), sample, *chunk, is_last=is_last)
+            most_open = max(most_open, sum(len(loader._chunks) for loader in loaders))
         assert wanted == 6 * 16 // world_size
         assert most_open <= 8 // world_size * 2 + 8  # lanes * shuffle_chunks, and the next epoch's first
-        still_open = sum(len(loader._runs) for loader in loaders)
+        still_open = sum(len(loader._chunks) for loader in loaders)
         num_read += sum(end - begin for begin, end in fetched)
         assert len(fetched) < wanted / 1.5
         assert len(set(fetched)) > still_open
@@ -161,9 +161,9 @@ def test_ranks_without_lanes_of_their_own_read_single_samples(shard_dir):
     source = open_source(shard_dir, "train")
     tasks, _ = plan(source, make_config(12), 5, 1, None)
     for task in itertools.islice(tasks, 20):
-        assert (task.begin == task.samples).all()
-        assert (task.end == task.samples + 1).all()
-        assert task.last.all()
+        assert (task.chunk_begin == task.samples).all()
+        assert (task.chunk_end == task.samples + 1).all()
+        assert task.is_last.all()
 
 
 def test_labels_belong_to_their_images(source, reference):
@@ -301,7 +301,7 @@ def test_mistakes_are_told_before_the_first_batch(source):
 class Numbers:
     """A source without contents, in shards of any sizes."""
 
-    in_runs = True
+    is_chunked = True
 
     def __init__(self, sizes: list[int]):
         self.first = np.concatenate([[0], np.cumsum(sizes)])
@@ -320,7 +320,7 @@ def sequence_of(source, config, world_size, micro, steps) -> list[list[int]]:
         tasks, num_steps = plan(source, config, world_size, rank, micro, start_step=steps.start)
         for batch in batches:
             for task in itertools.islice(tasks, num_steps * num_pieces):
-                place = task.epochs * source.num_samples + task.places
+                place = task.epochs * source.num_samples + task.positions
                 taken = dict(zip(place.tolist(), task.samples.tolist(), strict=True))
                 assert not taken.keys() & batch.keys()
                 batch |= taken

@@ -1,4 +1,4 @@
-"""A stopwatch gives each moment to the stage that was switched to last, whatever the order of switches."""
+"""A stage timer gives each moment to the stage that was switched to last, whatever the order of switches."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit.data.stage_timer import Stopwatch
+from gcvit.data.stage_timer import StageTimer
 
 STAGES = st.sampled_from([None, "storage", "decoding", "collation"])
 
@@ -14,7 +14,7 @@ STAGES = st.sampled_from([None, "storage", "decoding", "collation"])
 @given(st.lists(st.tuples(STAGES, st.floats(0.001, 100), st.booleans())))
 def test_each_moment_is_one_stage_s(switches):
     """By a clock that the test moves: to each stage, then on; and now and then what has added up is taken."""
-    now, watch, right = 50.0, Stopwatch(), {}
+    now, watch, right = 50.0, StageTimer(), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now)
         before = None
@@ -24,9 +24,9 @@ def test_each_moment_is_one_stage_s(switches):
             if stage is not None:
                 right[stage] = right.get(stage, 0.0) + seconds
             if takes:
-                assert without_zeros(watch.take()) == pytest.approx(right)
+                assert without_zeros(watch.pop_seconds()) == pytest.approx(right)
                 right = {}
-        assert without_zeros(watch.take()) == pytest.approx(right)
+        assert without_zeros(watch.pop_seconds()) == pytest.approx(right)
 
 
 def without_zeros(seconds: dict[str, float]) -> dict[str, float]:
@@ -34,11 +34,11 @@ def without_zeros(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def test_a_stage_goes_on_when_its_time_is_taken():
-    now, watch = 0.0, Stopwatch()
+    now, watch = 0.0, StageTimer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now)
         watch.switch("decoding")
         now = 2.0
-        assert watch.take() == {"decoding": 2.0}
+        assert watch.pop_seconds() == {"decoding": 2.0}
         now = 5.0
-        assert watch.take() == {"decoding": 3.0}
+        assert watch.pop_seconds() == {"decoding": 3.0}

@@ -17,10 +17,10 @@ CLASSES = [f"class {label}" for label in range(7)]
 
 @dataclass
 class Samples:
-    in_runs: bool = False
+    is_chunked: bool = False
 
     def name(self, index: int) -> str:
-        return f"val-000000.tar: a/{index}.jpg" if self.in_runs else f"a: b/{index}.jpg"
+        return f"val-000000.tar: a/{index}.jpg" if self.is_chunked else f"a: b/{index}.jpg"
 
 
 @dataclass
@@ -103,7 +103,7 @@ def test_csv_and_parquet_hold_the_same_rows(logits, tmp_path, monkeypatch):
     for suffix in ("csv", "parquet"):
         with open_writer(tmp_path / f"all.{suffix}") as append:
             for name in ("val", "v2"):
-                for rows in rows_of(name, "ema", found, Samples(in_runs=True), CLASSES):
+                for rows in rows_of(name, "ema", found, Samples(is_chunked=True), CLASSES):
                     append(rows)
     with open(tmp_path / "all.csv", newline="") as file:
         texts = list(csv.DictReader(file))
@@ -127,7 +127,7 @@ def test_half_a_file_has_no_name(logits, tmp_path, suffix):
 
 
 def test_keys():
-    assert key_of(Samples(in_runs=True), 3) == "a/3.jpg"
+    assert key_of(Samples(is_chunked=True), 3) == "a/3.jpg"
     assert key_of(Samples(), 3) == "a: b/3.jpg"
 
 

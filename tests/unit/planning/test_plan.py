@@ -300,4 +300,4 @@ def test_what_would_go_badly_is_noted():
     assert "GB of the host's memory" in notes("data.chunk_bytes=1000000000")
     assert "skips images takes less" in notes("model.drop_path_skips=true", "model.drop_path=0.1")
     found = plan(*well, "data.chunk_bytes=1000000000", mfu=0.9)
-    assert not list(plan_text.find_warnings(replace(found, data=replace(found.data, in_runs=False))))
+    assert not list(plan_text.find_warnings(replace(found, data=replace(found.data, is_chunked=False))))
