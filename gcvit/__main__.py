@@ -40,7 +40,7 @@ def list_tools() -> str:
     lines = [f"gcvit {gcvit.__version__}, a large-scale trainer for GC ViT. Its tools, with an example each:"]
     for purpose, tools in TOOLS.items():
         lines += ["", purpose, *(f"  # {about}\n  {example}" for about, example in tools.items())]
-    return "\n".join([*lines, "", "--help behind a tool lists its flags, and docs/README.md the guides."])
+    return "\n".join([*lines, "", "--help behind a tool lists its flags, and README.md the guides."])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The guides' word: commands parse as they stand and those for a laptop run, links lead somewhere, messages exist.
+"""The guides: commands parse as they stand, those for a laptop run, links lead somewhere, quoted messages exist.
 
 The README has a test of its own, which runs more.
 """
@@ -24,6 +24,7 @@ from tests.integration.test_readme import picture
 pytestmark = pytest.mark.docs
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 each_page = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
 TOOLS = ("python", "torchrun", "deepspeed", "sbatch")
 # What starts no tool of ours, and what says that it exists.
@@ -143,7 +144,7 @@ def test_a_guide_works_from_top_to_bottom(name, tmp_path):
 # ---- links and names ---------------------------------------------------------------------------------------------
 
 
-@each_page
+@pytest.mark.parametrize("page", [*TOP, *DOCS], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith(("http://", "https://")):
@@ -157,9 +158,18 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors, target
 
 
-def test_every_page_is_in_the_index():
-    index = read_page("README")
-    assert {page.name for page in DOCS} - {"README.md"} <= set(re.findall(r"\]\(([\w.]+\.md)\)", index))
+def test_every_package_has_its_tests_in_the_table():
+    """CONTRIBUTING.md: for each folder of code, a command whose paths exist."""
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    tests = dict(rows)
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("gcvit/*/__init__.py")}
+    assert packages | {"data_prep", "launch", "configs", "docs", "benchmarks"} <= tests.keys()
+    for folder, command in tests.items():
+        assert (ROOT / folder).exists(), folder
+        launcher, *words = command.split()
+        paths = [word for word in words if word.startswith("tests/")]
+        assert paths if launcher == "pytest" else launcher == "make", command
+        assert all((ROOT / path).exists() for path in paths), command
 
 
 @each_page
