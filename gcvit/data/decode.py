@@ -12,8 +12,8 @@
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,12 +22,8 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from gcvit.data.image_files import FORMATS, MAX_PIXELS
+from gcvit.data.jpeg_early_stop import MARGIN_ROWS, announce_rows, is_early_stop
 from gcvit.data.jpeg_header import EXIF, PROGRESSIVE, RESTART_INTERVAL, START_OF_FRAME, Frame, iter_segments, read_frame
-
-# No row of a crop depends on rows further below it, at the size it is decoded at: chroma may be four times coarser.
-_MARGIN_ROWS = 4
-# What libjpeg-turbo says of an image whose header announces fewer rows than follow, after it has decoded those.
-_STOPPED_EARLY = "extraneous bytes before marker 0xd9"
 
 Bytes = bytes | memoryview
 Pixels = npt.NDArray[np.uint8]
@@ -170,17 +166,17 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
         eighths //= 2
     num_rows = header.height
     if header.rows_at is not None:
-        num_rows = min(num_rows, int(box.top + box.height) + _MARGIN_ROWS * 8 // eighths)
+        num_rows = min(num_rows, int(box.top + box.height) + MARGIN_ROWS * 8 // eighths)
     height, width = (-(-side * eighths // 8) for side in (num_rows, header.width))
     pixels = np.empty((height, width, 3), np.uint8)
     try:
-        with _announce_rows(content, header, num_rows) as shown:
+        with _show_rows(content, header, num_rows) as shown:
             # Chroma is brought to full size by repeating it: 5 % less work, at most 1 % of the range in a crop's mean.
             simplejpeg.decode_jpeg(shown, fastupsample=True, min_height=height, min_width=width, buffer=pixels)
     except MemoryError:
         raise
     except Exception as error:  # only simplejpeg runs in here
-        if num_rows == header.height or not str(error).endswith(_STOPPED_EARLY):
+        if num_rows == header.height or not is_early_stop(error):
             raise ValueError(str(error)) from None
     box = Box(*(side * eighths / 8 for side in box))
     top, left = math.floor(box.top), math.floor(box.left)
@@ -188,19 +184,10 @@ def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -
     return pixels[top:bottom, left:right], box._replace(top=box.top - top, left=box.left - left)
 
 
-@contextmanager
-def _announce_rows(content: Bytes, header: _JpegHeader, num_rows: int) -> Iterator[Bytes]:
-    """The JPEG with another number of rows in its header: itself for a while, where it can be written to."""
+def _show_rows(content: Bytes, header: _JpegHeader, num_rows: int) -> AbstractContextManager[Bytes]:
     if header.rows_at is None or num_rows == header.height:
-        yield content
-        return
-    place = slice(header.rows_at, header.rows_at + 2)
-    shown = content if isinstance(content, memoryview) and not content.readonly else memoryview(bytearray(content))
-    shown[place] = num_rows.to_bytes(2, "big")
-    try:
-        yield shown
-    finally:
-        shown[place] = header.height.to_bytes(2, "big")
+        return nullcontext(content)
+    return announce_rows(content, header.rows_at, num_rows)
 
 
 class _Turn(NamedTuple):
