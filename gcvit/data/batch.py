@@ -1,4 +1,4 @@
-"""What a loader hands over: images as the host's transforms leave them, and what the device needs to know."""
+"""The batches of a stream: images after the host's transforms, and what the device's transforms need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Corruption:
-    """A sample that cannot be read: its number in its source, where it lies, and what is wrong with it."""
+    """A sample that cannot be read: its number in its source, where it is stored, and the reason."""
 
     sample: int
     where: str
@@ -20,21 +20,21 @@ class Corruption:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one loader process makes of a micro-batch: some of its rows.
+    """Some rows of a micro-batch, loaded by one worker.
 
-    A tensor on its way between processes takes a file descriptor of each, so that only the images are one.
+    A tensor in transit between processes needs a file descriptor in each, so that only the images are a tensor.
     """
 
     rows: npt.NDArray[np.int64]  # [p], ascending
     images: Tensor  # uint8 [p, 3, H, W]
     labels: npt.NDArray[np.int64]  # [p]
     erase: npt.NDArray[np.int64]  # [p, 5]
-    corrupt: tuple[Corruption, ...]  # whose rows hold other samples instead
+    corrupt: tuple[Corruption, ...]  # their rows hold other samples
     samples: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # [p], numbers in the source
-    seconds: Mapping[str, float] = field(default_factory=dict)  # that the loader took for it, by stage
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the worker's time, by stage
 
     def pin_memory(self) -> "Piece":
-        # Only the images are worth it: the rest is a few hundred bytes.
+        # The rest is only a few hundred bytes.
         return replace(self, images=self.images.pin_memory())
 
 
@@ -49,12 +49,12 @@ class Batch:
     positions: Tensor  # int64 [b], ascending
     labels: Tensor  # int64 [b]
     erase: Tensor  # int64 [b, 5]
-    pieces: tuple[Piece, ...]  # which together have each row once
-    # Seconds, by what the loader did: see `gcvit.monitoring.step_timer`.
+    pieces: tuple[Piece, ...]  # which together hold each row once
+    # Seconds by stage of the workers; see `gcvit.monitoring.step_timer`.
     waited: Mapping[str, float] = field(default_factory=dict)
 
     def images_on(self, device: torch.device) -> Tensor:
-        """uint8 [b, 3, H, W]. Pieces find their rows on the device: the host copies nothing together."""
+        """Copy the images to a device, uint8 [b, 3, H, W]; the pieces are joined there, without a copy on the host."""
         if len(self.pieces) == 1:
             return self.pieces[0].images.to(device, non_blocking=True)
         images = empty_images(len(self.labels), self.pieces[0].images.shape[-1], device)
@@ -73,7 +73,7 @@ class Batch:
 
     @property
     def samples(self) -> npt.NDArray[np.int64]:
-        """The samples' numbers in their source, [b]."""
+        """Return the numbers of the samples in their source, int64 [b]."""
         samples = np.empty(len(self.labels), dtype=np.int64)
         for piece in self.pieces:
             samples[piece.rows] = piece.samples
@@ -81,6 +81,7 @@ class Batch:
 
 
 def join_pieces(positions: Tensor, pieces: tuple[Piece, ...]) -> Batch:
+    """Build a batch from the pieces that hold its rows."""
     labels = np.empty(len(positions), dtype=np.int64)
     erase = np.empty((len(positions), 5), dtype=np.int64)
     for piece in pieces:
@@ -90,7 +91,7 @@ def join_pieces(positions: Tensor, pieces: tuple[Piece, ...]) -> Batch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """One rank's share of a step of evaluation, of fixed size b; where `valid` is False, a row is padding."""
+    """One rank's share of a step of evaluation, of fixed size b; a row is padding if `valid` is False."""
 
     images: Tensor  # uint8 [b, 3, H, W]; [5b, 3, H, W] with five crops of each
     labels: Tensor  # int64 [b]
@@ -103,6 +104,10 @@ class EvalBatch:
 
 
 def empty_images(num_images: int, img_size: int, device: torch.device | None = None) -> Tensor:
-    """uint8 [num_images, 3, img_size, img_size]; in memory the channels come last, as transforms leave images."""
+    """Allocate images, in channels-last order like those of the transforms.
+
+    Returns:
+        Uninitialized, uint8 [num_images, 3, img_size, img_size].
+    """
     shape = (num_images, 3, img_size, img_size)
     return torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)

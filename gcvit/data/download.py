@@ -1,12 +1,11 @@
-"""Files of a data directory that lies elsewhere (s3://, gs://, https://, hf://), brought here whole and checked.
+"""Download files of a remote data directory (s3://, gs://, https://, hf://), whole and checked.
 
-`download` is the one way in: it tries again after what time may mend (a cut connection, a 5xx, silence, wrong bytes),
-refuses at once what it will not (a 404, a 403, a full disk), and never waits without a limit. fsspec speaks the
-protocols, and finds the credentials where each protocol's package looks for them.
+`download` is the only entry. It retries failures that may pass (a cut connection, a 5xx, silence, wrong bytes), raises
+at once for others (a 404, a 403, a full disk), and never waits without a limit. fsspec implements the protocols, and
+reads the credentials where each protocol's package expects them.
 
-`hold` keeps two processes of a node from bringing the same file: whoever makes a file locks the file it is made
-in. A lock goes with its holder, so that a killed process leaves nothing but a partial file, which the next one
-overwrites.
+`lock_file` prevents two processes of a node from downloading the same file: each locks the partial file that it writes.
+The lock ends with its process, so that a killed process leaves only a partial file, which the next one overwrites.
 """
 
 import fcntl
@@ -35,17 +34,17 @@ NUM_TRIES = 5
 FIRST_DELAY_S = 1.0  # doubled after each try
 CONNECT_TIMEOUT_S = 15
 READ_TIMEOUT_S = 30
-# Slower is taken for stuck: a server that sends a byte now and then would pass every timeout.
+# A slower transfer counts as stuck: a server that sends a byte now and then would pass every timeout.
 MIN_BYTES_PER_S = 20_000
-SLOW_S = 30  # what takes longer is said
-# Not the module's own generator, whose draws belong to the samples that a loader process transforms.
+SLOW_S = 30  # slower downloads are reported
+# Not the module's own generator, whose draws belong to the samples that a worker transforms.
 _JITTER = SystemRandom()
 
 Say = Callable[[str], None]
 
 
 class Absent(UserError):
-    """The server answers, and does not give the file out: it is not there, or not for us. `where`: URL and reason."""
+    """The server refuses the file: it does not exist, or access is denied. `where` holds the URL and the reason."""
 
     where = ""
 
@@ -55,7 +54,7 @@ class Stopped(Exception):
 
 
 class _Failed(Exception):
-    """One try failed in a way of our own; its text is the reason."""
+    """An attempt failed by our own rules; the text is the reason."""
 
 
 def say_on_stderr(line: str) -> None:
@@ -63,14 +62,15 @@ def say_on_stderr(line: str) -> None:
 
 
 def is_remote(data_dir: str) -> bool:
-    """Whether `data_dir` is a URL; whether its protocol is one of ours is told when it is read."""
+    """Tell whether `data_dir` is a URL; its protocol is checked when it is read."""
     return re.match(r"[A-Za-z][\w+.:-]*://", data_dir) is not None
 
 
 def join(url: str, name: str) -> str:
-    """The URL of `name` below `url`; where HTTP has a query (an access token, say), it stays at the end.
+    """Build the URL of `name` below `url`; the query of an HTTP URL (an access token, for example) stays at the end.
 
-    Errors: UserError for a URL that cannot be parsed.
+    Raises:
+        UserError: the URL cannot be parsed.
     """
     if not url.startswith(("http://", "https://")):
         return f"{url.rstrip('/')}/{name}"
@@ -98,10 +98,10 @@ def redact(url: str) -> str:
 
 
 @contextmanager
-def hold(path: Path, wait: bool = True) -> Iterator[BufferedRandom | None]:
-    """Lock `path` against every other process and thread of the node; it is made for that, and may be renamed.
+def lock_file(path: Path, wait: bool = True) -> Iterator[BufferedRandom | None]:
+    """Create and lock `path` against every other process and thread of the node; the file may be renamed inside.
 
-    Gives the open file, with what a killed holder left in it; None where another holds it and not `wait`. A file
+    The open file is yielded, with the bytes that a killed process left; None if it is locked and not `wait`. A file
     that still has its name at the end is removed.
     """
     while True:
@@ -114,11 +114,11 @@ def hold(path: Path, wait: bool = True) -> Iterator[BufferedRandom | None]:
             return
         if _is_same(file, path):
             break
-        file.close()  # renamed or removed while we waited: what has the name now is another file
+        file.close()  # renamed or removed during the wait: the name belongs to another file now
     try:
         yield file
     finally:
-        # Only a holder renames or removes, so that this cannot hit another's file.
+        # Only the owner of the lock renames or removes, so that this is our file.
         if _is_same(file, path):
             path.unlink()
         fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open too
@@ -150,11 +150,18 @@ def download(
     say: Say = say_on_stderr,
     stop: threading.Event | None = None,
 ) -> None:
-    """Fill `file`, from its begin, with what `url` holds: `num_bytes`, if that is known; flushed to disk.
+    """Download `url` into `file`, from its beginning, and flush it to disk.
 
-    `check` reads the file again and says what is wrong with it, or None. A try that fails is said in one line.
-    Errors: `Absent` for a file that is not given out, at once; UserError for a protocol that lacks its package, for
-    a disk that is full, and after the last try; `Stopped`, soon after `stop` is set.
+    Args:
+        num_bytes: size of the remote file, if it is known.
+        check: reads the file again and returns what is wrong with it, or None.
+        say: prints a line for each attempt that failed.
+        stop: set by another thread to give up.
+
+    Raises:
+        Absent: the server refuses the file; at once.
+        UserError: the protocol's package is missing, the disk is full, or the last attempt failed.
+        Stopped: soon after `stop` was set.
     """
     stop = stop or threading.Event()
     begin = time.monotonic()
@@ -191,13 +198,20 @@ def download(
 
 
 def _copy(url: str, file: BinaryIO, num_bytes: int | None, stop: threading.Event) -> int:
-    """One try. Returns the bytes received. Errors: whatever fsspec and the protocol's package raise."""
+    """Make one attempt to download.
+
+    Returns:
+        The bytes received.
+
+    Raises:
+        Exception: whatever fsspec and the protocol's package raise.
+    """
     filesystem, options = _open_filesystem(url)
     with local_errors():
-        file.seek(0)  # writes what a failed try left in its buffer
+        file.seek(0)  # writes the rest of a failed attempt's buffer
     begin, received = time.monotonic(), 0
     with filesystem.open(url, "rb", cache_type="none", **options) as remote:
-        # A streamed read gives what has come, at most a block.
+        # A streamed read returns the bytes that have arrived, at most a block.
         while chunk := remote.read(BLOCK_BYTES):
             received += len(chunk)
             if stop.is_set():
@@ -218,7 +232,7 @@ def _copy(url: str, file: BinaryIO, num_bytes: int | None, stop: threading.Event
 
 
 def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
-    """fsspec's file system for `url`, and the options with which it reads a file front to back."""
+    """Open fsspec's file system for `url`; also return the options with which it reads a file front to back."""
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"block_size": 0 if protocol in STREAMED else BLOCK_BYTES}
     settings: dict[str, Any] = {}
@@ -234,13 +248,13 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
             timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_TIMEOUT_S, connect=2 * CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
             )
-            # Proxies are found in the environment, as the other packages do. To compress a tar is work for nothing.
-            # aiohttp's own buffer is so small that handing over its pieces costs more than all else.
+            # Proxies are read from the environment, as in the other packages. Compressing a tar saves nothing.
+            # aiohttp's default buffer is so small that the copies of its pieces dominate.
             headers = {"Accept-Encoding": "identity"}
             session = {"timeout": timeout, "trust_env": True, "headers": headers, "read_bufsize": 1 << 20}
             settings["client_kwargs"] = session
             options["size"] = 1  # any: it spares a HEAD request and is not used in a streamed read
-        # fsspec keeps one for each process, and throws it away in a fork. The other packages have short timeouts.
+        # fsspec caches one per process, and discards it in a fork. The other packages have short timeouts.
         return fsspec.filesystem(protocol, **settings), options
     except ImportError:
         package = PACKAGES[protocol]
@@ -249,7 +263,7 @@ def _open_filesystem(url: str) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def local_errors() -> Iterator[None]:
-    """Tell what the local disk refuses apart from what the network does."""
+    """Turn errors of the local disk into UserErrors, so that they are not retried like those of the network."""
     try:
         yield
     except OSError as error:
@@ -261,17 +275,17 @@ def local_errors() -> Iterator[None]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether another try would get the same answer."""
+    """Tell whether another attempt would get the same answer."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return True
-    # Where aiohttp, gcsfs and huggingface_hub have the status.
+    # aiohttp, gcsfs and huggingface_hub store the status here.
     places = ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code"))
     status = next((found for place, name in places if isinstance(found := getattr(place, name, None), int)), 0)
     return 400 <= status < 500 and status not in (408, 425, 429)  # these three say "later"
 
 
 def _describe(error: Exception) -> str:
-    """An error of the network in a line that may be printed."""
+    """Describe an error of the network in one line without secrets."""
     if isinstance(error, _Failed):
         return str(error)
     if isinstance(error, TimeoutError):

@@ -36,19 +36,19 @@ class FolderSource:
 
     @cached_property
     def first(self) -> npt.NDArray[np.int64]:
-        """First sample of each class folder, then N: folders play the part that shards have."""
+        """Return the first sample of each class folder, then N; folders stand in for shards."""
         return np.concatenate([[0], np.flatnonzero(np.diff(self.label)) + 1, [self.num_samples]]).astype(np.int64)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of classes, paths, labels and file sizes; contents are not read."""
+        """Compute the SHA-256 of classes, paths, labels and file sizes, in hex; contents are not read."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for column in (self._paths, self.label, self.length):
             digest.update(f"{column.dtype} ".encode() + column.tobytes())
         return digest.hexdigest()
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Nothing to bring: files are read where they lie."""
+        """Return None: the files are local."""
 
     @property
     def is_chunked(self) -> bool:
@@ -58,7 +58,7 @@ class FolderSource:
         return [memoryview(self._read(index)) for index in range(begin, end)]
 
     def check(self, index: int, content: memoryview) -> None:
-        """A file may have changed since it was listed: whether it is an image shows when it is decoded."""
+        """Accept any content: files have no checksums, and decoding shows whether one is an image."""
 
     def _read(self, index: int) -> bytes:
         try:

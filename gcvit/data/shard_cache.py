@@ -1,14 +1,14 @@
-"""A remote split on this node: its manifest in full, its shards as far as they are used and a budget lets them.
+"""Cache a remote split on this node: the whole manifest, and shards as they are used, within a budget.
 
     CACHE_DIR/gcvit-cache/train-0123456789abcdef/    one folder for each URL and content of manifest.json
         manifest.json  manifest.*.npy                as beside local shards
         train-000007.tar                             complete and checked
-        train-000009.tar.part                        being downloaded, and locked by who does it
+        train-000009.tar.part                        being downloaded, and locked by that process
 
-Any process may open any shard: it is downloaded by the first that wants it, while others of the node that want
-it wait. The shard that was used longest ago goes first, whichever data set it belongs to; a process that has it
-open reads on. `Prefetcher` brings shards before they are wanted. The directory should be a disk of the node:
-locks over a network file system are slow where they work at all.
+Any process may open any shard: the first one downloads it, while others of the node wait for it. The least recently
+used shard is evicted first, whichever data set it belongs to; a process that has it open reads on. `Prefetcher`
+downloads shards before they are needed. The directory should be on a disk of the node: locks over a network file
+system are slow if they work at all.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gcvit.data.download import Absent, Say, Stopped, download, hold, join, local_errors, redact, say_on_stderr
+from gcvit.data.download import Absent, Say, Stopped, download, join, local_errors, lock_file, redact, say_on_stderr
 from gcvit.data.manifest import COLUMNS, FILE_NAME, Shard, column_path
 from gcvit.errors import UserError
 
-# All that is written lies below a folder of this name, and nothing else is ever evicted: the user may name a cache
-# directory that holds tars of his own.
+# Everything is written below a folder of this name, and nothing else is evicted: the cache directory may hold tars of
+# the user.
 CACHE_FOLDER = "gcvit-cache"
 _PART = ".part"
 _NUM_PREFETCH_THREADS = 2  # one waits for the network while the other checks and syncs
@@ -46,7 +46,7 @@ class Cached(NamedTuple):
 
 
 def choose_victims(cached: Sequence[Cached], num_bytes_to_free: int) -> list[Cached]:
-    """The shards that were used longest ago, as few as give `num_bytes_to_free` or more; all, where none do."""
+    """Choose the least recently used shards, as few as free `num_bytes_to_free`; all, if that is not enough."""
     victims: list[Cached] = []
     for shard in sorted(cached, key=lambda shard: (shard.used_ns, shard.path)):
         if num_bytes_to_free <= 0:
@@ -57,12 +57,17 @@ def choose_victims(cached: Sequence[Cached], num_bytes_to_free: int) -> list[Cac
 
 
 def fetch_manifest(data_dir: str, split: str, cache_dir: Path, say: Say = say_on_stderr) -> tuple[str, Path]:
-    """The URL of the folder with the shards of `split`, and a local folder with its manifest and columns.
+    """Download the manifest and the columns of a split; safe for all processes of a node at once.
 
-    The split lies in `data_dir/split` or in `data_dir` itself, as `gcvit.data.manifest.find_split` has it.
-    `manifest.json` is fetched anew each time, and a changed one gets another local folder; columns are fetched
-    where they are missing or corrupt here. Safe for all processes of a node at once. What is malformed is left for
-    `read_manifest` to tell. Errors: UserError where there is no such split, and as `download`.
+    The split lies in `data_dir/split` or in `data_dir` itself, as in `gcvit.data.manifest.find_split`.
+    `manifest.json` is downloaded each time, and a changed one gets another local folder; columns are downloaded
+    if they are missing or corrupt. `read_manifest` checks the content.
+
+    Returns:
+        The URL of the folder with the shards, and the local folder.
+
+    Raises:
+        UserError: there is no such split, and as `download`.
     """
     root = cache_dir.absolute() / CACHE_FOLDER
     with local_errors():
@@ -77,7 +82,7 @@ def fetch_manifest(data_dir: str, split: str, cache_dir: Path, say: Say = say_on
         if isinstance(hashes, dict) and name in hashes:
             _fetch_column(url, folder, name, hashes[name], say)
     part = folder / (FILE_NAME + _PART)
-    with hold(part) as file, local_errors():
+    with lock_file(part) as file, local_errors():
         assert file
         file.truncate(0)
         file.write(content)
@@ -87,13 +92,13 @@ def fetch_manifest(data_dir: str, split: str, cache_dir: Path, say: Say = say_on
 
 
 def _find_manifest(data_dir: str, split: str, root: Path, say: Say) -> tuple[str, bytes]:
-    """The URL of the split's folder, and the bytes of its manifest.json: an object, whatever is in it."""
+    """Find the URL of the split's folder, and read the bytes of its manifest.json, which is some JSON object."""
     reasons = []
     for url in (join(data_dir, split), data_dir):
         with tempfile.TemporaryFile(dir=root) as file:
             try:
                 download(join(url, FILE_NAME), file, check=partial(_check_json, file), say=say)
-            except Absent as error:  # S3 answers 403 for what is missing where listing is not allowed
+            except Absent as error:  # S3 answers 403 for a missing file if listing is not allowed
                 reasons.append(error.where)
                 continue
             file.seek(0)
@@ -121,7 +126,7 @@ def _check_json(file: BinaryIO) -> str | None:
 def _fetch_column(url: str, folder: Path, name: str, expected: object, say: Say) -> None:
     path = column_path(folder, name)
     part = path.with_name(path.name + _PART)
-    with hold(part) as file:
+    with lock_file(part) as file:
         assert file
         if _check_column(path, name, expected) is not None:
             check = partial(_check_column, part, name, expected)
@@ -143,9 +148,13 @@ def _check_column(path: Path, name: str, expected: object) -> str | None:
 class ShardCache:
     """The shards of one remote split, by number. Pickles to little; safe in any number of threads and processes.
 
-    `url` and `folder` are what `fetch_manifest` returned. `max_bytes` bounds all that the cache directory holds,
-    other splits and data sets included: complete shards and those under way, manifests apart. None: no bound.
-    Errors: UserError for a budget that the largest shard exceeds, for a shard whose name is no tar's.
+    Args:
+        url: as `fetch_manifest` returned it; so is `folder`.
+        max_bytes: most bytes of the cache directory, other splits and data sets included: complete shards and those
+            that are being downloaded, but not manifests. None is no limit.
+
+    Raises:
+        UserError: the largest shard exceeds the budget, or a shard's name is not that of a tar.
     """
 
     def __init__(
@@ -167,17 +176,27 @@ class ShardCache:
         self._url, self._folder, self._max_bytes, self._say = url, folder, max_bytes, say
 
     def open(self, number: int) -> int:
-        """A descriptor for reading shard `number`, which the caller closes; it waits until the shard is here.
+        """Open shard `number` for reading, after downloading it if necessary.
 
-        The descriptor stays good when the shard is evicted; its space, then beyond the budget, is free once it is
-        closed. `os.utime(descriptor)` now and then says that the shard is in use. Errors: as `download`.
+        The descriptor stays valid when the shard is evicted; its space, then beyond the budget, is free once it is
+        closed. `os.utime(descriptor)` now and then marks the shard as used.
+
+        Returns:
+            A descriptor, which the caller closes.
+
+        Raises:
+            UserError: as `download`.
         """
         descriptor = self._open(number, threading.Event(), wait=True)
         assert descriptor is not None
         return descriptor
 
     def prefetch(self, number: int, stop: threading.Event) -> None:
-        """Have shard `number` here, if no other process of the node is bringing it. Errors: as `download`."""
+        """Download shard `number` unless it is here or another process of the node is downloading it.
+
+        Raises:
+            UserError: as `download`.
+        """
         descriptor = self._open(number, stop, wait=False)
         if descriptor is not None:
             os.close(descriptor)
@@ -187,10 +206,10 @@ class ShardCache:
         path = self._folder / shard.name
         part = path.with_name(shard.name + _PART)
         while (descriptor := _open_complete(path, shard.num_bytes)) is None:
-            with hold(part, wait) as file:
+            with lock_file(part, wait) as file:
                 if file is None:
                     return None
-                if not path.exists():  # nobody has brought it since
+                if not path.exists():  # not downloaded by another process meanwhile
                     self._make_room(file, shard.num_bytes, stop)
                     check = partial(_check_shard, file, shard.sha256)
                     url = join(self._url, shard.name)
@@ -204,21 +223,21 @@ class ShardCache:
     def _make_room(self, file: BufferedRandom, num_bytes: int, stop: threading.Event) -> None:
         """Evict until `num_bytes` more fit into the budget, and give `file` that size, so that others count it.
 
-        Where shards under way take the budget, wait until they are complete: then they can go too.
+        If other downloads use up the budget, wait until they are complete: then they can be evicted.
         """
         if self._max_bytes is None:
             return
-        file.truncate(0)  # what a killed process left
+        file.truncate(0)  # the rest of a killed process
         root = self._folder.parent
         while True:
-            with hold(root / "lock"), local_errors():
+            with lock_file(root / "lock"), local_errors():
                 # In this order: a shard that gets its name meanwhile is counted twice rather than not at all.
-                allowed = self._max_bytes - num_bytes - sum(_find_under_way(root))
+                allowed = self._max_bytes - num_bytes - sum(_find_downloading(root))
                 cached = list(_find_cached(root))
                 if allowed >= 0:
                     for victim in choose_victims(cached, sum(shard.num_bytes for shard in cached) - allowed):
                         victim.path.unlink(missing_ok=True)
-                    file.truncate(num_bytes)  # takes no space yet
+                    file.truncate(num_bytes)  # occupies no space yet
                     return
             if stop.wait(0.1):
                 raise Stopped
@@ -229,7 +248,7 @@ def _open_complete(path: Path, num_bytes: int) -> int | None:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    if os.fstat(descriptor).st_size != num_bytes:  # somebody else's work: files get their names when complete
+    if os.fstat(descriptor).st_size != num_bytes:  # not written by this module: files get their names when complete
         os.close(descriptor)
         path.unlink(missing_ok=True)
         return None
@@ -253,35 +272,35 @@ def _find_cached(root: Path) -> Iterator[Cached]:
             yield Cached(path, status.st_size, status.st_mtime_ns)
 
 
-def _find_under_way(root: Path) -> Iterator[int]:
-    """Bytes of each shard under way; those that a killed process left are removed."""
+def _find_downloading(root: Path) -> Iterator[int]:
+    """Yield the bytes of each shard that is being downloaded; those that a killed process left are removed."""
     for path in root.glob(f"*/*.tar{_PART}"):
-        with suppress(FileNotFoundError), hold(path, wait=False) as file:
+        with suppress(FileNotFoundError), lock_file(path, wait=False) as file:
             if file is None:
                 yield path.stat().st_size
 
 
 class Prefetcher:
-    """Brings shards of `order`, their numbers in the order of first use, while others read: threads that end alone.
+    """Download the shards of `order`, numbers in the order of first use, in daemon threads.
 
-    It goes on until `window_bytes` are ahead of what `advance` says is used. A failure is said and
-    left: `ShardCache.open` tries again when the shard is wanted, and raises. The window should be well below the
-    cache's budget, or shards go before they are used.
+    They stay at most `window_bytes` ahead of `advance`. A failure is only reported: `ShardCache.open` tries again
+    when the shard is needed, and raises. The window should be well below the cache's budget, or shards are evicted
+    before they are used.
     """
 
     def __init__(self, cache: ShardCache, order: Iterable[int], window_bytes: int, say: Say = say_on_stderr):
         self._cache, self._order, self._window_bytes, self._say = cache, iter(order), window_bytes, say
-        self._taking = threading.Lock()  # for the order; `_changed` is for the numbers
+        self._order_lock = threading.Lock()  # `_changed` guards the numbers
         self._changed = threading.Condition()
         self._stop = threading.Event()
-        self._num_taken = self._num_used = 0  # entries of the order
-        self._ahead: deque[int] = deque()  # bytes of those that were taken and are not used
+        self._num_requested = self._num_used = 0  # entries of the order
+        self._ahead: deque[int] = deque()  # bytes of those that were requested and are not used
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(_NUM_PREFETCH_THREADS)]
         for thread in self._threads:
             thread.start()
 
     def advance(self, num_used: int) -> None:
-        """The first `num_used` entries of the order are in use, or were: these are no longer ahead."""
+        """Report that the first `num_used` entries of the order are in use, or were."""
         with self._changed:
             while self._num_used < num_used and self._ahead:
                 self._ahead.popleft()
@@ -290,7 +309,7 @@ class Prefetcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads; a download under way ends within seconds, and leaves nothing behind."""
+        """End the threads; a running download ends within seconds, and leaves no file."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()
@@ -298,7 +317,7 @@ class Prefetcher:
             thread.join(timeout=1)  # one that waits for a silent server ends by itself, or with the process
 
     def _run(self) -> None:
-        while (number := self._take()) is not None:
+        while (number := self._pop_next()) is not None:
             try:
                 self._cache.prefetch(number, self._stop)
             except Stopped:
@@ -306,17 +325,17 @@ class Prefetcher:
             except UserError as error:
                 self._say(f"prefetch: {error}")
 
-    def _take(self) -> int | None:
-        """The next shard to bring, once the window has room for it; None at the end of the order."""
-        with self._taking:
+    def _pop_next(self) -> int | None:
+        """Wait until the window has room, and return the next shard; None at the end of the order."""
+        with self._order_lock:
             while self._wait_for_room():
                 # Outside of `_changed`: an order may have to plan an epoch first, and `advance` never waits for that.
                 number = next(self._order, None)
                 if number is None:
                     return None
                 with self._changed:
-                    self._num_taken += 1
-                    if self._num_taken > self._num_used:  # else the stream was faster, and has brought it itself
+                    self._num_requested += 1
+                    if self._num_requested > self._num_used:  # else the stream was faster, and has downloaded it
                         self._ahead.append(self._cache.shards[number].num_bytes)
                         return number
             return None

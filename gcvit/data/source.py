@@ -1,4 +1,4 @@
-"""A split's samples by number, whether they lie in shards or in class folders: bytes, not what they show."""
+"""Read the encoded samples of a split by number, from shards or from class folders."""
 
 import os
 from collections import OrderedDict
@@ -20,16 +20,16 @@ from gcvit.data.shard_pattern import parse_pattern
 from gcvit.errors import UserError
 
 DEFAULT_CACHE = "~/.cache/gcvit"
-_PREFETCH_BYTES = 2_000_000_000  # of shards that a rank has brought and not begun
+_PREFETCH_BYTES = 2_000_000_000  # of shards that a rank has downloaded and not begun
 
-# Per process, less than the usual limit of 1024 files. A shard is opened for each of its runs at worst.
+# Per process, less than the usual limit of 1024 files. A shard is opened for each of its chunks at worst.
 _MAX_OPEN_SHARDS = 256
-_MAX_OPEN_CACHED = 2  # an evicted shard takes space until it is closed
+_MAX_OPEN_CACHED = 2  # an evicted shard occupies space until it is closed
 _MAX_WASTE = 2  # bytes read for each byte wanted
 
 
 class CorruptSample(UserError):
-    """A sample's bytes are not what was sharded."""
+    """The bytes of a sample differ from those that were sharded."""
 
 
 class Source(Protocol):
@@ -43,42 +43,47 @@ class Source(Protocol):
 
     @property
     def label(self) -> npt.NDArray[np.int32]:
-        """Class of each sample, an index into `classes`: [N]."""
+        """Return the class of each sample, an index into `classes`: [N]."""
 
     @property
     def length(self) -> npt.NDArray[np.uint32]:
-        """Size of each sample in bytes: [N]."""
+        """Return the size of each sample in bytes: [N]."""
 
     @property
     def first(self) -> npt.NDArray[np.int64]:
-        """First sample of each shard or class folder, then N: what lies together."""
+        """Return the first sample of each shard or class folder, then N: [num_shards + 1]."""
 
     @property
     def digest(self) -> str:
-        """Hex text that is equal where the samples, their order and their classes are."""
+        """Return hex text that is equal if and only if the samples, their order and their classes are."""
 
     @property
     def is_chunked(self) -> bool:
-        """Whether neighbours are stored together, so that a chunk of them is read as quickly as one."""
+        """Tell whether neighbours are stored together, so that a chunk of them is read as quickly as one."""
 
     def fetch(self, begin: int, end: int) -> list[memoryview]:
-        """The encoded images `begin` to `end` (exclusive) as they are stored, in few reads: see `check`.
+        """Read the encoded images `begin` to `end` (exclusive) as they are stored, in few reads; see `check`.
 
-        Errors: UserError where they cannot be read.
+        Raises:
+            UserError: they cannot be read.
         """
 
     def check(self, index: int, content: memoryview) -> None:
-        """Errors: CorruptSample where `content` is not what sample `index` was when it was sharded."""
+        """Compare the content of sample `index` with its checksum.
+
+        Raises:
+            CorruptSample: it differs from what was sharded.
+        """
 
     def prefetch(self, shards: Iterable[int]) -> Prefetcher | None:
-        """Bring shards from elsewhere, in this order, ahead of their use; None where all of them are here."""
+        """Start to download shards, in this order, ahead of their use; None if all of them are local."""
 
     def name(self, index: int) -> str:
-        """Where sample `index` lies, for messages."""
+        """Describe where sample `index` is stored, for messages."""
 
 
 class ShardSource:
-    """The samples of a manifest, read from its tars at their offsets; `cache` brings tars that lie elsewhere."""
+    """The samples of a manifest, read from its tars at their offsets; `cache` downloads remote tars."""
 
     def __init__(self, manifest: Manifest, cache: ShardCache | None = None, prefetch_bytes: int = 0):
         self._manifest, self._cache, self._prefetch_bytes = manifest, cache, prefetch_bytes
@@ -177,7 +182,7 @@ class ShardSource:
 
 
 def num_local_ranks() -> int:
-    """Ranks on this node, by torchrun's or DeepSpeed's launcher's word."""
+    """Count the ranks on this node, as torchrun or the deepspeed launcher set them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
@@ -223,7 +228,7 @@ def _open_source(data_dir: str | Path, split: str, cache_dir: str | None, cache_
     if is_remote(str(data_dir)):
         url, folder = fetch_manifest(str(data_dir), split, Path(cache_dir or DEFAULT_CACHE).expanduser())
         manifest = read_manifest(folder, check_shards=False)
-        # All ranks of a node bring shards ahead, and what is in use needs room too.
+        # All ranks of a node prefetch shards, and those in use need room too.
         window = min(_PREFETCH_BYTES, (cache_bytes or 2**62) // (4 * num_local_ranks()))
         return ShardSource(manifest, ShardCache(url, folder, manifest.shards, cache_bytes), window)
     if cache_dir or cache_bytes:

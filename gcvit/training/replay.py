@@ -159,7 +159,7 @@ def _describe_step(trainer: Trainer, output: StepOutput) -> list[str]:
 def _describe_samples(trainer: Trainer, batches: Sequence[Batch], output: StepOutput) -> list[str]:
     """A line for each sample of the global batch, in the order of their positions."""
     trainer.corruption.add(batches)
-    trainer.corruption.settle(trainer.world)
+    trainer.corruption.sync(trainer.world)
     is_mixed = trainer.config.augment.is_paired
     here = []
     for batch, losses in zip(batches, output.losses, strict=True):

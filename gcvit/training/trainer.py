@@ -190,7 +190,7 @@ class Trainer:
             UserError: On all ranks alike, if more samples are corrupt than `data.max_corrupt_fraction` allows.
         """
         number, seconds = self.state.step, self.timer.take(self.world.barrier)
-        new = self.corruption.settle(self.world)
+        new = self.corruption.sync(self.world)
         num_corrupt = len(self.corruption.found)
         self.metrics.log_step(number, step.lr, step.result, seconds, num_corrupt)
         self.metrics.log_corruption(number, new, num_corrupt)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gcvit.data import download
-from gcvit.data.download import Absent, hold
+from gcvit.data.download import Absent, lock_file
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
 from gcvit.data.shard_cache import CACHE_FOLDER, ShardCache, fetch_manifest
 from gcvit.data.source import open_source
@@ -219,7 +219,7 @@ def test_readers_with_a_budget_that_forces_eviction(server, tmp_path):
     most = 0
     while any(child.is_alive() for child in children):
         held = 0
-        with hold(root / "lock"):  # nobody evicts or begins
+        with lock_file(root / "lock"):  # nobody evicts or begins
             for pattern in ("*/*.tar", "*/*.tar.part"):  # in this order one that is complete meanwhile counts once
                 for path in root.glob(pattern):
                     with suppress(FileNotFoundError):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcvit.data import download as module
-from gcvit.data.download import Absent, Stopped, download, hold, is_remote, join, redact
+from gcvit.data.download import Absent, Stopped, download, is_remote, join, lock_file, redact
 from gcvit.errors import UserError
 
 NASTY = st.text(alphabet="ab1/?#@:[]%.-_ é", max_size=12)
@@ -153,7 +153,7 @@ def test_one_holds_at_a_time_and_nothing_is_left(tmp_path):
     def work() -> None:
         nonlocal inside, most
         for _ in range(50):
-            with hold(path) as file:
+            with lock_file(path) as file:
                 assert file is not None
                 with guard:
                     inside += 1
@@ -174,14 +174,14 @@ def test_one_holds_at_a_time_and_nothing_is_left(tmp_path):
 
 def test_who_does_not_wait_gets_none_and_who_renames_keeps(tmp_path):
     path, final = tmp_path / "part", tmp_path / "final"
-    with hold(path) as file:
+    with lock_file(path) as file:
         assert file is not None
-        with hold(path, wait=False) as other:
+        with lock_file(path, wait=False) as other:
             assert other is None
         assert path.exists()
         file.write(b"all")
         path.rename(final)
-        with hold(path, wait=False) as other:  # the name is free again, whoever still holds the file
+        with lock_file(path, wait=False) as other:  # the name is free again, whoever still holds the file
             assert other is not None
     assert final.read_bytes() == b"all"
     assert list(tmp_path.iterdir()) == [final]
@@ -190,6 +190,6 @@ def test_who_does_not_wait_gets_none_and_who_renames_keeps(tmp_path):
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path):
     with (
         pytest.raises(UserError, match=r"cannot write to the cache.*missing/part \(No such file"),
-        hold(tmp_path / "missing/part"),
+        lock_file(tmp_path / "missing/part"),
     ):
         pass

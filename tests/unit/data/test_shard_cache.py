@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcvit.data import download
-from gcvit.data.download import hold
+from gcvit.data.download import lock_file
 from gcvit.data.manifest import COLUMNS, Shard, read_manifest, write_manifest
 from gcvit.data.shard_cache import CACHE_FOLDER, Cached, Prefetcher, ShardCache, choose_victims, fetch_manifest
 from gcvit.errors import UserError
@@ -154,7 +154,7 @@ def test_a_shard_under_way_elsewhere_is_waited_for_and_counted(tmp_path):
         read(cache, 0)
         opened.set()
 
-    with hold(part) as file:
+    with lock_file(part) as file:
         assert file is not None
         file.truncate(SIZE)
         thread = threading.Thread(target=open_another)
