@@ -313,7 +313,7 @@ class TrainerConfig(Section):
     @property
     def resolved_micro_batch_size(self) -> int | None:
         """`micro_batch_size` where "auto" has become a number, see `gcvit.planning.micro_batch_finder`."""
-        assert not isinstance(self.micro_batch_size, str), "auto is not settled yet"
+        assert not isinstance(self.micro_batch_size, str), "auto is not resolved yet"
         return self.micro_batch_size
 
 

@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels, and of these no more than are asked for.
+"""Decode the pixels of a part of an image, and no more.
 
 1. The header tells the size, so that a crop can be drawn before anything is decoded.
 2. Of a JPEG that comes in one scan, the rows below the crop are not decoded: for the decoder, the header announces
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class DecodeError(ValueError):
-    """Bytes that are no image of ours, and why: no such format, corrupt, or too many pixels."""
+    """Bytes are not a supported image: another format, corrupt, or too many pixels."""
 
 
 class Box(NamedTuple):
@@ -44,20 +44,28 @@ class Box(NamedTuple):
 
 
 def decode(content: Bytes, *, upright: bool = False) -> Image.Image:
-    """The whole image in RGB, by Pillow alone: grey repeated, alpha dropped, CMYK converted, as timm does.
+    """Decode the whole image to RGB by Pillow alone: grey repeated, alpha dropped, CMYK converted, as timm does.
 
     16-bit grey is scaled to 8 bits; of an animation it is the first frame. `upright` turns the image as its EXIF
-    orientation says. Errors: DecodeError.
+    orientation says.
+
+    Raises:
+        DecodeError: the bytes are not a supported image.
     """
     image = _open(content, upright)
     return _guard(lambda: _to_rgb(image))
 
 
 class EncodedImage:
-    """An image whose header alone was read; `height` and `width` are in pixels, upright where that was asked for."""
+    """An image of which only the header was read.
+
+    `height` and `width` are in pixels, after the turn if `upright`.
+
+    Raises:
+        DecodeError: the bytes are not a supported image, or exceed `MAX_PIXELS`, of which none is decoded.
+    """
 
     def __init__(self, content: Bytes, *, upright: bool = False):
-        """Errors: DecodeError for what is no image, and for more than `MAX_PIXELS`, of which none is decoded."""
         self._content, self._upright = content, upright
         self._jpeg = _read_jpeg_header(content, upright)
         if self._jpeg is None:
@@ -71,10 +79,15 @@ class EncodedImage:
                 self.height, self.width = self.width, self.height
 
     def read(self, box: Box, min_side: int) -> tuple[Pixels, Box]:
-        """RGB pixels uint8 [h, w, 3] of a box of whole pixels, and where in them the box lies: they may hold more.
+        """Decode a box of whole pixels.
 
-        A JPEG's may be at 1/2, 1/4 or 1/8 of the size, where neither side is less than `min_side` then.
-        Errors: DecodeError.
+        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, if neither side of the box is less than `min_side` then.
+
+        Returns:
+            RGB pixels, uint8 [h, w, 3], and the box in them, since they may hold more.
+
+        Raises:
+            DecodeError: the image is corrupt.
         """
         if self._jpeg is not None:
             try:
@@ -90,7 +103,7 @@ class EncodedImage:
 
 
 def _open(content: Bytes, upright: bool) -> Image.Image:
-    """An image of which Pillow has read the header, or all where it is to be turned upright."""
+    """Open an image by Pillow, which reads the header, or the whole image if it is to be turned upright."""
     image = _guard(lambda: Image.open(io.BytesIO(content), formats=FORMATS))
     _check_size(image.height, image.width)
     return _guard(lambda: ImageOps.exif_transpose(image)) if upright else image
@@ -102,7 +115,11 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _guard(work: Callable[[], T]) -> T:
-    """What `work` returns, without Pillow's warnings. Errors: DecodeError for almost anything that Pillow raises."""
+    """Call `work` without Pillow's warnings.
+
+    Raises:
+        DecodeError: in place of almost anything that Pillow raises.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, whose size is checked, and of faults in metadata
@@ -160,7 +177,11 @@ def _read_orientation(exif: bytes) -> int:
 
 
 def _decode_jpeg(content: Bytes, header: _JpegHeader, box: Box, min_side: int) -> tuple[Pixels, Box]:
-    """As `EncodedImage.read`, before any turn. Errors: ValueError, which may be no more than a warning."""
+    """Decode a box as `EncodedImage.read` does, before any turn.
+
+    Raises:
+        ValueError: the decoder reports an error, or only a warning.
+    """
     eighths = 8
     while eighths > 1 and min(box.height, box.width) * eighths >= 16 * min_side:
         eighths //= 2
@@ -198,14 +219,14 @@ class _Turn(NamedTuple):
     reverse_columns: bool = False
 
     def __call__(self, pixels: Pixels, box: Box) -> tuple[Pixels, Box]:
-        """Pixels [h, w, 3] and a box in them after the turn."""
+        """Turn pixels [h, w, 3] and a box in them."""
         if self.swap:
             pixels, box = pixels.swapaxes(0, 1), Box(box.left, box.top, box.width, box.height)
         box = self._reverse(box, pixels.shape[0], pixels.shape[1])
         return pixels[:: -1 if self.reverse_rows else 1, :: -1 if self.reverse_columns else 1], box
 
     def undo(self, box: Box, image: EncodedImage) -> Box:
-        """The box of an upright image where it lies in the image as it is stored."""
+        """Map a box of the upright image to the image as it is stored."""
         top, left, height, width = self._reverse(box, image.height, image.width)
         return Box(left, top, width, height) if self.swap else Box(top, left, height, width)
 

@@ -1,4 +1,4 @@
-"""A tree of class folders, DATA_DIR/SPLIT/CLASS/*.jpg, as a source of samples: one file each, read whole."""
+"""Read samples from a tree of class folders, DATA_DIR/SPLIT/CLASS/*.jpg: one file each, read whole."""
 
 import hashlib
 import os
@@ -72,9 +72,13 @@ class FolderSource:
 
 
 def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSource:
-    """List the class folders in `root`; `classes` fixes their labels, None numbers the sorted folders.
+    """List the images of the class folders in `root`.
 
-    Errors: UserError for no class folders, one without images, one that `classes` lacks, an unreadable tree.
+    Args:
+        classes: fixes the labels; None numbers the sorted folders.
+
+    Raises:
+        UserError: no class folders, one without images, one that `classes` lacks, or an unreadable tree.
     """
     folders = class_folders(root)
     if not folders:
@@ -102,7 +106,7 @@ def open_folder(root: Path, classes: tuple[str, ...] | None = None) -> FolderSou
 
 
 def class_folders(root: Path) -> list[str]:
-    """Sorted names of the folders in `root`; hidden ones are no classes."""
+    """List the names of the class folders in `root`, sorted; hidden folders are left out."""
     return sorted(list_folder(root)[0])
 
 

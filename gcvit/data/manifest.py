@@ -77,19 +77,19 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of split, classes, shards (by their hashes) and columns: equal for equal data."""
+        """Compute the SHA-256 of split, classes, shards (by their hashes) and columns, in hex."""
         return _digest(_describe(self.split, self.classes, self.shards, self.columns))
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns that there are, by their names in `COLUMNS`."""
+        """Return the columns that exist, by their names in `COLUMNS`."""
         columns = {name: getattr(self, name) for name in COLUMNS}
         return {name: column for name, column in columns.items() if column is not None}
 
     def member_name(self, index: int) -> str:
-        """Shard and member of sample `index`: "train-000123.tar: n01440764/n01440764_10026.jpg".
+        """Read the shard and member of sample `index`: "train-000123.tar: n01440764/n01440764_10026.jpg".
 
-        For messages about corruption, which must not make it raise: a number replaces a name it lost.
+        This is for messages about corruption, so that it never raises: a number replaces a name that is lost.
         """
         shard = self.shards[int(np.searchsorted(self.first, index, side="right")) - 1]
         try:
@@ -120,11 +120,11 @@ def column_path(folder: Path, name: str) -> Path:
 
 
 def find_split(data_dir: Path, split: str) -> Path | None:
-    """The folder with the shards of `split`: `data_dir/split` or `data_dir` itself; None where neither is.
+    """Find the folder with the shards of `split`: `data_dir/split`, `data_dir` itself, or None.
 
-    A folder of tars without a manifest is found too, so that `read_manifest` can say what is amiss.
+    A folder of tars without a manifest is found too, so that `read_manifest` can report it.
     """
-    if (data_dir / split).is_dir():  # then archives that lie in data_dir are what it was unpacked from
+    if (data_dir / split).is_dir():  # then archives in data_dir are its source
         return data_dir / split if holds_shards(data_dir / split) else None
     try:
         if json.loads((data_dir / FILE_NAME).read_bytes())["split"] == split:
@@ -140,15 +140,18 @@ def find_split(data_dir: Path, split: str) -> Path | None:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a manifest or a tar, compressed or not, lies directly in `folder`."""
+    """Tell whether `folder` itself contains a manifest or a tar, compressed or not."""
     return (folder / FILE_NAME).exists() or bool(_shard_names(folder))
 
 
 def read_manifest(folder: Path, check_shards: bool = True) -> Manifest:
-    """Open the split in `folder` and check its schema, its columns' hashes and, if asked to, its shards' sizes.
+    """Open the split in `folder`, and check its schema and the hashes of its columns.
 
-    Errors: UserError for a missing or malformed manifest, corrupt columns, a missing, truncated or
-    compressed shard. The shards' bytes are not read: `data_prep.verify` does that.
+    Args:
+        check_shards: check the sizes of the shards too. Their bytes are not read: `data_prep.verify` does that.
+
+    Raises:
+        UserError: a missing or malformed manifest, corrupt columns, a missing, truncated or compressed shard.
     """
     file = _read_file(folder)
     shards = tuple(file.shards)
@@ -169,7 +172,7 @@ def read_manifest(folder: Path, check_shards: bool = True) -> Manifest:
     if file.digest != _digest(found):
         what = "the manifest was changed after it was written"
         raise UserError(what, got=folder / FILE_NAME, hint=SHARD_AGAIN)
-    # The property's value is known now: spare it a second pass over the columns.
+    # The value of the property is known now, which saves a second pass over the columns.
     manifest.__dict__["digest"] = file.digest
     if check_shards:
         _check_shards(folder, shards)
@@ -220,7 +223,7 @@ def _sync(file: Any) -> None:
 def _describe(
     split: str, classes: Sequence[str], shards: Sequence[Shard], columns: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The content of `manifest.json`, less its digest."""
+    """Build the content of `manifest.json`, without its digest."""
     return {
         "version": VERSION,
         "split": split,

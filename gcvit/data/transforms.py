@@ -1,4 +1,4 @@
-"""From encoded bytes to the model's input: decoding and augmentation on the host, the rest on the device.
+"""Transform encoded bytes to the model's input: decode and augment on the host, the rest on the device.
 
 The host's part works on 8-bit pixels, by timm's rules and in timm's order of draws. Its crops are resized by torch's
 antialiased kernels, which are Pillow's within rounding; RandAugment and the like are timm's own, on Pillow images. A
@@ -34,7 +34,7 @@ ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 # and what an antialiased resize does come to differ by more than 1 % of the range.
 _MIN_DECODED = 1.25
 NO_ERASE = (0, 0, 0, 0, 0)
-# Streams of draws that begin with the same seed are told apart by their second number.
+# The second number separates streams of draws with the same seed.
 _SAMPLE_STREAM, _MIX_STREAM = 2, 3
 
 
@@ -47,7 +47,11 @@ class TrainTransform:
     """
 
     def __init__(self, augment: AugmentConfig, data: DataConfig, img_size: int):
-        """Errors: UserError for a RandAugment policy that timm cannot read."""
+        """Build the steps after the crop.
+
+        Raises:
+            UserError: timm cannot parse the RandAugment policy.
+        """
         self.timer = StageTimer()
         self._augment, self._upright, self._img_size = augment, data.exif_orientation, img_size
         self._steps: list[Callable[[Image.Image], Image.Image]] = []
@@ -61,7 +65,11 @@ class TrainTransform:
             self._steps.append(ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
 
     def __call__(self, content: Bytes) -> Tensor:
-        """Errors: DecodeError for bytes that are no image or a corrupt one."""
+        """Transform an image.
+
+        Raises:
+            DecodeError: the bytes are not a supported image, or corrupt.
+        """
         self.timer.switch("decoding")
         encoded = EncodedImage(content, upright=self._upright)
         box = draw_crop(self._augment.scale, self._augment.ratio, encoded.height, encoded.width)
@@ -84,10 +92,10 @@ class TrainTransform:
 
 
 def draw_crop(scale: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Box:
-    """A box of a share `scale` of the area and an aspect ratio (uniform in its logarithm) within `ratio`.
+    """Draw a box of a share `scale` of the area and an aspect ratio (uniform in its logarithm) within `ratio`.
 
-    Where ten draws do not fit, it is the largest central box that keeps to `ratio` (Szegedy et al., 2015; the
-    order of draws is timm's).
+    If ten draws do not fit, it is the largest central box within `ratio` (Szegedy et al., 2015; the order of draws is
+    timm's).
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -107,7 +115,7 @@ def draw_crop(scale: tuple[float, float], ratio: tuple[float, float], height: in
 
 
 def _resize(pixels: Pixels, box: Box, size: int, interpolation: str) -> Pixels:
-    """A box of pixels uint8 [h, w, 3] to [size, size, 3], antialiased; `interpolation` is bilinear or bicubic."""
+    """Resize a box of pixels uint8 [h, w, 3] to [size, size, 3], antialiased, bilinear or bicubic."""
     pixels = np.ascontiguousarray(pixels)  # else both kernels copy, and more slowly
     if pixels.shape[:2] == (box.height, box.width):
         # The first stride must be that of a batch in channels-last order, or torch repacks the pixels.
@@ -120,7 +128,7 @@ def _resize(pixels: Pixels, box: Box, size: int, interpolation: str) -> Pixels:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to uint8 [3, H, W]; in memory the channels come last, as Pillow writes them."""
+    """Convert an RGB image to uint8 [3, H, W]; in memory the channels come last, as Pillow writes them."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
@@ -128,7 +136,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 def _rand_augment(
     policy: str, mean: Sequence[float], img_size: int, interpolation: str
 ) -> Callable[[Image.Image], Image.Image]:
-    """timm's RandAugment; what it moves into the picture has the mean colour."""
+    """Build timm's RandAugment; areas that it uncovers get the mean colour."""
     hparams = {
         "translate_const": int(img_size * 0.45),
         "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
@@ -161,7 +169,11 @@ class EvalTransform:
         self._upright = data.exif_orientation
 
     def __call__(self, content: Bytes) -> Tensor:
-        """Errors: DecodeError for bytes that are no image or a corrupt one."""
+        """Transform an image.
+
+        Raises:
+            DecodeError: the bytes are not a supported image, or corrupt.
+        """
         image = decode(content, upright=self._upright)
         # A strip of a pixel's width would become gigabytes.
         if self._by_short_side and max(image.size) * self._side**2 > MAX_PIXELS * min(image.size):
@@ -174,7 +186,7 @@ class EvalTransform:
 
 def seed_sample(seed: int, epoch: int, position: int) -> None:
     """Seed all global generators for one sample: its augmentation is the same wherever it is loaded."""
-    # A hash, since NumPy's SeedSequence takes as long as all the rest.
+    # A hash, since NumPy's SeedSequence is as slow as all the rest.
     digest = hashlib.blake2b(f"{seed} {_SAMPLE_STREAM} {epoch} {position}".encode(), digest_size=32).digest()
     random.seed(int.from_bytes(digest[:16], "little"))
     np.random.seed(int.from_bytes(digest[16:20], "little"))  # noqa: NPY002  (timm draws from the global generator)
@@ -184,7 +196,7 @@ def seed_sample(seed: int, epoch: int, position: int) -> None:
 
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Give the global generators back as they were: loading must not change what the process itself draws."""
+    """Restore the global generators at the end: loading must not change the draws of the process itself."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     try:
         yield
@@ -195,7 +207,7 @@ def preserved_generators() -> Iterator[None]:
 
 
 def draw_erase(prob: float, height: int, width: int) -> tuple[int, int, int, int, int]:
-    """Top, left, height, width of the rectangle to erase, and its noise's seed; `NO_ERASE` where none is."""
+    """Draw top, left, height and width of the rectangle to erase, and the seed of its noise, or `NO_ERASE`."""
     if random.random() > prob:
         return NO_ERASE
     for _ in range(10):
@@ -220,7 +232,7 @@ class MixDraw(NamedTuple):
 
 
 def draw_mix(rng: np.random.Generator, mix: MixConfig, height: int, width: int) -> MixDraw:
-    """Lambda, switch and box, drawn in the order of timm's `Mixup`; lambda is corrected for a clipped box."""
+    """Draw lambda, switch and box in the order of timm's `Mixup`; lambda is corrected for a clipped box."""
     if rng.random() >= mix.prob:
         return MixDraw(1.0, 1.0, 0, 0, 0, 0)
     use_cutmix = mix.cutmix > 0
@@ -240,7 +252,7 @@ def draw_mix(rng: np.random.Generator, mix: MixConfig, height: int, width: int) 
 
 def mix_pairs(images: Tensor, targets: Tensor, draws: Sequence[MixDraw]) -> tuple[Tensor, Tensor]:
     """Mix rows 2k and 2k+1 of images [b, 3, H, W] and targets [b, C] by one draw a row."""
-    # Weights are rounded to float32 after 1 - weight was taken, as a Python scalar's would be.
+    # Weights are rounded to float32 after 1 - weight is computed, as with a Python scalar.
     shares = [(draw.label_weight, 1 - draw.label_weight, draw.pixel_weight, 1 - draw.pixel_weight) for draw in draws]
     weights = torch.tensor(shares, dtype=torch.float32)
     boxes = torch.tensor([draw[2:] for draw in draws], dtype=torch.int32)
@@ -256,14 +268,14 @@ def mix_pairs(images: Tensor, targets: Tensor, draws: Sequence[MixDraw]) -> tupl
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [b, 3, H, W] in 0..255 to float32 with mean and std of [0, 1] removed, contiguous, on the same device."""
+    """Normalize uint8 [b, 3, H, W] to contiguous float32; mean and std refer to pixels in [0, 1]."""
     constants = torch.tensor([[255 * value for value in row] for row in (mean, std)], dtype=torch.float32)
     shift, factor = _send(constants, images.device)[:, :, None, None]
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(shift).div_(factor)
 
 
 def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, the rest over all classes."""
+    """Smooth labels [b] to float32 [b, num_classes]: 1 - smoothing at the label, the rest over all classes."""
     rest = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), rest, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + rest)
@@ -282,17 +294,17 @@ def erase_boxes(images: Tensor, erase: Tensor) -> None:
 
 
 class DeviceAugment:
-    """The device's part of training's augmentation: normalise, erase, smooth the labels, mix."""
+    """The part of the augmentation that runs on the device: normalize, erase, smooth the labels, mix."""
 
     def __init__(self, augment: AugmentConfig, data: DataConfig, num_classes: int, seed: int):
         self._augment, self._data, self._num_classes, self._seed = augment, data, num_classes, seed
 
     def __call__(self, batch: Batch, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images float32 [b, 3, H, W] and targets float32 [b, num_classes] on `device`; b may be 0."""
+        """Augment a batch to images float32 [b, 3, H, W] and targets float32 [b, num_classes]; b may be 0."""
         return self.augment(batch.images_on(device), batch, step)
 
     def augment(self, images: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """The same of the batch's images, uint8 [b, 3, H, W], which are on the device already."""
+        """Augment as `__call__`, with the images of the batch, uint8 [b, 3, H, W], on the device already."""
         device = images.device
         images = normalize(images, self._data.mean, self._data.std)
         erase_boxes(images, batch.erase)
