@@ -33,7 +33,7 @@ def parse_arguments(description: str | None) -> Namespace:
     data.add_argument("--cache_bytes", "--cache-bytes", metavar="N", type=int, help="most bytes kept there")
     data.add_argument("--skip-corrupt", action="store_true", help="leave corrupt samples out, and count them")
 
-    how = parser.add_argument_group("how they are looked at (default: as the run or the variant's card says)")
+    how = parser.add_argument_group("how they are transformed (default: as the run or the variant's card says)")
     how.add_argument("--img-size", "--img_size", metavar="N[,N...]", type=_numbers, help="sizes to average over")
     how.add_argument("--crop-pct", metavar="SHARE", type=float, help="of the resized image that a crop keeps")
     how.add_argument("--resize", choices=["crop", "squash"], help="the short side, then crop; or both sides")
