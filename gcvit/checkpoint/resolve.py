@@ -82,8 +82,8 @@ def quarantine(corrupt: Iterable[CorruptCheckpointError]) -> list[str]:
         except OSError as failure:
             got = f"{folder} ({failure.strerror})"
             raise UserError("cannot rename a corrupt checkpoint", got=got, hint="move it away") from None
-        notices.append(f"WARNING: {error}")
-        notices.append(f"WARNING: the one before is taken instead; the corrupt one is kept as {place}")
+        notices.append(str(error))
+        notices.append(f"the one before is taken instead; the corrupt one is kept as {place}")
     return notices
 
 

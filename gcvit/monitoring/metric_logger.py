@@ -5,12 +5,13 @@ each row holds is said in `gcvit.monitoring.schema`.
 """
 
 import json
+import logging
 import math
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gcvit.config.schema import Config
 from gcvit.data.batch import Corruption
@@ -29,9 +31,11 @@ from gcvit.monitoring.step_timer import Seconds, attribute
 from gcvit.monitoring.writers import Events
 from gcvit.optim.adamw import StepResult
 from gcvit.runtime.distributed import World
+from gcvit.runtime.log import LOGGER
 
-_WAITS_MUCH = 0.02  # share of the time that the line tells to be spent on waiting for data
 _NAN = math.nan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,16 @@ class Metrics:
         self._has_ended = False  # before this start: then nothing more is to be told
         self._events: Events | None = None
         self._bar: tqdm[Any] | None = None
+        self._open = ExitStack()
         if world.is_rank0:
             self._rows = config.run_dir / "metrics.jsonl"
             last = _drop_rows_after(self._rows, first_step)
             self._has_ended = first_step == total_steps and last is not None and last.get("outcome") == "finished"
-            # A bar only where someone looks at it: a log file gets plain lines and no control characters.
+            # A bar on a terminal only: a file gets plain lines and no control characters.
             if sys.stderr.isatty():
-                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+                bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+                self._bar = self._open.enter_context(bar)
+                self._open.enter_context(logging_redirect_tqdm([LOGGER]))  # lines go above the bar
         world.on_rank0(lambda: self._begin_events(config, first_step))
 
     def add(self, loss_sum: Tensor, num_correct: Tensor, result: StepResult) -> None:
@@ -124,7 +131,7 @@ class Metrics:
             "stages": {stage: spent / self._num_steps for stage, spent in bound.stages.items()},
         }
         self._write(step, "train", row)
-        self._say(self._describe(step, row))
+        logger.info(self._describe(step, row))
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} img/s")
         for total in (self._loss_sum, self._correct, self._refused):
@@ -171,7 +178,7 @@ class Metrics:
     def log_evaluation(self, step: int, name: str, row: dict[str, float | int]) -> None:
         """Log an evaluation of the "weights" or of their "ema"."""
         self._write(step, f"val/{name}", row)
-        self._say(
+        logger.info(
             f"step {step}/{self._total_steps}  {name}: top-1 {row['top1']:.2f} %  loss {row['loss']:.4f}"
             + (f"  without {row['num_skipped']} CORRUPT samples" if row.get("num_skipped") else "")
         )
@@ -179,7 +186,7 @@ class Metrics:
     def log_checkpoint(self, step: int, row: dict[str, float | int]) -> None:
         """Log a checkpoint that is complete: "stall_seconds" of the training, "write_seconds" beside it, "bytes"."""
         self._write(step, "checkpoint", row)
-        self._say(
+        logger.info(
             f"step {step}/{self._total_steps}  saved {row['bytes'] / 1e9:.3g} GB in {row['write_seconds']:.1f} s"
             f"  training stopped for {row['stall_seconds']:.2f} s"
         )
@@ -196,14 +203,16 @@ class Metrics:
             text = f"{what} of {num_samples} samples on rank {rank}: {', '.join(samples)}{more}"
         else:
             text = "gradient of no sample in particular: of the stem's weights, or of a sum over the batch"
-        self._say(f"step {step}/{self._total_steps}  REFUSED, not finite: {text}")
+        logger.warning(f"step {step}/{self._total_steps}  REFUSED, not finite: {text}")
         return f"step {step}, {text}"
 
     def log_corruption(self, step: int, new: Sequence[Corruption], num_corrupt: int) -> None:
         """Log samples that were found corrupt and replaced by others; `num_corrupt` counts all since this start."""
         for corruption in new:
             self._append(step, "corruption", {**asdict(corruption), "num_corrupt": num_corrupt})
-            self._say(f"step {step}/{self._total_steps}  CORRUPT, replaced: {corruption.where} ({corruption.reason})")
+            logger.warning(
+                f"step {step}/{self._total_steps}  CORRUPT, replaced: {corruption.where} ({corruption.reason})"
+            )
 
     def log_norms(self, step: int, name: str, of_stages: Mapping[str, npt.NDArray[np.float64]]) -> None:
         """Show norms of single tensors as a histogram for each stage of the model."""
@@ -216,10 +225,6 @@ class Metrics:
         if self._events is not None:
             self._events.add_image(name, image, caption, step)
 
-    def say(self, text: str) -> None:
-        """A line for the user, from rank 0."""
-        self._say(text)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done inside (an evaluation, a save) does not count as training time."""
@@ -231,18 +236,11 @@ class Metrics:
         """`finished` is False where the run ends by an error or a preemption."""
         if self._events is not None:
             self._events.close(finished=finished)
-        if self._bar is not None:
-            self._bar.close()
+        self._open.close()
 
     def _begin_events(self, config: Config, first_step: int) -> None:
         if not self._has_ended:
             self._events = Events(config, first_step)
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif self._world.is_rank0:
-            print(text, file=sys.stderr, flush=True)
 
     def _write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
         """JSON has no word for what is not finite (of steps that were all refused): it gets null, TensorBoard none."""

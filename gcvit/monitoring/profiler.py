@@ -8,16 +8,17 @@
 
 import gzip
 import json
-import sys
+import logging
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from gcvit.config.schema import Config
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World
+
+logger = logging.getLogger(__name__)
 
 _NUM_ROWS = 40
 _MAX_EVENTS = 200_000  # of a memory snapshot
@@ -68,8 +69,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         else:
             (self._folder / f"memory_{name}.json").write_text(json.dumps(read_memory_use(trace)))
-        if self._world.is_rank0:
-            tqdm.write(f"profile of steps {self._first + 1} to {self._step}: {self._folder}", file=sys.stderr)
+        logger.info(f"profile of steps {self._first + 1} to {self._step}: {self._folder}")
 
     def _begin(self) -> None:
         self._folder.mkdir(exist_ok=True, parents=True)

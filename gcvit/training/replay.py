@@ -60,7 +60,14 @@ def replay(
         folder = world.on_rank0(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
         scratch = config.model_copy(update={"output_dir": folder, "compile": False, "ema": None, "wandb": False})
         built = build_trainer(
-            scratch, world, sources, resume=chosen, init_from=init_from, reset_head=reset_head, messages=messages
+            scratch,
+            world,
+            sources,
+            resume=chosen,
+            init_from=init_from,
+            reset_head=reset_head,
+            messages=messages,
+            log_to_files=False,  # the scratch folder exists on one node
         )
         trainer = stack.enter_context(built)
         state = trainer.state

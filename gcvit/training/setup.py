@@ -1,5 +1,6 @@
 """Build a trainer: its parts, and its state from a checkpoint, given weights or the seed."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -28,12 +29,15 @@ from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Engine
 from gcvit.planning.micro_batch_finder import resolve_micro_batch
 from gcvit.runtime.distributed import World
+from gcvit.runtime.log import log_to
 from gcvit.runtime.run_lock import RunLock
 from gcvit.training.ema import Ema, all_fragments
 from gcvit.training.resume import load_weights, restore
 from gcvit.training.trainer import Intervals, Trainer, log_saves
 
-_MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a word
+logger = logging.getLogger(__name__)
+
+_MUCH_MEMORY = 1_000_000_000  # bytes of a process that are worth a warning
 
 
 @contextmanager
@@ -46,6 +50,7 @@ def build_trainer(
     init_from: str | None = None,
     reset_head: bool = False,
     messages: Sequence[str] = (),
+    log_to_files: bool = True,
 ) -> Iterator[Trainer]:
     """Build a trainer, resumed from its checkpoint if there is one, and hold the lock of the run folder while inside.
 
@@ -55,6 +60,7 @@ def build_trainer(
         sources: The training and the validation set.
         resume: "auto", "none" or a path, as `--resume` of `train.py`; so are `init_from` and `reset_head`.
         messages: Logged once the log is open.
+        log_to_files: Whether each rank logs to a file in the run folder; rank 0 logs to stderr in any case.
 
     Raises:
         UserError: On all ranks alike.
@@ -82,7 +88,8 @@ def build_trainer(
         engine = build_engine(config, world, num_micro_steps=micro_steps, notices=messages)
         ema = build_ema(config, engine, length)
         state, changes = load_state(found, init_from, reset_head, engine, ema, config, train_source)
-        messages += [*changes, *world.on_rank0(lambda: resolve.quarantine(corrupt))]
+        messages += changes
+        warnings = world.on_rank0(lambda: resolve.quarantine(corrupt))
         check_length(state, schedule)
         stream = train_stream(
             train_source,
@@ -93,17 +100,21 @@ def build_trainer(
             pin_memory=world.device.type == "cuda",
         )
         world.on_rank0(lambda: resolve.write_config(config))
+        has_files = log_to_files and state.step < schedule.total_steps  # the folder of a finished run stays as it is
+        stack.enter_context(log_to(config.run_dir / "logs" if has_files else None, world.rank))
         surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
         costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
         metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
         stack.push(lambda error, *_: metrics.close(finished=error is None))
-        for line in (*messages, *describe(config, world, train_source, schedule, batch_plan, state.step)):
-            metrics.say(line)
+        for line in (*messages, describe(config, world, train_source, schedule, batch_plan, state.step)):
+            logger.info(line)
+        for line in (*warnings, *find_warnings(config, world, train_source, batch_plan, state.step)):
+            logger.warning(line)
         folder = resolve.checkpoints_of(config.run_dir)
         keep = config.trainer.keep_checkpoints
         checkpoints = CheckpointManager(folder, world, keep=keep, check_lock=lock.check)
         stack.push(lambda error, *_: end_saves(checkpoints, metrics, after_error=error is not None))
-        metrics.say(checkpoints.begin(state, all_fragments(engine, ema)))
+        logger.info(checkpoints.begin(state, all_fragments(engine, ema)))
         metrics.log_start(state.step, {**surroundings, "samples": state.samples})
         stack.callback(profiler.close)
 
@@ -136,7 +147,7 @@ def end_saves(checkpoints: CheckpointManager, metrics: Metrics, *, after_error: 
     """Wait for the checkpoint that is being written, and log it. Raises: as `CheckpointManager.close`."""
     if after_error:
         for message in checkpoints.abandon():
-            metrics.say(message)
+            logger.error(message)
     else:
         log_saves(metrics, checkpoints.close())
 
@@ -200,14 +211,18 @@ def load_state(
 
 def describe(
     config: Config, world: World, train: Source, schedule: Schedule, batch_plan: BatchPlan, first_step: int
-) -> Iterator[str]:
-    """What starts, and what is unusual about it, a line each."""
-    data = config.data
-    yield (
+) -> str:
+    """Describe in one line what starts."""
+    return (
         f"{config.tag}: {config.model.name} by {config.engine} on {world.size} x {world.device.type}, "
         f"{train.num_samples} images, {schedule.total_steps} steps of {config.global_batch_size} "
         f"in {batch_plan.num_micro_steps} micro-step(s), from step {first_step}"
     )
+
+
+def find_warnings(config: Config, world: World, train: Source, batch_plan: BatchPlan, first_step: int) -> Iterator[str]:
+    """Find options that cost memory or speed here, or have no effect, a line each."""
+    data = config.data
     num_bytes = data.lanes * data.shuffle_chunks * data.chunk_bytes
     if train.is_chunked and num_bytes > _MUCH_MEMORY * world.size:
         yield f"the shuffle buffer takes up to {num_bytes / world.size / 1e9:.1f} GB in each process"
@@ -217,11 +232,11 @@ def describe(
             f"or these not the global batch of {config.global_batch_size} (the samples are the same)"
         )
     lanes_here = data.lanes * num_local_ranks() // world.size
-    wanted = min(1.0, 2 * lanes_here / (len(train.first) - 1)) * int(train.length.sum(dtype=np.int64))
-    if data.cache_bytes is not None and data.cache_bytes < wanted:
+    needed = min(1.0, 2 * lanes_here / (len(train.first) - 1)) * int(train.length.sum(dtype=np.int64))
+    if data.cache_bytes is not None and data.cache_bytes < needed:
         yield (
             f"data.cache_bytes={data.cache_bytes} is too little for the {lanes_here} lanes of this node, "
-            f"which want {wanted:.2g}: shards will come again and again; raise it, or start with fewer data.lanes"
+            f"which need {needed:.2g}: shards will be downloaded repeatedly; raise it, or start with fewer data.lanes"
         )
     if config.trainer.profiled_steps and config.trainer.profiled_steps[0] < first_step:
         yield f"trainer.profile={config.trainer.profile} begins before step {first_step}: nothing is profiled"

@@ -1,6 +1,7 @@
 """Train: the loop, one step, and when to log, evaluate and save. `setup.py` builds the trainer."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -39,6 +40,8 @@ from gcvit.runtime.distributed import World
 from gcvit.runtime.preemption import Preemption
 from gcvit.training.ema import Ema, all_fragments
 from gcvit.training.nonfinite import NonfiniteGuard, TooManyNonfiniteSteps, poison_nonfinite
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Trainer:
         except TooManyNonfiniteSteps as stop:
             self._roll_back_and_raise(stop)
         except Preempted:
-            self.metrics.say(f"preempted after step {self.state.step}; the same command resumes from there")
+            logger.warning(f"preempted after step {self.state.step}; the same command resumes from there")
             if self.state.step > first_step:
                 self.save()
                 log_saves(self.metrics, self.checkpoints.wait())
@@ -319,7 +322,7 @@ def log_saves(metrics: Metrics, finished: Iterable[FinishedSave]) -> None:
     """Log checkpoints that are complete, and their messages."""
     for save in finished:
         for message in save.messages:
-            metrics.say(message)
+            logger.warning(message)
         row = {"stall_seconds": save.stall_seconds, "write_seconds": save.write_seconds, "bytes": save.bytes}
         metrics.log_checkpoint(save.step, row)
 

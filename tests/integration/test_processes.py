@@ -29,19 +29,20 @@ run_main(main)
 """
 
 STEPS = """
-import sys, torch
+import logging, sys, torch
 from gcvit.config.load import load_config
 from gcvit.monitoring.metric_logger import Metrics
 from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import join_world
+from gcvit.runtime.log import log_to
 from gcvit.monitoring.step_timer import Seconds
 
 config, _ = load_config("tests/helpers/golden.yaml", ["output_dir=" + sys.argv[1]])
 config.run_dir.mkdir()
 result = StepResult(torch.tensor(0.5), torch.tensor(1.0))
-with join_world() as world:
+with join_world() as world, log_to(None, world.rank):
     metrics = Metrics(config, world, first_step=5, total_steps=20)
-    metrics.say("a word")
+    logging.getLogger("gcvit.training").info("a word")
     for step in range(6, 21):
         metrics.add(torch.tensor(64.0), torch.tensor(8), result)
     metrics.log_step(20, 1e-3, result, Seconds({"compute": 1.0}), num_corrupt=0)
@@ -88,9 +89,9 @@ def test_a_log_file_gets_lines_without_control_characters(tmp_path):
         run_steps(tmp_path, file.fileno())
     text = path.read_bytes().decode()
     assert all(character == "\n" or character.isprintable() for character in text), text
-    said = [line for line in text.splitlines() if line == "a word" or line.startswith("step ")]
-    assert said[0] == "a word"
-    assert said[1].startswith("step 20/20  loss 2.0000  lr 0.001  norm 0.5  ")
+    lines = [line.partition(" rank 0 INFO: ")[2] for line in text.splitlines() if " rank 0 INFO: " in line]
+    assert lines[0] == "a word"
+    assert lines[1].startswith("step 20/20  loss 2.0000  lr 0.001  norm 0.5  ")
 
 
 def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path):
@@ -105,7 +106,7 @@ def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path):
     assert "\r" in text
     assert "| 5/20" in text
     assert "| 20/20" in text
-    assert "a word" in text
+    assert " rank 0 INFO: a word\r\n" in text
     assert "step 20/20  loss 2.0000" in text
 
 

@@ -1,6 +1,7 @@
 """What a run says of itself: rows, TensorBoard events and lines or a bar, in a world of one."""
 
 import json
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -43,6 +44,12 @@ def config(tmp_path) -> Config:
     config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [f"output_dir={tmp_path}"])
     config.run_dir.mkdir()
     return config
+
+
+@pytest.fixture
+def logged(caplog) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "gcvit")
+    return caplog
 
 
 @pytest.fixture
@@ -107,7 +114,7 @@ def test_a_row_holds_the_mean_over_its_interval(config, world, clock):
     ]
 
 
-def test_refused_steps_are_counted_and_said(config, world, capsys):
+def test_refused_steps_are_counted_and_said(config, world, logged):
     metrics = begin(config, world)
     for step, applied in enumerate([True, False, False, True, True, True], start=1):
         result = add(metrics, world, 1.0, applied)
@@ -115,12 +122,12 @@ def test_refused_steps_are_counted_and_said(config, world, capsys):
             log(metrics, step, 1e-3, result)
     metrics.close()
     assert [row["refused_steps"] for row in rows(config)] == [2, 0]
-    first, second = capsys.readouterr().err.splitlines()
+    first, second = logged.messages
     assert "refused 2" in first.lower()
     assert "refused" not in second.lower()
 
 
-def test_an_interval_of_nothing_but_refused_steps_is_null(config, world, capsys):
+def test_an_interval_of_nothing_but_refused_steps_is_null(config, world, logged):
     """In strict JSON; the images per second are known all the same."""
     metrics = begin(config, world)
     log(metrics, 1, 1e-3, add(metrics, world, 1.0, applied=False))
@@ -128,19 +135,19 @@ def test_an_interval_of_nothing_but_refused_steps_is_null(config, world, capsys)
     (row,) = rows(config)
     assert (row["loss"], row["grad_norm"], row["refused_steps"]) == (None, None, 1)
     assert row["images_per_second"] > 0
-    assert "loss nan" in capsys.readouterr().err
+    assert "loss nan" in logged.messages[0]
     tags = EventAccumulator(str(config.run_dir)).Reload().Tags()["scalars"]
     assert "train/refused_steps" in tags
     assert "train/loss" not in tags
 
 
-def test_a_checkpoint_is_a_row_with_its_stall(config, world, capsys):
+def test_a_checkpoint_is_a_row_with_its_stall(config, world, logged):
     metrics = begin(config, world)
     found = {"stall_seconds": 0.25, "write_seconds": 2.5, "bytes": 1_234_000_000}
     metrics.log_checkpoint(10, found)
     metrics.close()
     assert rows(config) == [{"step": 10, "kind": "checkpoint", **found}]
-    assert capsys.readouterr().err == "step 10/20  saved 1.23 GB in 2.5 s  training stopped for 0.25 s\n"
+    assert logged.messages == ["step 10/20  saved 1.23 GB in 2.5 s  training stopped for 0.25 s"]
 
 
 def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, clock):
@@ -159,13 +166,13 @@ def test_what_is_off_the_clock_does_not_slow_the_images_down(config, world, cloc
     assert [row["images_per_second"] for row in rows(config)] == [BATCH_SIZE / 8, BATCH_SIZE / 16]
 
 
-def test_an_evaluation_is_a_row_of_its_kind(config, world, capsys):
+def test_an_evaluation_is_a_row_of_its_kind(config, world, logged):
     metrics = begin(config, world)
     found = EVALUATION
     metrics.log_evaluation(10, "ema", found)
     metrics.close()
     assert rows(config) == [{"step": 10, "kind": "val/ema", **found}]
-    assert capsys.readouterr().err == "step 10/20  ema: top-1 71.25 %  loss 1.5000\n"
+    assert logged.messages == ["step 10/20  ema: top-1 71.25 %  loss 1.5000"]
 
 
 def test_a_resume_drops_the_rows_that_are_done_again(config, world):

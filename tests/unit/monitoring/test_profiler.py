@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ def configure(tmp_path, profile: str) -> Config:
     return load_config(path, [f"output_dir={tmp_path}", f"trainer.profile={profile}"])[0]
 
 
-def test_what_lies_between_its_steps_is_seen(tmp_path, world, capsys):
+def test_what_lies_between_its_steps_is_seen(tmp_path, world, caplog):
+    caplog.set_level(logging.INFO, "gcvit")
     config = configure(tmp_path, "2:1")
     profiler = Profiler(config, world, 10)
     for step in range(5):
@@ -35,17 +37,18 @@ def test_what_lies_between_its_steps_is_seen(tmp_path, world, capsys):
     memory = json.loads((folder / "memory_rank0.json").read_text())
     assert [time for time, _ in memory] == sorted(time for time, _ in memory)
     assert max(num_bytes for _, num_bytes in memory) - memory[0][1] >= 4000
-    assert capsys.readouterr().err.splitlines()[-1] == f"profile of steps 3 to 3: {folder}"
+    assert caplog.messages == [f"profile of steps 3 to 3: {folder}"]
 
 
-def test_a_run_that_ends_within_it_leaves_what_there_is(tmp_path, world, capsys):
+def test_a_run_that_ends_within_it_leaves_what_there_is(tmp_path, world, caplog):
+    caplog.set_level(logging.INFO, "gcvit")
     config = configure(tmp_path, "0:9")
     profiler = Profiler(config, world, 2)
     for step in range(3):
         profiler.step(step)
     profiler.close()
     assert len(list((config.run_dir / "profile").iterdir())) == 3
-    assert "profile of steps 1 to 2" in capsys.readouterr().err
+    assert "profile of steps 1 to 2" in caplog.text
 
 
 def test_nothing_is_seen_where_nothing_is_asked_for(tmp_path, world):
