@@ -1,4 +1,4 @@
-"""Finds corrupt samples in the source of their shards again: `verify --repair --source DIR`."""
+"""Find the original bytes of corrupt samples in the source of their shards: `verify --repair --source DIR`."""
 
 import zlib
 from collections import defaultdict
@@ -21,7 +21,7 @@ Corruption = dict[str, dict[int, str | None]]
 
 @dataclass(frozen=True)
 class Restored:
-    """A sample in the source: where its bytes lie, its path there, its label."""
+    """A sample in the source: its byte range, its path and its label."""
 
     place: Place
     path: str
@@ -29,21 +29,25 @@ class Restored:
 
 
 def choose_source(manifest: Manifest, root: Path, classes: Path | None) -> Source:
-    """The part of the source that has the manifest's split; `classes` is the file that named its classes, if one did.
+    """Find the part of the source that has the manifest's split.
 
-    Errors: UserError for none, for unknown checksums.
+    Args:
+        classes: File that named the classes when the shards were made, or None.
+
+    Raises:
+        UserError: There is no such part, or the manifest has no checksums.
     """
     if manifest.crc32 is None:
         raise UserError(
-            "--source has no effect: the manifest has no checksums to tell the right bytes",
+            "--source has no effect: the manifest has no checksums to find the right bytes by",
             got=manifest.root / FILE_NAME,
-            hint="repair without it, or python -m data_prep.index --checksums while the tars are sound",
+            hint="repair without it, or python -m data_prep.index --checksums while the tars are valid",
         )
     sources = find_sources(root, None, classes=classes)
     source = next((source for source in sources if source.split == manifest.split or not source.split_folder), None)
     if source is None or not set(source.classes) & set(manifest.classes):
         raise UserError(
-            f"the source has not what was sharded: {root}",
+            f"the source is not the one that was sharded: {root}",
             got=", ".join(source.split for source in sources),
             expected=f"split {manifest.split} with classes like {manifest.classes[0]}",
             hint="name the source of these shards",
@@ -55,10 +59,12 @@ def choose_source(manifest: Manifest, root: Path, classes: Path | None) -> Sourc
 def find_restored(
     manifest: Manifest, corruption: Corruption, source: Source | None, workshop: Path
 ) -> Iterator[tuple[Path, dict[int, list[Restored]]]]:
-    """The corrupt samples that the source has, told by class, size and crc32; and the root of their places.
+    """Find the corrupt samples in the source by class, size and crc32.
 
-    Names in a tar play no part, but to choose among files with the same bytes: of these there is a list for each
-    sample, the likeliest first.
+    Names in the tar only choose among files with the same bytes.
+
+    Returns:
+        The root of the places; and for each sample that was found, the files with its bytes, the likeliest first.
     """
     if source is None:
         yield workshop, {}

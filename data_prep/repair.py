@@ -1,32 +1,29 @@
-"""Rewrites shards without their corrupt samples, or with these from the source: `verify --repair [--source DIR]`.
+"""Rewrite shards without their corrupt samples, or with these from the source: `verify --repair [--source DIR]`.
 
 1. The new shards, then the new manifest, are written to `.repair.tmp` in the split's folder.
-2. That folder is renamed to `.repair`: from now on the repair holds.
-3. Its shards take their places, then its columns, and last its manifest.
+2. That folder is renamed to `.repair`: from now on the repair is final.
+3. Its shards are moved to their places, then its columns, and last its manifest.
 
-Killed before 2, a repair leaves everything as it was. Killed later, it may leave shards that the manifest does not
-fit, and `finish_repair` completes it, killed as often as it may be.
+A repair that is killed before 2 changes nothing. One that is killed later may leave shards that do not match the
+manifest; `finish_repair` completes it, and may be killed and repeated itself.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.images import image_extension
 from data_prep.recover import Corruption, Restored, find_restored
 from data_prep.shards.byte_range import read_place
+from data_prep.shards.direct_io import DirectFile
 from data_prep.shards.samples import IMAGES, Contents, split_name
-from data_prep.shards.tar_reader import BLOCK, Piece, TarReader
-from data_prep.shards.tar_writer import encode_key, tar_header
+from data_prep.shards.tar_reader import Piece, TarReader
+from data_prep.shards.tar_writer import TarWriter, encode_key, sample_members
 from data_prep.sources.discover import Source
 from data_prep.workers import Progress, run_tasks
 from gcvit.data.manifest import FILE_NAME, Manifest, Shard, read_manifest, sync_folder, write_manifest
@@ -40,9 +37,9 @@ UNREADY = ".repair.tmp"
 class Task:
     """A shard to rewrite into `folder`: its samples by their numbers in the shard.
 
-    `kept` are the places of images in the old tar; `restored` ones come from `root`, from the first place whose key
-    is free. All others are left out: of some of these `corrupt_keys` are known, of those whose image cannot be
-    found `lost_sizes`, the images' sizes in bytes.
+    `kept` are the places of images in the old tar. `restored` samples come from `root`, from the first place whose key
+    is free. All others are left out: `corrupt_keys` are their keys where these are known, `lost_sizes` the sizes in
+    bytes of images that cannot be found.
     """
 
     path: Path
@@ -59,8 +56,8 @@ class Task:
 class Result:
     """A rewritten shard; `rows` are the numbers of its samples in the old one, `offset` the new places: [n].
 
-    A shard without samples is not written. `removed` names members under other keys that may have been parts of
-    samples that are lost.
+    A shard without samples is not written. `removed` names members under other keys that may have belonged to lost
+    samples.
     """
 
     shard: Shard
@@ -70,30 +67,19 @@ class Result:
     removed: list[str]
 
 
-class _Output:
-    """A file that is hashed on its way to the disk."""
-
-    def __init__(self, file: BinaryIO):
-        self.num_bytes = 0
-        self.sha256 = hashlib.sha256()
-        self._file = file
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.sha256.update(data)
-        self.num_bytes += len(data)
-
-
 def is_interrupted(folder: Path) -> bool:
+    """Return whether a repair of `folder` was interrupted after it became final."""
     return (folder / READY).exists()
 
 
 def repair(manifest: Manifest, corruption: Corruption, source: Source | None, num_workers: int) -> None:
-    """Rewrite the shards in `corruption` and the manifest, and print what became of them.
+    """Rewrite the shards in `corruption` and the manifest, and print the changes.
 
-    Members that belong to no sample of the manifest stay, behind the samples; folders and links in a tar do not.
-    Errors: UserError where no sample would be left, the source lacks some of the corrupt ones, a shard is a link to
-    another disk, or the disk is full; then nothing has changed.
+    Members that belong to no sample of the manifest are kept behind the samples; folders and links in a tar are not.
+
+    Raises:
+        UserError: No sample would be left, the source lacks some of the corrupt ones, a shard is a link to another
+            disk, or the disk is full. Nothing was changed.
     """
     folder, workshop = manifest.root, manifest.root / UNREADY
     try:
@@ -115,7 +101,7 @@ def repair(manifest: Manifest, corruption: Corruption, source: Source | None, nu
         sync_folder(folder)
     except OSError as error:
         what, got = "cannot write the repaired shards", f"{error.filename or workshop} ({error.strerror})"
-        raise UserError(what, got=got, hint="mend that and start again; nothing was changed") from None
+        raise UserError(what, got=got, hint="resolve the error and start again; nothing was changed") from None
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     finish_repair(folder)
@@ -126,22 +112,26 @@ def repair(manifest: Manifest, corruption: Corruption, source: Source | None, nu
     state = (
         "the manifest is as it was"
         if repaired.digest == manifest.digest
-        else ("its digest has changed: runs that began with the old one refuse to go on with it")
+        else ("its digest has changed: runs that began with the old one cannot resume with it")
     )
     print(
-        f"{manifest.split}: {len(results):,} shards rewritten, {num_restored:,} samples taken from the source again, "
+        f"{manifest.split}: {len(results):,} shards rewritten, {num_restored:,} samples restored from the source, "
         f"{manifest.num_samples - repaired.num_samples:,} left out, {repaired.num_samples:,} remain; {state}: {folder}",
         flush=True,
     )
 
 
 def finish_repair(folder: Path) -> None:
-    """Move what `.repair` holds to its places, and take away shards of which nothing was left. Errors: UserError."""
+    """Move the files in `.repair` to their places, and remove shards without any sample left.
+
+    Raises:
+        UserError: A file cannot be moved.
+    """
     try:
         _finish(folder, folder / READY)
     except OSError as error:
         got = f"{error.filename or folder} ({error.strerror})"
-        raise UserError("cannot finish a repair", got=got, hint="mend that and start --repair again") from None
+        raise UserError("cannot finish a repair", got=got, hint="resolve the error and start --repair again") from None
 
 
 def _finish(folder: Path, ready: Path) -> None:
@@ -168,7 +158,7 @@ def _shard_names(path: Path) -> set[str]:
 
 
 def _refuse_other_disks(folder: Path, names: list[str]) -> None:
-    """A shard may be a link, but its place must be one that a rename reaches."""
+    """Refuse shards that are links to another disk, which a rename cannot reach."""
     device = folder.stat().st_dev
     for name in names:
         target = (folder / name).resolve()
@@ -197,13 +187,12 @@ def _refuse_missing(manifest: Manifest, corruption: Corruption, results: dict[st
 
 
 def rewrite_shard(task: Task) -> Result:
-    """Copy what is kept, byte for byte with its headers, and write what is restored as `data_prep.shard` does."""
+    """Copy the kept samples byte for byte with their headers, and write restored ones as `data_prep.shard` does."""
     path = task.folder / task.path.name
     rows, offsets = [], []
     num_restored = 0
     with ExitStack() as stack:
-        file = stack.enter_context(open(path, "wb"))
-        output = _Output(file)
+        output = TarWriter(stack.enter_context(DirectFile(path)))
         contents = None
         if task.path.exists():
             contents = Contents(stack.enter_context(TarReader(task.path)))
@@ -215,9 +204,10 @@ def rewrite_shard(task: Task) -> Result:
                 offset = _copy(contents, task.kept[row], output)
             elif sample := next((s for s in task.restored.get(row, []) if encode_key(s.path) not in used_keys), None):
                 try:
-                    offset = _write_restored(task.root, sample, output)
-                except ValueError:  # no image of a kind that is sharded
+                    members = sample_members(read_place(task.root, sample.place), sample.path, sample.label)
+                except ValueError:  # not an image of a known format
                     continue
+                offset = output.add(members)
                 used_keys.add(encode_key(sample.path))
                 num_restored += 1
             else:
@@ -232,17 +222,14 @@ def rewrite_shard(task: Task) -> Result:
                     _copy_piece(contents, piece, output)
                 else:
                     removed.append(piece.name)
-        output.write(bytes(2 * BLOCK))
-        output.write(bytes(-output.num_bytes % tarfile.RECORDSIZE))
-        file.flush()
-        os.fsync(file.fileno())
+        output.finish()
     if not rows:
         path.unlink()
     shard = Shard(task.path.name, len(rows), output.num_bytes, output.sha256.hexdigest())
     return Result(shard, np.array(rows, np.int64), np.array(offsets, np.int64), num_restored, removed)
 
 
-def _copy(contents: Contents, place: int, output: _Output) -> int:
+def _copy(contents: Contents, place: int, output: TarWriter) -> int:
     offset = -1
     for piece in contents.pieces(contents.key_at[place]):
         if piece.offset == place:
@@ -252,34 +239,17 @@ def _copy(contents: Contents, place: int, output: _Output) -> int:
     return offset
 
 
-def _copy_piece(contents: Contents, piece: Piece, output: _Output) -> None:
+def _copy_piece(contents: Contents, piece: Piece, output: TarWriter) -> None:
     size = piece.end - piece.start
-    output.write(contents.tar.read(piece.start, size).ljust(size, b"\0"))  # a truncated tar may lack the padding
+    output.append(contents.tar.read(piece.start, size).ljust(size, b"\0"))  # a truncated tar may lack the padding
 
 
 def _may_be_lost(task: Task, piece: Piece) -> bool:
-    """Whether a member under a key of its own may be part of a sample whose image cannot be found in its place."""
+    """Return whether a member under a key of its own may belong to a sample whose image is lost."""
     extension = split_name(piece.name)[1]
     if extension in IMAGES:
         return piece.size in task.lost_sizes
     return bool(task.lost_sizes) and extension in ("", "cls", "json")
-
-
-def _write_restored(root: Path, sample: Restored, output: _Output) -> int:
-    data = read_place(root, sample.place)
-    key = encode_key(sample.path)
-    about = {"key": key, "path": sample.path, "class": sample.path.split("/")[0], "label": sample.label}
-    members = [
-        (f"{key}.{image_extension(data)}", data),
-        (f"{key}.cls", str(sample.label).encode()),
-        (f"{key}.json", json.dumps(about).encode()),
-    ]
-    offsets = []
-    for name, content in members:
-        output.write(tar_header(name, len(content)))
-        offsets.append(output.num_bytes)
-        output.write(content + bytes(-len(content) % BLOCK))
-    return offsets[0]
 
 
 def _make_tasks(

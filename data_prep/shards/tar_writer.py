@@ -1,4 +1,4 @@
-"""Writes one shard: a WebDataset tar, whole or not at all.
+"""Write one shard: a WebDataset tar, whole or not at all.
 
 A sample is three members: KEY.jpg (or the true extension of its content, its bytes untouched unless it is
 re-encoded), KEY.cls (the label as text) and KEY.json (key, original path, class, label).
@@ -28,7 +28,7 @@ _PADDING = [bytes(length) for length in range(BLOCK)]
 _NAME_BYTES = 100  # the longest name in a header without a prefix
 
 # A regular file of mode 644 with mtime, uid and gid 0 and no names of users, as tarfile writes it. Its checksum is
-# the sum of all bytes, with its own field taken as spaces.
+# the sum of all bytes, with its own field read as spaces.
 _EMPTY_NAME = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 _BEFORE_SIZE, _AFTER_SIZE, _AFTER_CHECKSUM = _EMPTY_NAME[_NAME_BYTES:124], _EMPTY_NAME[135:148], _EMPTY_NAME[155:]
 _SUM = sum(_BEFORE_SIZE + _AFTER_SIZE + _AFTER_CHECKSUM) + 7 * ord(" ")
@@ -43,7 +43,7 @@ _CODED = re.compile(rb"[^ -~]|[.%]|^_(?=_)")
 class Task:
     """One shard: sample i has the bytes at `places[i]` below `root`, the name `paths[i]` and the label `labels[i]`.
 
-    `write` False only computes. `plan` is the digest that goes into the sidecar.
+    If `write` is False, the sidecar is computed and nothing written. `plan` is the digest for the sidecar.
     """
 
     root: Path
@@ -58,14 +58,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """A shard; or None and the paths of the files that no shard can hold, each with the reason."""
+    """A shard's sidecar; or None and the paths of the files that are no images, each with the reason."""
 
     sidecar: Sidecar | None
     refused: list[str]
 
 
 class TarWriter:
-    """Appends samples to a tar and hashes it on the way; `file` None only computes."""
+    """Append samples to a tar and hash its bytes; with `file` None, nothing is written."""
 
     def __init__(self, file: DirectFile | None):
         self.num_bytes = 0
@@ -80,17 +80,18 @@ class TarWriter:
         tail = [_PADDING[-len(data) % BLOCK]]
         for other, text in others:
             tail += (tar_header(other, len(text)), text, _PADDING[-len(text) % BLOCK])
-        self._append(head, data, b"".join(tail))
+        self.append(head, data, b"".join(tail))
         return offset
 
     def finish(self) -> None:
-        """Two empty blocks end a tar, and tar fills its last record. All is on disk then."""
+        """Write the two empty blocks that end a tar, fill its last record as tar does, and flush all to disk."""
         end = self.num_bytes + 2 * BLOCK
-        self._append(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
+        self.append(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
         if self._file is not None:
             self._file.finish()
 
-    def _append(self, *parts: bytes) -> None:
+    def append(self, *parts: bytes) -> None:
+        """Append whole blocks as they are."""
         for part in parts:
             self.num_bytes += len(part)
             self.sha256.update(part)
@@ -99,9 +100,11 @@ class TarWriter:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The header of a regular file: one block, or more for a name beyond USTAR. Byte for byte tarfile's own.
+    """Build the header of a regular file, byte for byte as tarfile does: one block, or more for a name beyond USTAR.
 
-    `name` is ASCII, `size` in bytes.
+    Args:
+        name: Name of the member, in ASCII.
+        size: Size of the payload in bytes.
     """
     if len(name) <= _NAME_BYTES and size < 8**11:
         octal = b"%011o" % size
@@ -119,7 +122,10 @@ def tar_header(name: str, size: int) -> bytes:
 def write_shard(task: Task) -> Result:
     """Write a shard under a temporary name, flush it to disk, rename it, then write its sidecar.
 
-    Errors: UserError if that fails, of which nothing remains. A shard with a file that is no image is not written.
+    A shard with a file that is no image is not written.
+
+    Raises:
+        UserError: Writing fails; no part of the shard remains.
     """
     if not task.write:
         return _fill(TarWriter(None), task)
@@ -134,7 +140,7 @@ def write_shard(task: Task) -> Result:
         raise UserError(
             "cannot write a shard",
             got=f"{task.tar_path} ({error.strerror})",
-            hint="mend that and start the same command again; complete shards are kept",
+            hint="resolve the error and start the same command again; complete shards are kept",
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -149,20 +155,13 @@ def _fill(tar: TarWriter, task: Task) -> Result:
         try:
             original = read_place(task.root, place)
             data = original if task.reduction is None else reduce_image(original, task.reduction)
-            extension = image_extension(data)
+            members = sample_members(data, path, label)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             refused.append(f"{path} ({reason})")
             continue
-        if refused:  # the shard cannot be, but all that stands against it is told at once
+        if refused:  # the shard is not written, but all its files are checked, to report them together
             continue
-        key = encode_key(path)
-        about = {"key": key, "path": path, "class": path.split("/")[0], "label": label}
-        members = [
-            (f"{key}.{extension}", data),
-            (f"{key}.cls", str(label).encode()),
-            (f"{key}.json", json.dumps(about).encode()),
-        ]
         offsets.append(tar.add(members))
         lengths.append(len(data))
         crcs.append(crc32(data))
@@ -180,8 +179,23 @@ def _fill(tar: TarWriter, task: Task) -> Result:
     return Result(Sidecar(shard, columns, num_source_bytes), [])
 
 
+def sample_members(data: bytes, path: str, label: int) -> list[tuple[str, bytes]]:
+    """Build a sample's members, (name, payload), the image first.
+
+    Raises:
+        ValueError: `data` is no image of a known format.
+    """
+    key = encode_key(path)
+    about = {"key": key, "path": path, "class": path.split("/")[0], "label": label}
+    return [
+        (f"{key}.{image_extension(data)}", data),
+        (f"{key}.cls", str(label).encode()),
+        (f"{key}.json", json.dumps(about).encode()),
+    ]
+
+
 def encode_key(path: str) -> str:
-    """The key of a file in a shard: its path without extension, percent-encoded to ASCII without dots.
+    """Encode a path as the key of a shard: without its extension, percent-encoded to ASCII without dots.
 
     Folders stay. Two paths have one key only if they differ in nothing but their extensions.
     """

@@ -65,7 +65,7 @@ def test_the_number_of_workers_leaves_no_trace(source, shards, tmp_path):
 def test_verify_passes_in_two_processes(shards):
     done = data_prep("verify", shards, "--workers", 2)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("all sound") == 2
+    assert done.stdout.count("all valid") == 2
 
 
 def test_tar_lists_the_members(shards):

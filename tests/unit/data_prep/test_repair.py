@@ -68,10 +68,10 @@ def test_corrupt_samples_are_left_out(out, capsys):
     lost = corruption(out)
     run(out, "--repair")
     said = capsys.readouterr().out
-    assert "3 shards rewritten, 0 samples taken from the source again, 5 left out, 7 remain" in said
-    assert "its digest has changed: runs that began with the old one refuse" in said
+    assert "3 shards rewritten, 0 samples restored from the source, 5 left out, 7 remain" in said
+    assert "its digest has changed: runs that began with the old one cannot resume" in said
     run(out)
-    assert "7 samples of 3 classes in 2 shards, all sound" in capsys.readouterr().out
+    assert "7 samples of 3 classes in 2 shards, all valid" in capsys.readouterr().out
     manifest = read_manifest(out)
     assert manifest.digest != digest
     assert images_of(manifest) == [sample for i, sample in enumerate(before) if i not in lost]
@@ -84,12 +84,12 @@ def test_corrupt_samples_are_left_out(out, capsys):
 
 
 def test_the_source_restores_every_byte(tree, out, capsys):
-    sound = contents(out)
+    valid = contents(out)
     corruption(out)
     run(out, "--repair", "--source", tree)
-    assert "5 samples taken from the source again, 0 left out" in (said := capsys.readouterr().out)
+    assert "5 samples restored from the source, 0 left out" in (said := capsys.readouterr().out)
     assert "the manifest is as it was" in said
-    assert contents(out) == sound
+    assert contents(out) == valid
 
 
 def test_a_source_that_lacks_corrupt_samples_is_refused(tree, out, make_image):
@@ -126,29 +126,29 @@ def test_the_class_map_finds_a_source_without_train(tree, tmp_path, capsys):
     options = ("--classes", tmp_path / "classes.txt")
     shard.main([str(tmp_path / "source"), str(tmp_path / "out"), "--workers", "1", *map(str, options)])
     out = tmp_path / "out/val"
-    sound, manifest = contents(out), read_manifest(out)
+    valid, manifest = contents(out), read_manifest(out)
     flip(out / "val-000000.tar", int(manifest.offset[3]) + 100)
     with pytest.raises(UserError, match="no train folder"):
         run(out, "--repair", "--source", tmp_path / "source")
     with pytest.raises(UserError, match="--classes has no effect without --source"):
         run(out, "--repair", *options)
     run(out, "--repair", "--source", tmp_path / "source", *options)
-    assert contents(out) == sound
+    assert contents(out) == valid
 
 
 def test_files_with_the_same_bytes_are_told_apart(tree, tmp_path):
     shutil.copyfile(tree / "a/1.jpg", tree / "a/twin.jpg")
     out = tmp_path / "out"
     shard.main([str(tree), str(out), "--workers", "1"])
-    sound, manifest = contents(out), read_manifest(out)
+    valid, manifest = contents(out), read_manifest(out)
     names = [manifest.member_name(i).split(": ")[1] for i in range(13)]
     for name in ("a/1.jpg", "a/twin.jpg"):
         flip(out / "train-000000.tar", int(manifest.offset[names.index(name)]) + 100)
         run(out, "--repair", "--source", tree)
-        assert contents(out) == sound
+        assert contents(out) == valid
     flip(out / "train-000000.tar", int(manifest.offset[names.index("a/twin.jpg")]) - 500)  # its key is lost
     run(out, "--repair", "--source", tree)
-    assert contents(out) == sound
+    assert contents(out) == valid
 
 
 def test_a_truncated_shard_keeps_its_beginning(out, capsys):
@@ -156,23 +156,23 @@ def test_a_truncated_shard_keeps_its_beginning(out, capsys):
     manifest = read_manifest(out)
     path.write_bytes(path.read_bytes()[: int(manifest.offset[8]) + 3])
     run(out, "--repair")
-    assert "1 shards rewritten, 0 samples taken from the source again, 2 left out, 10 remain" in capsys.readouterr().out
+    assert "1 shards rewritten, 0 samples restored from the source, 2 left out, 10 remain" in capsys.readouterr().out
     run(out)
 
 
 def test_corruption_between_samples_costs_none(out, capsys):
-    sound = contents(out)
+    valid = contents(out)
     path = out / "train-000002.tar"
     flip(path, path.stat().st_size - 5)  # in the empty blocks at the end
     run(out, "--repair")
     assert "0 left out" in capsys.readouterr().out
-    assert contents(out) == sound
+    assert contents(out) == valid
 
 
 def test_nothing_to_repair_changes_nothing(tree, out):
-    sound = contents(out)
+    valid = contents(out)
     run(out, "--repair", "--source", tree)
-    assert contents(out) == sound
+    assert contents(out) == valid
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
@@ -232,7 +232,7 @@ def test_what_cannot_be_repaired_is_left_alone(tree, out, tmp_path, monkeypatch)
         run(out, "--source", tree)
     (tmp_path / "other/x").mkdir(parents=True)
     shutil.copyfile(tree / "a/0.jpg", tmp_path / "other/x/0.jpg")
-    with pytest.raises(UserError, match="the source has not what was sharded"):
+    with pytest.raises(UserError, match="the source is not the one that was sharded"):
         run(out, "--repair", "--source", tmp_path / "other")
 
     def fail(descriptor: int) -> None:
@@ -264,7 +264,7 @@ def test_a_stray_tar_is_left_and_told(out):
 @pytest.mark.parametrize("options", [[], ["--checksums"]])
 def test_tars_of_others_are_repaired_behind_their_links(out, tmp_path, options):
     """Two splits in one folder: the manifests lie beside links, and the tars themselves are rewritten."""
-    there = tmp_path / "foreign"
+    there = tmp_path / "others"
     there.mkdir()
     for i, name in enumerate(["x-train-0.tar", "x-train-1.tar", "x-validation-0.tar"]):
         shutil.copyfile(out / f"train-{i:06d}.tar", there / name)
@@ -283,7 +283,7 @@ def test_tars_of_others_are_repaired_behind_their_links(out, tmp_path, options):
     index.main([str(there), "--workers", "1", *options])
     if not options:
         flip(there / "x-train-1.tar", int(read_manifest(there / "train").offset[5]) + 2)
-        with pytest.raises(UserError, match="no checksums to tell the right bytes"):
+        with pytest.raises(UserError, match="no checksums to find the right bytes by"):
             run(there, "--repair", "--source", out)
 
 
@@ -304,7 +304,7 @@ def test_a_shard_that_cannot_be_read_is_kept(out, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(TarReader, "__init__", fail)
-            refuse(out, f"may be sound: got train-000000.tar: cannot be read: {os.strerror(number)}")
+            refuse(out, f"may be valid: got train-000000.tar: cannot be read: {os.strerror(number)}")
     run(out, "--repair")
 
 
@@ -364,16 +364,16 @@ def test_labels_keep_their_meaning(out):
 
 
 cut = st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 8), st.binary(max_size=2000))
-# Of one shard nothing is cut: where of all shards a single sample were left, nobody could tell what it had lost.
+# Of one shard nothing is cut: if a single sample were left of all shards, the members that it lost were unknown.
 cuts = st.lists(cut, min_size=1, max_size=4).filter(lambda cuts: len({cut[0] for cut in cuts}) < 3)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts)
 def test_whatever_the_corruption_a_repair_leaves_sound_shards(out, tree, corruptions):
-    """Bytes cut out of shards and others put in: what is left afterwards is sound, and as it was."""
+    """Bytes cut out of shards and others put in: what is left afterwards is valid, and as it was."""
     before = images_of(read_manifest(out))
-    sound = contents(out)
+    valid = contents(out)
     for i, block, num_blocks, data in corruptions:
         path = out / f"train-{i:06d}.tar"
         content = path.read_bytes()
@@ -390,7 +390,7 @@ def test_whatever_the_corruption_a_repair_leaves_sound_shards(out, tree, corrupt
         except UserError as error:
             assert "no sample would be left" in str(error)  # noqa: PT017
         run(out, "--repair", "--source", tree)
-        assert contents(out) == sound
+        assert contents(out) == valid
     finally:
-        for name, data in sound.items():
+        for name, data in valid.items():
             (out / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""--repair takes corrupt samples out of the tars of others, and nothing else that lies in them."""
+"""--repair removes corrupt samples from tars made by others, and nothing else in them."""
 
 import io
 import tarfile
@@ -46,8 +46,8 @@ def test_samples_that_a_stale_manifest_lacks_are_kept(tmp_path, make_image):
     add(path, *samples(make_image, range(5)), mode="w")
     index.main([str(tmp_path), "--workers", "1"])
     add(path, *samples(make_image, range(5, 9)))
-    refuse(path, "may be sound: got x-train-0.tar: 5: the manifest lacks this sample and 3 more; .* index")
-    flip(path, 0)  # the header of a sample of another size: what is lost is not taken for what is new
+    refuse(path, "may be valid: got x-train-0.tar: 5: the manifest lacks this sample and 3 more; .* index")
+    flip(path, 0)  # the header of a sample of another size: a lost sample is not confused with a new one
     refuse(path, "the manifest lacks this sample")
 
 

@@ -1,4 +1,4 @@
-"""verify passes sound shards, and names each sample whose bytes, label or place is wrong."""
+"""verify passes valid shards, and names each sample whose bytes, label or place is wrong."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import index, shard, verify
+from data_prep.shards import problems
+from data_prep.shards.problems import make_tasks, verify_shard
 from data_prep.shards.samples import Task as IndexTask
 from data_prep.shards.samples import index_tar
 from gcvit.data.manifest import COLUMNS, Manifest, read_manifest, write_manifest
@@ -56,7 +58,7 @@ def rewrite(manifest: Manifest, **changes: np.ndarray) -> None:
 
 def test_sound_shards_pass(out, capsys):
     verify.main([str(out), "--workers", "1"])
-    assert "train: 12 samples of 3 classes in 3 shards, all sound" in capsys.readouterr().out
+    assert "train: 12 samples of 3 classes in 3 shards, all valid" in capsys.readouterr().out
 
 
 def test_a_flipped_byte_of_an_image_is_found(out, capsys):
@@ -72,11 +74,11 @@ def test_a_flipped_byte_of_an_image_is_found(out, capsys):
 
 def test_a_flipped_bit_anywhere_in_a_shard_is_found(out, capsys):
     path = out / "train-000002.tar"
-    sound = path.read_bytes()
-    for place in np.random.RandomState(0).choice(len(sound), 40, replace=False):
-        replace(path, int(place), bytes([sound[place] ^ 1]))
+    valid = path.read_bytes()
+    for place in np.random.RandomState(0).choice(len(valid), 40, replace=False):
+        replace(path, int(place), bytes([valid[place] ^ 1]))
         assert problems_of(out, capsys)
-        path.write_bytes(sound)
+        path.write_bytes(valid)
 
 
 def test_an_image_that_was_truncated_before_sharding_is_found(tree, tmp_path, capsys):
@@ -105,7 +107,7 @@ def test_labels_and_places_that_disagree_are_found(out, capsys):
 def test_missing_and_surplus_members_are_found(out, capsys):
     manifest = read_manifest(out)
     path = out / "train-000000.tar"
-    sound = path.read_bytes()
+    valid = path.read_bytes()
     replace(path, int(manifest.offset[3]) - 512, bytes(1024))  # two empty blocks end a tar
     rewrite(manifest)
     first, second = problems_of(out, capsys)
@@ -114,8 +116,8 @@ def test_missing_and_surplus_members_are_found(out, capsys):
     path.write_bytes((out / "train-000001.tar").read_bytes())
     rewrite(manifest)
     assert any("crc32" in line for line in problems_of(out, capsys))
-    path.write_bytes(sound)
-    (out / "stray.tar").write_bytes(sound)
+    path.write_bytes(valid)
+    (out / "stray.tar").write_bytes(valid)
     rewrite(manifest)
     [line] = problems_of(out, capsys)
     assert line == f"{out}/stray.tar: is not in the manifest"
@@ -149,20 +151,20 @@ def test_problems_are_written_as_json(out, tmp_path, capsys):
 def test_every_truncation_is_found_to_the_sample(out):
     """A cut loses the samples of which it takes a member, and no others."""
     manifest = read_manifest(out)
-    [_, task, _] = verify.tasks_of(manifest)
+    [_, task, _] = make_tasks(manifest)
     path = out / task.shard.name
-    sound = path.read_bytes()
+    valid = path.read_bytes()
     with tarfile.open(path) as tar:
         ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar]
-    assert verify.verify_shard(task) == []
-    for size in range(0, len(sound), 512):
-        path.write_bytes(sound[:size])
-        problems = verify.verify_shard(task)
+    assert verify_shard(task) == []
+    for size in range(0, len(valid), 512):
+        path.write_bytes(valid[:size])
+        problems = verify_shard(task)
         assert problems[0].problem.startswith("is truncated")
         lost = {problem.sample for problem in problems if problem.sample is not None}
         whole = {5 + row for row in range(5) if ends[3 * row + 2] <= size}
         assert lost == set(range(5, 10)) - whole
-    path.write_bytes(sound)
+    path.write_bytes(valid)
 
 
 def flips_of(manifest: Manifest, shard: int, step: int) -> Iterator[tuple[int, int | None]]:
@@ -175,26 +177,26 @@ def flips_of(manifest: Manifest, shard: int, step: int) -> Iterator[tuple[int, i
 
 
 def check_flips(manifest: Manifest, step: int) -> None:
-    task = verify.tasks_of(manifest)[1]
+    task = make_tasks(manifest)[1]
     path = manifest.root / task.shard.name
-    sound = path.read_bytes()
+    valid = path.read_bytes()
     for place, sample in flips_of(manifest, 1, step):
-        data = bytearray(sound)
+        data = bytearray(valid)
         data[place] ^= 1 + place % 255
         path.write_bytes(data)
-        problems = verify.verify_shard(task)
+        problems = verify_shard(task)
         assert problems[0].sample is None
         assert problems[0].problem.startswith("SHA-256")
         corrupt = {problem.sample for problem in problems[1:]} - {None}
         # Padding and a path in a .json say nothing that is needed: there the shard's hash alone tells.
         assert corrupt <= {sample}
         is_image = any(0 <= place - int(task.offset[row]) < int(task.length[row]) for row in range(5))
-        is_header = sound[place // 512 * 512 :][257:262] == b"ustar" and place % 512 not in (
+        is_header = valid[place // 512 * 512 :][257:262] == b"ustar" and place % 512 not in (
             154,
             155,
         )  # a checksum's end
         assert corrupt == {sample} or not (is_image or is_header)
-    path.write_bytes(sound)
+    path.write_bytes(valid)
 
 
 def test_flipped_bytes_are_found_to_the_sample(out):
@@ -218,43 +220,43 @@ def test_corruption_in_tars_of_others_is_found_to_the_sample(tmp_path, make_imag
                 tar.addfile(info, io.BytesIO(data))
     index.main([str(tmp_path), "--workers", "1", *options])
     manifest = read_manifest(tmp_path)
-    [task] = verify.tasks_of(manifest)
+    [task] = make_tasks(manifest)
     path = tmp_path / "x-train-0.tar"
-    sound = path.read_bytes()
+    valid = path.read_bytes()
     with tarfile.open(path) as tar:
         ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar][2::3]
     for place, sample in flips_of(manifest, 0, 61):
-        data = bytearray(sound)
+        data = bytearray(valid)
         data[place] ^= 1 + place % 255
         path.write_bytes(data)
-        problems = verify.verify_shard(task)
+        problems = verify_shard(task)
         corrupt = {problem.sample for problem in problems} - {None}
         assert corrupt <= {sample}
         if options:
             assert problems[0].problem.startswith("SHA-256")
-        block, byte = sound[place // 512 * 512 :][:512], place % 512
+        block, byte = valid[place // 512 * 512 :][:512], place % 512
         is_header = block[257:262] == b"ustar" and byte not in (154, 155)
         is_image = any(0 <= place - int(task.offset[row]) < int(task.length[row]) for row in range(4))
         assert corrupt == {sample} or not (is_header or (is_image and options))
-    for size in range(0, len(sound), 512):
-        path.write_bytes(sound[:size])
-        problems = verify.verify_shard(task)
+    for size in range(0, len(valid), 512):
+        path.write_bytes(valid[:size])
+        problems = verify_shard(task)
         assert problems[0].problem.startswith("is truncated")
         corrupt = {problem.sample for problem in problems} - {None}
         whole = {row for row in range(4) if ends[row] <= size}
         assert corrupt == set(range(4)) - whole
-    path.write_bytes(sound)
-    assert verify.verify_shard(task) == []
+    path.write_bytes(valid)
+    assert verify_shard(task) == []
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_corruption_makes_verify_or_index_crash(out, data):
     """Blocks overwritten, moved and cut out: problems and refusals, never a traceback."""
-    task = verify.tasks_of(read_manifest(out))[0]
+    task = make_tasks(read_manifest(out))[0]
     path = out / task.shard.name
-    sound = path.read_bytes()
-    content = bytearray(sound)
+    valid = path.read_bytes()
+    content = bytearray(valid)
     for _ in range(data.draw(st.integers(1, 4))):
         begin = data.draw(st.integers(0, max(0, len(content) // 512 - 1))) * 512
         end = begin + data.draw(st.integers(1, 8)) * 512
@@ -268,18 +270,18 @@ def test_no_corruption_makes_verify_or_index_crash(out, data):
             del content[begin:end]
         elif what == "copy":
             content[begin:begin] = content[end : end + 1024]
-        else:  # a sound header of anything
+        else:  # a valid header of anything
             info = tarfile.TarInfo("x" * len(noise))
             info.type, info.size = noise[:1], 1 << (noise[0] % 40)
             content[begin : begin + 512] = info.tobuf(tarfile.GNU_FORMAT)[:512]
     path.write_bytes(content)
     try:
-        problems = verify.verify_shard(task)
-        assert problems or content == sound
+        problems = verify_shard(task)
+        assert problems or content == valid
         result = index_tar(IndexTask(path, {}, True))
         assert result.refused or result.shard.num_samples == len(result.columns["label"])
     finally:
-        path.write_bytes(sound)
+        path.write_bytes(valid)
 
 
 def test_a_manifest_out_of_order_is_found(out, capsys):
@@ -297,9 +299,9 @@ def test_no_memory_is_no_corruption(out, monkeypatch):
     def fail(data: bytes) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(verify, "decode", fail)
+    monkeypatch.setattr(problems, "decode", fail)
     with pytest.raises(MemoryError):
-        verify.verify_shard(verify.tasks_of(read_manifest(out))[0])
+        verify_shard(make_tasks(read_manifest(out))[0])
 
 
 def test_folders_without_shards_are_refused(tmp_path):
