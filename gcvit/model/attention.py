@@ -1,4 +1,4 @@
-"""Window attention, local and global: each window of a map attends within itself.
+"""Define window attention, local and global: each window of a map attends within itself.
 
 Windows of w x w lie from the map's top left, ceil(H / w) x ceil(W / w) of them. Where the last ones end beyond the map,
 the positions there do not exist: no query sees them as keys, and nothing comes out of them.
@@ -23,7 +23,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias) v.
+    """Compute softmax(scale * q k^T + bias) v.
 
     q (B, n or 1, h, N, d), k and v (B, n, h, N, d), bias (h, N, N) or (n, h, N, N); returns (B, n, h, N, d) in v's
     dtype. Written to be obviously right: this is what every faster attention is compared with.
@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The same as `attend`, by PyTorch's scaled_dot_product_attention: on GPUs its kernels keep the scores on chip."""
+    """Compute the same as `attend` by PyTorch's scaled_dot_product_attention, whose GPU kernels keep scores on chip."""
     num_images, num_windows = k.shape[:2]
     # The kernels take one batch axis. Queries of an image's own windows merge into it as a view; shared ones cannot.
     q = q.to(v.dtype).expand(-1, num_windows, -1, -1, -1).flatten(0, 1)
@@ -50,7 +50,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
 
 
 def expand_bias_table(table_lh: Tensor, window: int) -> Tensor:
-    """Relative-position bias of every (query, key) pair of a window: table ((2w-1)^2, h) to (h, N, N).
+    """Expand a relative-position bias table ((2w-1)^2, h) to the (query, key) pairs of a window, (h, N, N).
 
     Row (yi - yj + w - 1) * (2w - 1) + (xi - xj + w - 1) holds the bias of query (yi, xi) and key (yj, xj).
     """
@@ -60,7 +60,7 @@ def expand_bias_table(table_lh: Tensor, window: int) -> Tensor:
 
 
 def _pairs_of(table_lh: Tensor, window: int) -> Tensor:
-    """A view of the table as (h, yi, xi, yj, xj)."""
+    """View the table as (h, yi, xi, yj, xj)."""
     # The usual gather needs an N*N index (8 MB a block at w = 32) that must survive building on meta, and its
     # gradient adds with atomics. The same pairs are sliding windows over the table: a window at offset s
     # holds rows s + yi, and s = w - 1 - yj. No buffer, and a gradient summed in a fixed order.
@@ -72,7 +72,7 @@ def _pairs_of(table_lh: Tensor, window: int) -> Tensor:
 
 @torch.library.custom_op("gcvit::expand_bias_table", mutates_args=())
 def expand_apart(table_lh: Tensor, window: int) -> Tensor:
-    """`expand_bias_table` as one operator, which a compiler cannot take apart.
+    """Wrap `expand_bias_table` as one operator that a compiler does not decompose.
 
     It would look up the pairs anew for every window of every image, inside of the softmax.
     """
@@ -88,7 +88,7 @@ def _(table_lh: Tensor, window: int) -> Tensor:
 
 @torch.library.custom_op("gcvit::fold_bias_gradient", mutates_args=())
 def fold_apart(gradient_hnn: Tensor, window: int) -> Tensor:
-    """The adjoint of `expand_apart`: (h, N, N) to ((2w-1)^2, h), in the order of sums of the plain one."""
+    """Compute the adjoint of `expand_apart`, (h, N, N) to ((2w-1)^2, h), in the same order of sums as autograd."""
     num_heads, num_offsets = len(gradient_hnn), 2 * window - 1
     slices = gradient_hnn.view(-1, window, window, window, window).permute(3, 4, 0, 1, 2).flip(0, 1)
     rows = torch.ops.aten.unfold_backward(slices, [window, num_offsets, num_heads, window], 1, window, 1)
@@ -113,7 +113,7 @@ expand_apart.register_autograd(_differentiate, setup_context=_keep_window)
 
 
 def split_windows(x_bhwc: Tensor, window: int, num_heads: int, num_parts: int) -> tuple[Tensor, ...]:
-    """Cut a map (B, H, W, parts*C) into windows and heads: of each part (B, n, h, N, d). The window divides H and W."""
+    """Split a map (B, H, W, parts*C) into windows and heads: each part (B, n, h, N, d). The window divides H and W."""
     num_images, height, width, _ = x_bhwc.shape
     rows, columns = height // window, width // window
     x = x_bhwc.reshape(num_images, rows, window, columns, window, num_parts, num_heads, -1)
@@ -126,14 +126,14 @@ def split_windows(x_bhwc: Tensor, window: int, num_heads: int, num_parts: int) -
 
 
 def merge_windows(x_bnhtd: Tensor, window: int, height: int, width: int) -> Tensor:
-    """Put windows and heads back into a map: (B, n, h, N, d) to (B, H, W, h*d), in one copy."""
+    """Merge windows and heads into a map: (B, n, h, N, d) to (B, H, W, h*d), in one copy."""
     num_images, _, num_heads, _, _ = x_bnhtd.shape
     x = x_bnhtd.reshape(num_images, height // window, width // window, num_heads, window, window, -1)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(num_images, height, width, -1)
 
 
 def mask_missing(missing_yx: tuple[int, int], height: int, width: int, window: int, bias: Tensor) -> Tensor:
-    """What to add to the bias of each window: (n, 1, 1, N), -inf for keys beyond the map, 0 for the others."""
+    """Compute the mask to add to the bias of each window: (n, 1, 1, N), -inf for keys beyond the map, else 0."""
     mask = F.pad(bias.new_zeros(1, height, width, 1), (0, 0, 0, missing_yx[1], 0, missing_yx[0]), value=float("-inf"))
     (mask_bnhtd,) = split_windows(mask, window, num_heads=1, num_parts=1)
     return mask_bnhtd[0].transpose(-2, -1)
@@ -161,7 +161,7 @@ def attend_windows(
     scale: float,
     attend_within: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
 ) -> Tensor:
-    """Attention in the windows of a map: (B, H, W, C).
+    """Attend within the windows of a map: (B, H, W, C).
 
     The parts of (B, H, W, parts*C) are queries, keys and values; keys and values alone where the queries are given,
     (B, w, w, C), for all windows of an image. `attend_within` is `attend` or what equals it.
@@ -183,7 +183,7 @@ def attend_windows(
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention within windows, with queries of its own or with the stage's global queries.
+    """Apply multi-head attention within windows, with local queries or with the stage's global queries.
 
     `qkv` makes queries, keys and values for local attention, keys and values alone for global attention. `path` is
     how they are attended with: "reference" (`attend`), "sdpa" (`attend_fused`), "triton" (our kernel) or "auto", the
@@ -211,7 +211,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-        """(B, H, W, C) to the same, for any H and W. Local attention ignores the queries."""
+        """Map (B, H, W, C) to the same shape, for any H and W. Local attention ignores the queries."""
         parts = self.qkv(x_bhwc)
         queries = queries_bwwc if self.uses_global_queries else None
         settings = (self.bias_table, self.window, self.num_heads, self.scale)
@@ -223,7 +223,7 @@ class WindowAttention(nn.Module):
         return self.proj(attend_windows(parts, queries, *settings, attend_fused if path == "sdpa" else attend))
 
     def choose_path(self, parts_bhwc: Tensor) -> str:
-        """The quickest path for these parts, of those that serve them."""
+        """Choose the fastest path that supports these parts."""
         if not parts_bhwc.is_cuda:
             return "reference"
         head_dim = self.proj.in_features // self.num_heads

@@ -24,21 +24,21 @@ from gcvit.model.weights import read_model
 
 TILE, GAP, LINE = 224, 12, 22  # pixels; LINE is a line of text
 MOST = 4.0
-"""Times an equal share that is as bright as it gets."""
+"""The multiple of an equal share that has the brightest colour."""
 # From nothing over red to bright yellow: as dark as light to an eye that sees no colours.
 COLORS = np.array([[0, 0, 8], [60, 10, 90], [150, 30, 80], [225, 80, 30], [250, 170, 20], [255, 250, 170]], np.float32)
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Of one stage: attention received by each position of its map, (H, W), 1 being an equal share of a window."""
+    """Hold the attention that each position of one stage's map receives, (H, W); 1 is an equal share of a window."""
 
     local: Tensor
     global_: Tensor
 
 
 def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
-    """Draw the attention of an image file into a PNG; says what was drawn.
+    """Draw the attention of an image file into a PNG, and return a line about it.
 
     `checkpoint` is a weights file of the variant `name`, or another variant's name; None are its published weights.
     Errors: UserError for a file that is no image, weights that do not fit, and a place that cannot be written.
@@ -60,7 +60,7 @@ def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
 
 
 def open_image(path: Path, model: GCViT, variant: Variant) -> Image.Image:
-    """An image file in RGB at the model's input size, as the variant is evaluated: squashed, or cropped at the centre.
+    """Load an image file in RGB at the model's input size, squashed or cropped at the centre, as in the evaluation.
 
     Errors: UserError for a file that is no image.
     """
@@ -83,7 +83,7 @@ def open_image(path: Path, model: GCViT, variant: Variant) -> Image.Image:
 
 @torch.no_grad()
 def find_attention(model: GCViT, image: Image.Image) -> list[AttentionMaps]:
-    """The maps of each stage, for an image of the model's input size. The model's weights are in fp32."""
+    """Compute the maps of each stage for an image of the model's input size. The model's weights are in fp32."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     pixels = (torch.from_numpy(np.array(image)).float() / 255 - mean) / std
     attentions = []
@@ -100,7 +100,7 @@ def find_attention(model: GCViT, image: Image.Image) -> list[AttentionMaps]:
 
 @contextmanager
 def _watched(attentions: list[WindowAttention]) -> Iterator[dict[WindowAttention, Tensor]]:
-    """Received attention (B, H, W) of these modules, once the model has run inside."""
+    """Record the received attention (B, H, W) of these modules while the model runs in the block."""
     received: dict[WindowAttention, Tensor] = {}
 
     def see(attention: WindowAttention, inputs: tuple[Tensor, Tensor]) -> None:
@@ -115,7 +115,8 @@ def _watched(attentions: list[WindowAttention]) -> Iterator[dict[WindowAttention
 
 
 def receive(attention: WindowAttention, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-    """Attention received by each position, (B, H, W), averaged over heads and queries; 1 is an equal share.
+    """Compute the attention that each position receives, (B, H, W), averaged over heads and queries; 1 is an equal
+    share.
 
     Positions that a window has beyond the map receive nothing and, as local queries, are not asked.
     """
@@ -138,13 +139,13 @@ def receive(attention: WindowAttention, x_bhwc: Tensor, queries_bwwc: Tensor) ->
 
 
 def _attend_and_keep(kept: list[Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend`, whose weights (B, n, h, N, N) are kept."""
+    """Compute `attend`, and store its weights (B, n, h, N, N)."""
     kept.append(((q * scale) @ k.transpose(-2, -1) + bias).softmax(-1))
     return kept[-1] @ v
 
 
 def draw(image: Image.Image, maps: list[AttentionMaps], title: str) -> Image.Image:
-    """The picture on the left, then a column for each stage: local attention above, global below."""
+    """Draw the image on the left, then a column for each stage: local attention above, global below."""
     tile = (round(TILE * image.width / max(image.size)), round(TILE * image.height / max(image.size)))
     step = (tile[0] + GAP, tile[1] + GAP)
     top = GAP + 2 * LINE + 6
@@ -172,14 +173,14 @@ def draw(image: Image.Image, maps: list[AttentionMaps], title: str) -> Image.Ima
 
 
 def blend(image: Image.Image, received: Tensor) -> Image.Image:
-    """The colours of a map (H, W) over the picture's greys."""
+    """Blend the colours of a map (H, W) with the greys of the image."""
     grey = np.asarray(image.convert("L"), np.float32)[..., None]
     large = Image.fromarray(received.float().numpy()).resize(image.size, Image.Resampling.NEAREST)
     return Image.fromarray((0.3 * grey + 0.7 * color(np.asarray(large))).astype(np.uint8))
 
 
 def color(shares: np.ndarray) -> np.ndarray:
-    """Shares of any shape to colours (..., 3) of uint8; the square root, since most lie near zero."""
+    """Convert shares of any shape to colours (..., 3), uint8, by their square root: most are near zero."""
     place = np.sqrt(np.clip(shares / MOST, 0, 1)) * (len(COLORS) - 1)
     below = np.minimum(place.astype(int), len(COLORS) - 2)
     part = (place - below)[..., None]

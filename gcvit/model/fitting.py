@@ -1,4 +1,4 @@
-"""Weights made to fit a model: another head, and other windows, whose bias tables are resampled.
+"""Fit weights to a model: replace the head, and resample the bias tables of other windows.
 
 Names are ours, see `gcvit.model.weights`; the weights may come from a file or from a checkpoint of a run.
 """
@@ -38,7 +38,7 @@ def fit(
     reset_head: bool = False,
     resample: bool = False,
 ) -> tuple[StateDict, list[str]]:
-    """Whole tensors under our names, made to fit `model`, and what was changed about them, in words.
+    """Return whole tensors under our names that fit `model`, and a description of what was changed.
 
     With `strict` they must be every parameter and nothing else; `reset_head` leaves the head out; `resample` brings
     the bias tables of other windows to the model's. The model may be on meta or sharded. Raises UserError, which
@@ -57,7 +57,7 @@ def fit(
 
 
 def resample_bias_tables(state: StateDict, shapes: Mapping[str, torch.Size]) -> list[str]:
-    """Bring bias tables of other windows to these shapes, in place; what was done, in words."""
+    """Resample bias tables of other windows to these shapes, in place, and return a description."""
     changed = set()
     for name, shape in shapes.items():
         table = state.get(name)
@@ -70,7 +70,7 @@ def resample_bias_tables(state: StateDict, shapes: Mapping[str, torch.Size]) -> 
 
 
 def resample_bias_table(table_lh: Tensor, window: int) -> Tensor:
-    """A relative-position bias table ((2v-1)^2, h) for windows of another side: ((2w-1)^2, h), in its dtype.
+    """Resample a relative-position bias table ((2v-1)^2, h) to windows of another side, ((2w-1)^2, h), in its dtype.
 
     Bicubic over the square of offsets, as Swin (Liu et al., ICCV 2021) goes from 224 to 384 pixels: a window
     then shows the same share of a picture in finer positions, so offsets keep their place in it.
@@ -83,30 +83,34 @@ def resample_bias_table(table_lh: Tensor, window: int) -> Tensor:
 
 
 def window_of(table_shape: torch.Size) -> int:
-    """The side of the window that a bias table of this shape, ((2w-1)^2, heads), is for."""
+    """Return the side of the window that a bias table of this shape, ((2w-1)^2, heads), is for."""
     return (math.isqrt(table_shape[0]) + 1) // 2
 
 
 def windows_of(shapes: Mapping[str, torch.Size]) -> list[int]:
-    """The window of each stage, as the bias table of its first block tells."""
+    """Return the window of each stage, from the bias table of its first block."""
     return [window_of(shape) for name, shape in shapes.items() if name.endswith(".blocks.0" + BIAS_TABLE)]
 
 
 def has_other_window(name: str, shape: torch.Size, shapes: Mapping[str, torch.Size]) -> bool:
-    """Whether a parameter of this shape is the bias table of other windows than the model's, and else alike."""
+    """Return whether a parameter of this shape is a bias table of the model, but for other windows."""
     if not name.endswith(BIAS_TABLE) or name not in shapes or shape[1:] != shapes[name][1:]:
         return False
     return shape != shapes[name] and shape[0] == (2 * window_of(shape) - 1) ** 2
 
 
 def count_query_blocks(names: Iterable[str]) -> list[int]:
-    """The fused blocks of each stage's query generator."""
+    """Find the fused blocks of each stage's query generator."""
     blocks = {match.groups() for name in names if (match := QUERY_BLOCK.match(name))}
     return list(Counter(stage for stage, _ in sorted(blocks)).values())
 
 
 def check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str | Path, strict: bool) -> None:
-    """Raise UserError unless the tensors have these shapes and, with `strict`, just these names."""
+    """Check that the tensors have these shapes and, with `strict`, exactly these names.
+
+    Raises:
+        UserError: if they do not.
+    """
     problems = {
         name: f"{name} is {tuple(tensor.shape)} and not {tuple(shapes[name])}"
         for name, tensor in state.items()

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, counted and not measured: what a share of a GPU's peak (MFU) is taken of."""
+"""Count the floating-point operations of a model, for its model FLOPs utilization (MFU)."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from gcvit.model.gcvit import read_sides
 
 TRAINING_PASSES = 3
-"""A training step in forward passes: backward has two products for each of forward's. Recomputing is not counted."""
+"""The cost of a training step in forward passes: backward has two products for each one of forward. Recomputing is not
+counted."""
 
 
 def count_forward_flops(model: nn.Module, img_size: int | Sequence[int]) -> int:
-    """FLOPs of one image's forward pass: two for each multiply-add of matrix products and convolutions.
+    """Count the FLOPs of one image's forward pass: two for each multiply-add of matrix products and convolutions.
 
-    The model may lie anywhere and may be in training, in which drop path counts nothing off; it is left as it is, and
-    nothing is computed. One that an engine has sharded has not its shapes any more: count it before. `img_size` is
-    one number, or height and width, in pixels.
+    The model may be on any device and in training mode, in which drop path is not subtracted. It is not changed, and
+    nothing is computed. Count a model before an engine shards it, which changes its shapes.
+
+    Args:
+        img_size: In pixels: one number, or height and width.
     """
     weights = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -1,11 +1,15 @@
-"""Build a model from the model section of a config: the one module of this package that knows configs."""
+"""Build a model from the model section of a config. No other module of this package imports configs."""
 
 from gcvit.config.schema import ModelConfig
 from gcvit.model import GCViT, create_model
 
 
 def build_model(model: ModelConfig) -> GCViT:
-    """The bare model that a config names. Errors: UserError for an unknown name or override."""
+    """Build the bare model that a config names.
+
+    Raises:
+        UserError: for an unknown name or override.
+    """
     return create_model(
         model.name,
         num_classes=model.num_classes,

@@ -1,4 +1,4 @@
-"""GC ViT (Hatamizadeh et al., ICML 2023): the image classifier, its cutting points and its initial weights.
+"""Define GC ViT (Hatamizadeh et al., ICML 2023): the image classifier, its cut points and its initial weights.
 
     images (B, 3, H, W) -> stem -> H/4 x W/4 map -> four stages -> norm -> average pool -> linear head -> logits
 
@@ -32,7 +32,7 @@ from gcvit.model.layers import (
 
 NUM_STAGES = 4
 MIN_SIDE = 32
-"""Pixels. Below it the last map, 1/32 of the image, would be less than a position."""
+"""In pixels. With a smaller side the last map, 1/32 of the image, would have less than a position."""
 
 
 class Stage(nn.Module):
@@ -55,12 +55,12 @@ class Stage(nn.Module):
 
 
 def run(module: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
-    """Call a module, dropping its activations until the backward pass where `recompute` says so."""
+    """Call a module; with `recompute` drop its activations and compute them again in the backward pass."""
     return checkpoint(module, *inputs, use_reentrant=False) if recompute else module(*inputs)
 
 
 class GCViT(nn.Module):
-    """GC ViT. Inputs (B, in_chans, height, width) of `img_size`, in pixels; outputs (B, num_classes) logits.
+    """Classify images (B, in_chans, height, width) of `img_size`, in pixels, into logits (B, num_classes).
 
     `img_size` is one number, or (height, width), of 32 or more. `depths`, `num_heads` and `windows` have an
     entry per stage; a window is a side in positions of the stage's map, which has 1 / (4 * 2**i) of the image's
@@ -140,7 +140,7 @@ class GCViT(nn.Module):
         return self.forward_head(self.forward_features(images_bchw))
 
     def forward_features(self, images_bchw: Tensor) -> Tensor:
-        """Images to the last, normalised map (B, H/32, W/32, num_features), sides rounded up."""
+        """Compute the last, normalised map (B, H/32, W/32, num_features), sides rounded up."""
         return self.norm(self.stages(self._run_stem(images_bchw)))
 
     def forward_head(self, x_bhwc: Tensor, pre_logits: bool = False) -> Tensor:
@@ -156,7 +156,7 @@ class GCViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps as (B, C, H, W), in timm's convention; `norm` normalises the last stage's."""
+        """Compute the stages' maps as (B, C, H, W), in timm's convention; `norm` normalises the last one."""
         assert output_fmt == "NCHW", "timm's feature extraction asks for NCHW"
         taken, last_taken = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last_taken + 1] if stop_early or intermediates_only else self.stages
@@ -189,7 +189,7 @@ class GCViT(nn.Module):
     # What an engine needs: where to cut, and how to start.
 
     def cut_points(self) -> list[str]:
-        """Names of the modules, in forward order, where the model may be sharded or recomputed.
+        """Return the names of the modules, in forward order, that may be sharded or recomputed.
 
         Each takes tensors by position and returns one tensor. What remains (norm, head) belongs to the root.
         """
@@ -198,11 +198,11 @@ class GCViT(nn.Module):
         return [name for name in names if name != "stem.downsample"]  # one cut is enough for the stem
 
     def init_buffers(self) -> None:
-        """Fill the buffers after `to_empty`: there are none, see `attention.expand_bias_table`."""
+        """Fill the buffers after `to_empty`. There are none: see `attention.expand_bias_table`."""
         assert not list(self.buffers()), "a buffer was added: fill it here"
 
     def initial_value(self, name: str, seed: int) -> Tensor:
-        """The initial fp32 CPU value, whole, of the parameter `name`, drawn from a generator of its own.
+        """Return the initial value of the whole parameter `name`, fp32 on the CPU, drawn from a generator of its own.
 
         Works whatever has become of the parameters: on meta, sharded or partitioned.
         """
@@ -217,11 +217,14 @@ class GCViT(nn.Module):
     # timm's conventions.
 
     def no_weight_decay(self) -> set[str]:
-        """The bias tables, as timm has it. The published run decays them: the optimizer's config chooses."""
+        """Return the names of the bias tables, as timm does.
+
+        The published run decays them: `optim.decay_bias_tables` chooses.
+        """
         return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers in forward order for timm's layer decay: stages if coarse, else blocks."""
+        """Return the layers in forward order for timm's layer decay: stages if `coarse`, else blocks."""
         if coarse:
             return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
         # A stage's downsampler and query generator go with its first block, the norm with the last one.
@@ -233,7 +236,7 @@ class GCViT(nn.Module):
         return {"stem": r"^stem", "blocks": blocks}
 
     def find_layers(self) -> dict[str, int]:
-        """The layer of each parameter, by `group_matcher`: the stem is 0, the head comes last.
+        """Return the layer of each parameter, by `group_matcher`: the stem is 0, the head comes last.
 
         Works whatever has become of the parameters: on meta, sharded or partitioned.
         """
@@ -252,7 +255,7 @@ class GCViT(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one; 0 classes leave the pooled features."""
+        """Replace the head by a new one; with 0 classes the model returns pooled features."""
         weight = next(self.parameters())
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.num_classes = num_classes
@@ -266,7 +269,7 @@ class GCViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the maps of these stages do not need; returns the stages' numbers."""
+        """Remove what the maps of these stages do not need, and return the stages' numbers."""
         taken, last_taken = feature_take_indices(len(self.stages), indices)
         is_shortened = last_taken < len(self.stages) - 1
         self.stages = self.stages[: last_taken + 1]
@@ -280,7 +283,11 @@ class GCViT(nn.Module):
 
 
 def read_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of what is one number or those two. Raises UserError for other sizes, and too small ones."""
+    """Return (height, width) of an image size: one number for both, or two.
+
+    Raises:
+        UserError: for anything else, and for a side below MIN_SIDE.
+    """
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2 or min(sides) < MIN_SIDE:
         raise UserError(
@@ -292,7 +299,7 @@ def read_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def count_poolings(height: int, width: int, window: int) -> int:
-    """How often a map can be halved until it holds no window any more."""
+    """Count how often a map can be halved until it is smaller than a window."""
     count = 0
     while is_poolable(height, width, window):
         height, width, count = (height + 1) // 2, (width + 1) // 2, count + 1
@@ -300,7 +307,11 @@ def count_poolings(height: int, width: int, window: int) -> int:
 
 
 def check_stages(windows: Sequence[int], width: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
-    """Raise UserError where the arguments of GCViT do not fit each other."""
+    """Check that the arguments of GCViT fit each other.
+
+    Raises:
+        UserError: if they do not.
+    """
     for name, value in (("depths", depths), ("num_heads", num_heads), ("windows", windows)):
         if len(value) != NUM_STAGES or min(value) < 1:
             raise UserError(f"bad {name}", got=list(value), expected="four positive numbers, one a stage")

@@ -1,4 +1,4 @@
-"""The parts of GC ViT, stem, downsampler, global query generator and block, and the values they start from.
+"""Define the parts of GC ViT, stem, downsampler, global query generator and block, and their initial values.
 
 All maps are (B, H, W, C), contiguous: what attention and LayerNorm want, and what convolutions call
 channels_last, so that the permutations around them are views.
@@ -19,14 +19,14 @@ INIT_STD = 0.02
 
 
 class Conv2d(nn.Conv2d):
-    """The framework's convolution over (B, H, W, C) maps."""
+    """Convolve (B, H, W, C) maps with PyTorch's convolution."""
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         return super().forward(x_bhwc.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SqueezeExcite(nn.Module):
-    """The gate of each channel, (B, 1, 1, C), computed from the map's mean; its hidden width is a quarter."""
+    """Compute a gate for each channel, (B, 1, 1, C), from the map's mean; the hidden width is a quarter of C."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -41,7 +41,7 @@ class SqueezeExcite(nn.Module):
 
 
 class GatedPointwise(nn.Conv2d):
-    """1x1 convolution of a map (B, H, W, C) whose channels are scaled by a gate (B, 1, 1, C)."""
+    """Apply a 1x1 convolution to a map (B, H, W, C) whose channels are scaled by a gate (B, 1, 1, C)."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, kernel_size=1, bias=False)
@@ -57,7 +57,7 @@ class GatedPointwise(nn.Conv2d):
 
 
 class FusedBlock(nn.Module):
-    """Depthwise convolution, GELU, squeeze-excitation and pointwise convolution around a residual."""
+    """Add depthwise convolution, GELU, squeeze-excitation and pointwise convolution to the input."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -85,7 +85,7 @@ class Downsample(nn.Module):
 
 
 class Stem(nn.Module):
-    """Images (B, in_chans, H, W) to the first map (B, H/4, W/4, width)."""
+    """Compute the first map (B, H/4, W/4, width) of images (B, in_chans, H, W)."""
 
     def __init__(self, in_chans: int, width: int):
         super().__init__()
@@ -98,7 +98,7 @@ class Stem(nn.Module):
 
 
 class QueryGenerator(nn.Module):
-    """A stage's global queries: its map (B, H, W, C), pooled until it has a window's size (B, w, w, C).
+    """Compute a stage's global queries: its map (B, H, W, C), pooled to the size of a window (B, w, w, C).
 
     One fused block a pooling; where `num_poolings` is 0 one remains, without pooling. The published maps land on
     the window, each of their sides being w * 2**num_poolings. A map of another shape is pooled as long as a window
@@ -129,13 +129,13 @@ class QueryGenerator(nn.Module):
 
 
 def is_poolable(height: int, width: int, window: int) -> bool:
-    """Whether a map that is halved, its odd sides rounded up, still holds a window."""
+    """Return whether a map that is halved, with odd sides rounded up, is still as large as a window."""
     side = min(height, width)
     return side > window and (side + 1) // 2 >= window
 
 
 def average_sides(x_bhwc: Tensor, size: int) -> Tensor:
-    """Shorten the sides of a map that exceed `size` to it, by means over equal shares; others stay as they are.
+    """Shorten the sides of a map that exceed `size` to `size`, by means over equal shares; keep the other sides.
 
     A position that two shares meet in counts for each by its part. Products with small matrices, since the
     framework's adaptive pooling rounds the shares and adds its gradients in any order.
@@ -149,7 +149,7 @@ def average_sides(x_bhwc: Tensor, size: int) -> Tensor:
 
 
 def _shares(length: int, size: int, like: Tensor) -> Tensor:
-    """Weights (size, length), each row a mean over one of `size` equal intervals of `length` positions."""
+    """Compute weights (size, length): each row is a mean over one of `size` equal intervals of `length` positions."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     ends = torch.arange(size + 1, dtype=dtype, device=like.device)[:, None] * (length / size)
     starts = torch.arange(length, dtype=dtype, device=like.device)
@@ -158,7 +158,7 @@ def _shares(length: int, size: int, like: Tensor) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """In training, zero each image's map with probability `drop_prob`, and divide the others by 1 - drop_prob."""
+    """Zero each image's map with probability `drop_prob` in training, and divide the others by 1 - drop_prob."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -176,7 +176,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals, layer scale and drop path; (B, H, W, C) to the same.
+    """Apply pre-norm attention and MLP with residuals, layer scale and drop path to a map (B, H, W, C).
 
     With `drop_path_skips` what drop path drops in training is not computed, see `add_to_some`.
     """
@@ -221,7 +221,7 @@ class Block(nn.Module):
 
 
 def add_to_some(branch: Callable[..., Tensor], drop_rate: float, x: Tensor, *others: Tensor) -> Tensor:
-    """x + branch(x, *others) for some images, drawn anew, and x for those that drop path drops: these cost nothing.
+    """Compute x + branch(x, *others) for images that drop path keeps, and x for the others, at no cost.
 
     The kept are a fixed number, the nearest to their share of the batch and at least one, so that shapes never change.
     What is added to them is scaled by the inverse of what that number is of the batch, and the mean over many draws is
@@ -237,7 +237,7 @@ def add_to_some(branch: Callable[..., Tensor], drop_rate: float, x: Tensor, *oth
 
 
 class InitialLaw(NamedTuple):
-    """How a parameter starts: its whole shape, and "normal" (std), "uniform" (bound) or "constant"."""
+    """Describe an initial value: the whole shape, and "normal" (std), "uniform" (bound) or "constant"."""
 
     shape: torch.Size
     kind: str
@@ -245,7 +245,7 @@ class InitialLaw(NamedTuple):
 
 
 def find_initial_laws(model: nn.Module) -> dict[str, InitialLaw]:
-    """The published initialisation: by the module that holds a parameter, for every parameter's name."""
+    """Return the published initialization of every parameter, by the module that holds it."""
     laws = {}
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -270,7 +270,7 @@ def _initial_law(module: nn.Module, leaf: str) -> tuple[str, float]:
 
 
 def draw_initial(law: InitialLaw, name: str, seed: int) -> Tensor:
-    """The initial fp32 CPU value, whole, of the parameter `name`: a function of the arguments alone."""
+    """Draw the initial value of the whole parameter `name`, fp32 on the CPU, from the arguments alone."""
     with torch.device("cpu"):
         if law.kind == "constant":
             return torch.full(law.shape, law.value, dtype=torch.float32)

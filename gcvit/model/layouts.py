@@ -1,4 +1,4 @@
-"""Weights files of three layouts, the official, timm's and ours, read for a model.
+"""Read weights files of three layouts, the official, timm's and ours, for a model.
 
 Ours is a GCViT's `state_dict`. `to_official` and `to_timm` say what a parameter of ours is called there;
 that one direction is enough, since a model lists its own names. The squeeze-excitation weights are matrices
@@ -56,14 +56,14 @@ TIMM_PARTS = (
 
 
 def to_official(name: str) -> str:
-    """The official name of our parameter `name`."""
+    """Return the official name of our parameter `name`."""
     # The official model downsamples at the end of a stage, ours at the start of the next.
     name = re.sub(r"^stages\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) - 1}.downsample", name)
     return _replace_parts(name, OFFICIAL_PARTS)
 
 
 def to_timm(name: str) -> str:
-    """timm's name of our parameter `name`."""
+    """Return timm's name of our parameter `name`."""
     # timm counts the query generator's blocks from one.
     query_block = r"\.query_generator\.fused\.(\d+)"
     name = re.sub(query_block, lambda match: f".global_block.blocks.conv{int(match[1]) + 1}", name)
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, Callable[[str], str]] = {"gcvit": str, "official": to_officia
 
 
 def to_official_state(state: Mapping[str, Tensor]) -> StateDict:
-    """Our `state_dict` in the official layout, with the index buffers that belong to its bias tables."""
+    """Convert our `state_dict` to the official layout, with the index buffers of its bias tables."""
     official = {}
     for name, tensor in state.items():
         official[to_official(name)] = tensor
@@ -91,7 +91,7 @@ def to_official_state(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def to_timm_state(state: Mapping[str, Tensor]) -> StateDict:
-    """Our `state_dict` in timm's layout."""
+    """Convert our `state_dict` to timm's layout."""
     return {
         to_timm(name): tensor[:, :, None, None] if ".squeeze_excite." in name else tensor
         for name, tensor in state.items()
@@ -99,7 +99,7 @@ def to_timm_state(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def relative_position_index(window: int) -> Tensor:
-    """The bias table's row of every (query, key) pair of a window, (N, N), as the official layout has it."""
+    """Compute the bias table's row of every (query, key) pair of a window, (N, N), as in the official layout."""
     y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
     rows = (y[:, None] - y[None, :] + window - 1) * (2 * window - 1)
     return rows + (x[:, None] - x[None, :] + window - 1)
@@ -108,7 +108,7 @@ def relative_position_index(window: int) -> Tensor:
 def load(
     model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
 ) -> str:
-    """Load weights from a checkpoint or safetensors file into a whole model; says what was found.
+    """Load weights from a checkpoint or safetensors file into a whole model, and return what was found.
 
     See `read_fitting` for what is accepted and refused.
     """
@@ -121,7 +121,7 @@ def load(
 def read_fitting(
     model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
 ) -> tuple[StateDict, str]:
-    """A file's whole tensors on the CPU, under the names of `model`, and a line that says what was found.
+    """Read a file's whole tensors to the CPU, under the names of `model`, with a line about what was found.
 
     The file may have any of the three layouts. See `fit` for the rest; raises UserError also for a file that is
     missing or no checkpoint.
@@ -135,7 +135,7 @@ def read_fitting(
 
 
 def foreign_file(checkpoint: Mapping[str, Any], path: str | Path) -> UserError:
-    """What to raise for a file whose tensors are no GC ViT's."""
+    """Return the error to raise for a file whose tensors are not a GC ViT's."""
     return UserError(
         f"{path} holds no GC ViT",
         got="tensors " + ", ".join(list(checkpoint)[:3]) + ", ...",
@@ -144,14 +144,14 @@ def foreign_file(checkpoint: Mapping[str, Any], path: str | Path) -> UserError:
 
 
 def to_fitting(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
-    """timm's hook: a checkpoint's tensors under our names, their bias tables resampled to the model's windows."""
+    """Convert a checkpoint's tensors to our names and the model's windows. timm calls it before it loads them."""
     state = to_ours(checkpoint, model)
     resample_bias_tables(state, {name: law.shape for name, law in model.initial_laws.items()})
     return state
 
 
 def read(path: str | Path) -> tuple[StateDict, str]:
-    """The tensors of a file under its own names, and where in it they stood. Runs no code of the file."""
+    """Read the tensors of a file under its own names, and their place in it. No code of the file is run."""
     path = Path(path)
     if not path.is_file():
         raise UserError("no such weights file", got=path, expected="a .pth, .pt, .pth.tar or .safetensors file")
@@ -172,7 +172,7 @@ def read(path: str | Path) -> tuple[StateDict, str]:
 
 
 def find_tensors(content: Mapping[str, Any]) -> tuple[StateDict, str]:
-    """The named tensors of a checkpoint's content, without wrappers' prefixes, and where they stood."""
+    """Find the named tensors in a checkpoint's content, without prefixes of wrappers, and their place in it."""
     container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
     tensors = content if container is None else content[container]
     named = {WRAPPER_PREFIX.sub("", str(name)): value for name, value in tensors.items() if isinstance(value, Tensor)}
@@ -180,7 +180,7 @@ def find_tensors(content: Mapping[str, Any]) -> tuple[StateDict, str]:
 
 
 def find_layout(checkpoint: Mapping[str, Any], model: "GCViT") -> str | None:
-    """The layout ("gcvit", "official" or "timm") that the names fit best; None where most fit none."""
+    """Return the layout ("gcvit", "official" or "timm") that the names fit best; None if most fit none."""
     num_matches = {
         layout: sum(translate(ours) in checkpoint for ours in model.initial_laws)
         for layout, translate in LAYOUTS.items()
@@ -191,7 +191,7 @@ def find_layout(checkpoint: Mapping[str, Any], model: "GCViT") -> str | None:
 
 
 def to_ours(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
-    """A checkpoint's tensors under our names; what has no name here keeps its own."""
+    """Rename a checkpoint's tensors to our names; unknown ones keep theirs."""
     tensors, _ = find_tensors(checkpoint)
     translate = LAYOUTS[find_layout(tensors, model) or "gcvit"]
     names = {translate(ours): ours for ours in [*model.initial_laws, HEAD + "weight", HEAD + "bias"]}

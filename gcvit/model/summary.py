@@ -1,4 +1,4 @@
-"""What a GC ViT consists of: its stages with their parameters, multiply-adds, activations and windows.
+"""Summarize a GC ViT: its stages with their parameters, multiply-adds, activations and windows.
 
     python -m gcvit.model.summary gc_vit_tiny
     python -m gcvit.model.summary gc_vit_large --img-size 384 --json
@@ -33,31 +33,31 @@ from gcvit.runtime.entrypoint import run_main
 
 @dataclass(frozen=True)
 class Row:
-    """A part of the model, in forward order; the last row is the whole. Rows of `parts` are contained in theirs."""
+    """Hold the numbers of one part of the model. The row of a part includes those of its `parts`."""
 
     name: str
     num_params: int
     gmacs: float
-    """10^9 multiply-adds of an image's forward pass, in matrix products and convolutions."""
+    """10^9 multiply-adds of the forward pass of an image, in matrix products and convolutions."""
     activations: int
     """Values that the reference attention keeps for one image's backward pass, without activation checkpointing."""
     map_size: tuple[int, int] | None = None
-    """Height and width in positions; None where there is no map."""
+    """The height and width in positions; None without a map."""
     width: int | None = None
-    """Channels."""
+    """The number of channels of the map."""
     depth: int | None = None
-    """Blocks: the even ones attend locally, the odd ones with the global queries."""
+    """The number of blocks. Even ones attend locally, odd ones with the global queries."""
     num_heads: int | None = None
     window: int | None = None
-    """Side in positions."""
+    """The side of a window, in positions."""
     num_windows: int | None = None
-    """Of an image."""
+    """The number of windows of an image."""
     parts: tuple["Row", ...] = ()
-    """Of a stage: its downsampler, its query generator, its blocks together."""
+    """The rows of a stage: its downsampler, its query generator, its blocks together."""
 
 
 def summarize(model: GCViT) -> list[Row]:
-    """A row for the stem, each stage, the head and the whole model, which lies on the meta device."""
+    """Compute a row for the stem, each stage, the head and the whole model, which is on the meta device."""
     names = [*model.cut_points(), "norm", "head"]
     modules = {name: model.get_submodule(name) for name in names}
     image = torch.empty(1, *model.input_size, device="meta")
@@ -68,7 +68,7 @@ def summarize(model: GCViT) -> list[Row]:
         model.train()(image)
 
     def count(row: str, *prefixes: str, **about: Any) -> Row:
-        """The sum over the modules whose names begin so."""
+        """Sum over the modules whose names begin with the prefix."""
         of_row = [name for name in names if name.startswith(prefixes)]
         num_params = sum(p.numel() for name in of_row for p in modules[name].parameters())
         gmacs = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name in of_row) / 2e9
@@ -101,7 +101,7 @@ def summarize(model: GCViT) -> list[Row]:
 
 
 def _describe_map(model: GCViT, stage: int) -> tuple[tuple[int, int], int]:
-    """Height, width and channels of a stage's map."""
+    """Return the height, width and channels of a stage's map."""
     about, (_, height, width) = model.feature_info[stage], model.input_size
     reduction = about["reduction"]
     return (math.ceil(height / reduction), math.ceil(width / reduction)), about["num_chs"]
@@ -109,7 +109,7 @@ def _describe_map(model: GCViT, stage: int) -> tuple[tuple[int, int], int]:
 
 @contextmanager
 def count_activations(parts: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Count what autograd keeps of forward passes inside, by part, "" being what is kept outside all parts.
+    """Count what autograd stores of forward passes in the block, by part; "" is outside all parts.
 
     A tensor that several keep counts once, where it is kept first; parameters do not count.
     """
@@ -146,7 +146,7 @@ def _leave(inside: list[str], *_: Any) -> None:
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     titles = f"{'':12} {'map':>9} {'width':>6} {'depth':>6} {'heads':>6} {'windows':>16} {'params':>11} {'GMAC':>8} "
     lines = [f"{titles}{'kept':>9}"]
     for row in itertools.chain.from_iterable((row, *row.parts) for row in rows):

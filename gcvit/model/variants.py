@@ -1,4 +1,4 @@
-"""All GC ViT variants in one table, `create_model`, and their registration with timm."""
+"""List all GC ViT variants in one table, create models, and register the variants with timm."""
 
 import difflib
 import inspect
@@ -22,7 +22,7 @@ HUB_REPOSITORY = "nvidia/GCViT"  # on Hugging Face; its weights are under CC-BY-
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model: its architecture, how it is evaluated, and what was published about it.
+    """Describe one published model: its architecture, how it is evaluated, and its published numbers.
 
     `num_params` and `counted_gmacs` (10^9 multiply-adds an image) are counted on the model, `published_*`
     are the authors' figures; where they differ the code stands. `top1` is ImageNet-1K validation accuracy in
@@ -41,7 +41,7 @@ class Variant:
     counted_gmacs: float
     published_gmacs: float
     weights_file: str
-    """In HUB_REPOSITORY."""
+    """The weights file in HUB_REPOSITORY."""
     img_size: int = 224
     windows: tuple[int, ...] = (7, 7, 14, 7)
     crop_mode: str = "center"
@@ -105,7 +105,7 @@ def create_model(
     pretrained: bool = False,
     **overrides: Any,
 ) -> GCViT:
-    """A GC ViT with initial weights, or without any under `torch.device("meta")`.
+    """Create a GC ViT with initial weights, or without weights under `torch.device("meta")`.
 
     `img_size` (one number, or height and width), `drop_path_rate` and `overrides` (width, depths, num_heads,
     mlp_ratio, layer_scale, windows, ...: the arguments of `GCViT`) replace the variant's own; at another
@@ -128,7 +128,11 @@ def create_model(
 
 
 def find_variant(name: str) -> Variant:
-    """The row of `VARIANTS`. Raises UserError for an unknown name, with the nearest one."""
+    """Return the row of `VARIANTS` named so.
+
+    Raises:
+        UserError: for an unknown name; the hint has the nearest one.
+    """
     _check_name("unknown model", name, list(VARIANTS))
     return VARIANTS[name]
 
@@ -140,7 +144,7 @@ def _check_name(what: str, name: str, expected: list[str]) -> None:
 
 
 def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:
-    """Build through timm: it attaches configs, loads pretrained weights and wraps feature extraction."""
+    """Build the model by timm, which attaches configs, loads pretrained weights and wraps feature extraction."""
     row = VARIANTS[name]
     img_size = arguments.pop("img_size", row.img_size)
     published = {
@@ -166,13 +170,13 @@ def _build(name: str, pretrained: bool = False, **arguments: Any) -> Any:
 
 
 def scale_windows(row: Variant, side: int) -> list[int]:
-    """The windows of a variant for images whose shorter side is `side`: as many to a side as in its own."""
+    """Compute the windows of a variant for images whose shorter side is `side`: as many per side as at its own size."""
     # Rounded up: the last windows then end beyond the map, where rounding down would need one more for the rest.
     return [math.ceil(window * side / row.img_size) for window in row.windows]
 
 
 def _describe(row: Variant) -> dict[str, Any]:
-    """timm's config of a variant: how its images are prepared and where its weights are."""
+    """Return timm's config of a variant: how its images are prepared and where its weights are."""
     map_side = row.img_size // 32
     return {
         "hf_hub_id": HUB_REPOSITORY,
@@ -203,7 +207,7 @@ for _name in VARIANTS:
 
 
 def fetch_weights(name: str) -> str:
-    """Path of a variant's published weights, downloaded into Hugging Face's cache where they are not in it yet.
+    """Return the path of a variant's published weights, downloaded to Hugging Face's cache if they are not there.
 
     What is in the cache is taken without asking the hub. A download shows its progress, and says under which licence
     the weights are. Errors: UserError where the hub cannot be reached.

@@ -1,4 +1,4 @@
-"""Weights between files and models: the official layout, timm's, and ours, each converted to each.
+"""Convert weights between files and models, and between the official layout, timm's and ours.
 
     python -m gcvit.model.weights convert gcvit_1k_tiny.pth.tar gcvit_tiny.safetensors --to timm
     python -m gcvit.model.weights convert runs/gc_vit_tiny/export/model.safetensors tiny.pth.tar --to official
@@ -61,7 +61,7 @@ SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt")
 
 
 def convert(source: Path, target: Path, layout: str, name: str | None = None) -> str:
-    """Write a file's weights in a layout of `CONVERTERS`; says what was found and what was written.
+    """Write a file's weights in a layout of `CONVERTERS`, and return what was found and what was written.
 
     The official layout stands under "state_dict", as published, but in safetensors, which holds bare tensors; so do
     the other layouts. `name` is as in `read_model`. The target is complete or not there at all. Errors: UserError for
@@ -79,7 +79,7 @@ def convert(source: Path, target: Path, layout: str, name: str | None = None) ->
 
 
 def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> tuple[GCViT, str, str]:
-    """The model that a file is of, with the weights as they are stored; its variant; a line that says what was found.
+    """Build the model of a file with its weights, and return it, its variant and a line about what was found.
 
     `name` is the variant, by default read from the shapes; `overrides` are of `create_model`. Errors: UserError for a
     file that is no GC ViT, or not of one of the variants.
@@ -96,7 +96,7 @@ def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> t
 
 
 def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | None = None) -> dict[str, Any]:
-    """The arguments of `create_model` for the model that the tensors of a file, in any layout, are of.
+    """Infer the arguments of `create_model` from the tensors of a file in any layout.
 
     The width and the depths tell the variant unless `name` does, the bias tables the image size: windows are rounded
     up, and of the sizes that have the same it is the largest. Errors: UserError for tensors of no GC ViT, and for one

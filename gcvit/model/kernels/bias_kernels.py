@@ -1,4 +1,4 @@
-"""Triton kernels between the relative-position bias table and the bias of all pairs, and back for the gradient.
+"""Expand the relative-position bias table to all pairs, and sum its gradient, in Triton kernels.
 
 The pairs of a window, (query, key) for each head, are what the attention kernels read and sum: (h, PADDED, PADDED),
 the N tokens of a window padded to whole tiles. window_kernels.py tells how to read a kernel.
@@ -15,7 +15,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def expand_bias(table, bias, NUM_HEADS: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Table ((2w-1)^2, h) to (h, PADDED, PADDED) in units of log(2): -inf for keys of the padding.
+    """Expand the table ((2w-1)^2, h) to (h, PADDED, PADDED) in units of log(2): -inf for keys of the padding.
 
     Gathered once per call and not by every window: the table's entries lie h apart, so that a gather touches as
     many cache lines as it reads numbers, while this buffer is read in whole lines, and by every image again.

@@ -1,4 +1,4 @@
-"""Window attention in one kernel, from the (B, H, W, C) map and back into it: no split, no scores in memory, no merge.
+"""Compute window attention in one kernel, from the (B, H, W, C) map into such a map, without scores in memory.
 
 Equal to gcvit.model.attention's `attend` between its `split_windows` and `merge_windows`, whose shape letters are
 used here. The kernels are in window_kernels.py and bias_kernels.py; this file cuts the work into programs, owns the
@@ -40,7 +40,7 @@ FORWARD_PROGRAMS = 4096
 WHOLE_PROGRAMS = 2048
 PAIRS_PROGRAMS = 1024
 PAIRS_BLOCK = 1024
-"""Pairs of the bias that one program lays out; no more than the smallest window has with its padding."""
+"""The pairs of the bias that one program expands; at most those of the smallest window with its padding."""
 
 
 def window_attention(
@@ -51,7 +51,7 @@ def window_attention(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """softmax(scale * q k^T + bias) v within the windows of a map: (B, H, W, C) in the map's dtype.
+    """Compute softmax(scale * q k^T + bias) v within the windows of a map: (B, H, W, C) in the map's dtype.
 
     Local attention: parts (B, H, W, 3C), q, k, v in this order and each (h, d); queries None. Global: parts
     (B, H, W, 2C), k and v, and queries (B, w, w, C), shared by all windows of their image. The bias table is
@@ -68,7 +68,7 @@ def window_attention(
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of one call, and what all its kernels are told."""
+    """Hold the sizes of one call, and the arguments that all its kernels share."""
 
     parts: Tensor
     queries: Tensor | None
@@ -85,7 +85,7 @@ class Problem:
 
     @property
     def block(self) -> int:
-        """Tokens of a tile."""
+        """Return the tokens of a tile."""
         return BLOCKS[self.parts.element_size()]
 
     @property
@@ -94,12 +94,12 @@ class Problem:
 
     @property
     def padded(self) -> int:
-        """Tokens of a window with its padding."""
+        """Return the tokens of a window with its padding."""
         return self.num_tiles * self.block
 
     @property
     def is_whole(self) -> bool:
-        """Whether a window is one tile."""
+        """Return whether a window is one tile."""
         return self.num_tiles == 1
 
     @property
@@ -109,7 +109,7 @@ class Problem:
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """What the attention kernels are compiled for, and how."""
+        """Return the compile-time arguments of the attention kernels."""
         _, height, width, _ = self.parts.shape
         head_dim = self.num_channels // self.num_heads
         return {
@@ -126,17 +126,21 @@ class Problem:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Parts and queries as the kernels take them: local attention has no queries, and never looks there."""
+        """Return parts and queries as the kernels take them. Local attention has no queries, and does not read them."""
         return self.parts, self.parts if self.queries is None else self.queries
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Height, width and strides (image, row, position) of the map."""
+        """Return the height, width and strides (image, row, position) of the map."""
         return *self.parts.shape[1:3], *self.parts.stride()[:3]
 
     @cached_property
     def kernels(self) -> ModuleType:
-        """window_kernels, loaded on first use: the model runs without Triton. Refuses what it cannot serve."""
+        """Load window_kernels: the model runs without Triton.
+
+        Raises:
+            UserError: if the kernels do not support this call.
+        """
         dtype, device = self.parts.dtype, self.parts.device
         if dtype not in DTYPES:
             raise UserError("attention=triton cannot compute in this dtype", got=dtype, expected=DTYPES, hint=HINT)
@@ -158,7 +162,7 @@ class Problem:
         return window_kernels
 
     def expand_bias(self, table: Tensor) -> Tensor:
-        """(h, PADDED, PADDED), laid out for the kernels, in the map's dtype.
+        """Expand the bias to (h, PADDED, PADDED), in the layout of the kernels and the map's dtype.
 
         In bf16 that rounds the bias as finely as q and k are rounded, and halves what every window reads.
         """
@@ -179,7 +183,7 @@ class Problem:
         bias_kernels.fold_bias_gradient[grid](d_bias, d_table, self.num_heads, self.window, self.padded, block)
 
     def plan_runs(self, max_programs: int, programs_per_run: int) -> tuple[int, int, int]:
-        """Cut all windows into runs: images of a run, runs of an image (one of them is 1), number of runs."""
+        """Group all windows into runs: images per run, runs per image (one of them is 1), number of runs."""
         num_images = self.parts.shape[0]
         num_runs = max(1, max_programs // programs_per_run)
         windows_per_run = max(1, math.ceil(num_images * self.num_windows / num_runs))
@@ -191,7 +195,7 @@ class Problem:
 
 
 def make_problem(parts: Tensor, queries: Tensor | None, window: int, num_heads: int) -> Problem:
-    """The problem as the kernels can read it: channels side by side, queries in one piece."""
+    """Describe the call for the kernels, with contiguous channels and contiguous queries."""
     parts = parts if parts.stride(-1) == 1 else parts.contiguous()
     return Problem(parts, None if queries is None else queries.contiguous(), window, num_heads)
 
@@ -200,7 +204,7 @@ def make_problem(parts: Tensor, queries: Tensor | None, window: int, num_heads: 
 def run_forward(
     parts: Tensor, queries: Tensor | None, bias_table: Tensor, window: int, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The attended map, and the log-sum-exp (B, n, h, N) of every query's scores in units of log(2)."""
+    """Compute the attended map, and the log-sum-exp (B, n, h, N) of every query's scores in units of log(2)."""
     problem = make_problem(parts, queries, window, num_heads)
     kernels, (num_images, *_) = problem.kernels, parts.shape
     out, lse = allocate_outputs(parts, queries, bias_table, window, num_heads, scale)
@@ -244,7 +248,7 @@ def run_backward(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of parts, queries (an empty tensor where there are none) and bias table."""
+    """Compute the gradients of parts, queries (an empty tensor if there are none) and bias table."""
     problem = make_problem(parts, queries, window, num_heads)
     kernels, (num_images, *_) = problem.kernels, parts.shape
     is_whole, num_tiles = problem.is_whole, problem.num_tiles
@@ -319,7 +323,7 @@ run_forward.register_autograd(differentiate, setup_context=save_for_backward)
 
 @register_flop_formula(torch.ops.gcvit.window_attention)
 def count_forward_flops(*_: Any, out_shape: Any, **__: Any) -> int:
-    """Two products, as the reference counts them: windows whole, whatever the padding on chip."""
+    """Count two products, as the reference does: whole windows, without the padding on chip."""
     (num_images, _, _, num_channels), (_, num_windows, _, num_tokens) = out_shape
     return 2 * 2 * num_images * num_windows * num_tokens**2 * num_channels
 
@@ -328,6 +332,6 @@ def count_forward_flops(*_: Any, out_shape: Any, **__: Any) -> int:
 def count_backward_flops(
     d_out: Any, parts: Any, queries: Any, bias_table: Any, out: Any, lse: Any, *_: Any, **__: Any
 ) -> int:
-    """Four products: what is computed anew from what was not stored does not count, as in the reference."""
+    """Count four products, as the reference does: recomputed scores do not count."""
     (num_images, _, _, num_channels), (_, num_windows, _, num_tokens) = out, lse
     return 4 * 2 * num_images * num_windows * num_tokens**2 * num_channels
