@@ -14,15 +14,8 @@ from gcvit.checkpoint.store import RunState, list_checkpoints, open_checkpoint, 
 from gcvit.checkpoint.writer_process import WriterProcess
 from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
-from gcvit.runtime.distributed import World, join_world
 
 INFO = {"config": {}, "data": "digest", "world_size": 1}
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with join_world() as joined:
-        yield joined
 
 
 @pytest.fixture
@@ -33,8 +26,8 @@ def started(world, tmp_path) -> Iterator[CheckpointManager]:
         manager.abandon()
 
 
-def tensors_of(value: float) -> dict[str, Fragments]:
-    data = torch.full((12,), value)
+def tensors_of(value: float, device: torch.device | None = None) -> dict[str, Fragments]:
+    data = torch.full((12,), value, device=device)
     return {"model": {"w": Fragment(data[:8], 0, torch.Size([2, 4])), "b": Fragment(data[8:], 0, torch.Size([4]))}}
 
 
@@ -60,9 +53,10 @@ def steps_in(tmp_path: Path) -> list[int]:
     return [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")]
 
 
-def test_what_is_written_is_what_was_there_at_the_call(started, tmp_path, monkeypatch):
+@pytest.mark.gpu
+def test_what_is_written_is_what_was_there_at_the_call(started, tmp_path, monkeypatch, device):
     gate = Gate(monkeypatch)
-    tensors, state = tensors_of(1.0), RunState(step=3, samples=24)
+    tensors, state = tensors_of(1.0, device), RunState(step=3, samples=24)
     started.save(state, tensors, INFO)
     assert gate.is_reached.wait(60)
     for part in tensors["model"].values():  # the training goes on
