@@ -13,7 +13,6 @@ first batch after a deep resume with 1.28 M samples; and the planning of an epoc
 
 import argparse
 import io
-import json
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from benchmarks.command import conclude, make_parser
 from benchmarks.data_scale import (
     make_large,
     measure_boundary,
@@ -207,10 +207,7 @@ def find_misses(results: dict[str, Any]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images and rounds: a smoke test, no measurement")
-    parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser = make_parser("data", __doc__, "fewer images and rounds")
     parser.add_argument("--images", type=int, help="JPEGs to make (default: 1536, or 256 with --quick)")
     parser.add_argument("--rounds", type=int, help="rounds of the throughput (default: 7, or 3 with --quick)")
     parser.add_argument("--epochs", type=int, help="epochs of the memory's run (default: 20, or 8 with --quick)")
@@ -259,11 +256,7 @@ def main() -> None:
     print()
     for name in BARS:
         print(f"{name:24}{results[name]:10.3g}   bar {BARS[name][0]} {BARS[name][1]}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    misses = find_misses(results)
-    print("\nAll bars are met." if not misses else "\nMissed: " + "; ".join(misses))
-    sys.exit(1 if misses and arguments.check else 0)
+    conclude(results, find_misses(results), arguments)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ and bytes are then those of the engines' own work, and no bar is set on them.
 """
 
 import argparse
-import json
 import os
 import platform
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import engines_bytes, engines_memory, engines_saves, engines_steps
+from benchmarks.command import conclude, make_parser
 from benchmarks.engines_crew import crews, engine_names
 
 PARTS = ("steps", "bytes", "traffic", "activations", "startup", "saves")
@@ -50,10 +48,7 @@ def choose_world_size(wanted: int) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny models, few rounds: a smoke test, no measurement")
-    parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser = make_parser("engines", __doc__, "tiny models, few rounds")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: all)")
     parser.add_argument("--processes", type=int, choices=(1, 2, 4), default=2, help="per engine (default: 2)")
     parser.add_argument("--engines", help="only some of them, beside ddp: for trying things (default: all)")
@@ -87,13 +82,10 @@ def main() -> None:
             print(f"\n{part}")
             results[part] = HOW[part][0](arguments.quick)
             HOW[part][1](results[part])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     barred = [part for part in parts if world_size > 1 or part not in ON_CREWS]
     misses = [miss for part in barred for miss in HOW[part][2](results[part])]
     verdict = "All bars are met." if barred else "No bar was set on any of this."
-    print("\n" + ("Missed: " + "; ".join(misses) if misses else verdict))
-    sys.exit(1 if misses and arguments.check else 0)
+    conclude(results, misses, arguments, verdict)
 
 
 if __name__ == "__main__":

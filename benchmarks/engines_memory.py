@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import conclude, make_parser
+
 ROOT = Path(__file__).parents[1]
 MODES = ("none", "selective", "blocks", "full")
 # Times less memory at least, and time at most, as multiples of "none".
@@ -249,10 +251,7 @@ def print_startup(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="3 rounds, and the start of gc_vit_small")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser = make_parser("engines_memory", __doc__, "3 rounds, and the start of gc_vit_small")
     parser.add_argument("--start-of", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -263,11 +262,8 @@ def main() -> None:
     print_startup(startup)
     activations = measure_activations(args.quick)
     print_activations(activations)
-    if args.json is not None:
-        args.json.write_text(json.dumps({"startup": startup, "activations": activations}, indent=1) + "\n")
     missed = missed_startup(startup) + missed_activations(activations)
-    if args.check and missed:
-        sys.exit("bars missed: " + "; ".join(missed))
+    conclude({"startup": startup, "activations": activations}, missed, args)
 
 
 if __name__ == "__main__":

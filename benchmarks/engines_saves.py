@@ -21,11 +21,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from benchmarks.command import conclude, make_parser
 
 ROOT = Path(__file__).parents[1]
 BARS = {"saving_step": 1.0}  # steps of extra time, at most
@@ -133,14 +135,6 @@ def measure_saves(quick: bool) -> dict[str, Any]:
     return measure_engines("benchmarks.engines_saves", ENGINES, "--cycles", "2" if quick else "15")
 
 
-def conclude(results: dict[str, Any], misses: list[str], arguments: argparse.Namespace) -> NoReturn:
-    """Keep the results as --json asks, name the bars that are missed, and exit as --check asks."""
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    print("All bars are met." if not misses else "Missed: " + "; ".join(misses))
-    sys.exit(1 if misses and arguments.check else 0)
-
-
 def find_misses(results: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {bar} {result[bar]:.2f} > {most}"
@@ -160,10 +154,7 @@ def print_saves(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few cycles: a smoke test, no measurement")
-    parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser = make_parser("engines_saves", __doc__, "few cycles")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--cycles", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -22,7 +22,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.engines_saves import conclude, measure_engines
+from benchmarks.command import conclude, make_parser
+from benchmarks.engines_saves import measure_engines
 
 ROOT = Path(__file__).parents[1]
 BAR = 0.01
@@ -134,10 +135,7 @@ def print_live(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few steps: a smoke test, no measurement")
-    parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser = make_parser("live", __doc__, "few steps")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

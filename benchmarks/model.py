@@ -17,13 +17,12 @@ import gc
 import json
 import os
 import platform
-import sys
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+from benchmarks.command import conclude, make_parser
 from benchmarks.model_check import check_paths
 from benchmarks.model_contest import MODES, OURS, SKIPPING, Entry, hold_contest
 from gcvit.model.attention import HAS_TRITON, WindowAttention
@@ -138,10 +137,7 @@ def find_misses(result: dict[str, Any], device: torch.device) -> list[str]:
 
 def parse_arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="2 images, 2 rounds: a smoke test, no measurement")
-    parser.add_argument("--check", action="store_true", help="exit with 1, and name the bars, where some are missed")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser = make_parser("model", __doc__, "2 images, 2 rounds")
     parser.add_argument(
         "--profile", help="write traces of a training step to FILE.VARIANT.json, print its most expensive ops"
     )
@@ -178,11 +174,10 @@ def main() -> None:
         print_contest(results[-1])
         misses += find_misses(results[-1], device)
         gc.collect()
-        if arguments.json:  # after each, so that what was measured is kept whatever happens next
-            found = {"device": where, "date": str(datetime.date.today()), **versions, "contests": results}
+        found = {"device": where, "date": str(datetime.date.today()), **versions, "contests": results}
+        if arguments.json:  # after each, so that an error in a later one loses none
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n" + ("Missed: " + "; ".join(misses) if misses else "All bars that apply are met."))
-    sys.exit(1 if misses and arguments.check else 0)
+    conclude(found, misses, arguments, "All bars that apply are met.")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.command import conclude, make_parser
+
 ROOT = Path(__file__).parents[1]
 BAR = 0.10
 MODES = ("none", "selective", "blocks", "full")
@@ -215,10 +217,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="ten cases of small images")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the bar is missed")
+    parser = make_parser("plan", __doc__, "ten cases of small images")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -226,11 +225,8 @@ def main() -> None:
         return
     result = compare(args.quick)
     print_table(result)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     missed = [f"{row['case']}: {row['error']:+.1%}" for row in result["rows"] if abs(row["error"]) > BAR]
-    if args.check and missed:
-        sys.exit("bars missed: " + "; ".join(missed))
+    conclude(result, missed, args)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ one GPU comes from `benchmarks.model` (--model-json), or is assumed, and every t
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import conclude, make_parser
 from gcvit.planning.collectives import A100_LINKS, H100_LINKS, Group, Links, Message, collective_seconds
 from gcvit.planning.scaling import (
     OPERATION_SECONDS,
@@ -284,10 +284,7 @@ def draw(results: dict[str, Any], path: Path, subtitle: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one model, three sizes: a smoke test")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the published speed-up is missed")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser = make_parser("scaling", __doc__, "one model, three sizes")
     parser.add_argument("--plot", type=Path, help="draw efficiencies into this file (.png, .svg); needs matplotlib")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--gpus", nargs="+", type=int, default=GPUS, help="fewer than 8, or full nodes of 8")
@@ -354,11 +351,8 @@ def main() -> None:
         source = next(iter(results.values()))["speed"]["source"]
         what = f"{arguments.micro_batch} images a GPU (dashed: the fastest engine with 1024 images in all)"
         draw(results, arguments.plot, f"Predicted efficiency, {what}\n{arguments.links}, {source}")
-    if arguments.json:
-        inputs = {"links": asdict(links), "mfu": arguments.mfu, "tflops": arguments.tflops}
-        arguments.json.write_text(json.dumps({"inputs": inputs, "models": results, "published": published}, indent=1))
-    print("\n" + ("Missed: " + "; ".join(misses) if misses else "The bar is met."))
-    sys.exit(1 if misses and arguments.check else 0)
+    inputs = {"links": asdict(links), "mfu": arguments.mfu, "tflops": arguments.tflops}
+    conclude({"inputs": inputs, "models": results, "published": published}, misses, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure how fast shards are made: `python benchmarks/sharding.py [--quick] [--check]`
+"""Measure how fast shards are made: `python -m benchmarks.sharding [--quick] [--check] [--json FILE]`
 
 Photographs of ImageNet's size (about 500 × 375 pixels and 110 kB: views of scikit-learn's two sample images, with
 noise) lie in class folders. Ours and tar take turns, and all files are read before each, so that the page cache is
@@ -17,9 +17,7 @@ With `--writes`, nothing of this: in this process, shards are written past the p
 by plain writes with an fsync, in turn.
 """
 
-import argparse
 import io
-import json
 import os
 import shutil
 import statistics
@@ -34,14 +32,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from benchmarks.command import conclude, make_parser
+from data_prep.shard import Plan
+from data_prep.shards import tar_writer
+from data_prep.shards.direct_io import DirectFile
+from data_prep.sources.discover import find_sources
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from data_prep.shard import Plan  # noqa: E402
-from data_prep.shards import tar_writer  # noqa: E402
-from data_prep.shards.direct_io import DirectFile  # noqa: E402
-from data_prep.sources.discover import find_sources  # noqa: E402
-
 BARS = {"sharding": 0.7, "indexing": 0.5}
 NUM_VIEWS = 250  # that differ; every file lies on disk for itself
 
@@ -237,15 +234,12 @@ def compare_writes(folder: Path, num_files: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser("sharding", __doc__, "2,000 files and 2 rounds")
     parser.add_argument("--dir", type=Path, help="folder to work in; a temporary one where absent")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--quick", action="store_true", help="2,000 files and 2 rounds")
     parser.add_argument("--writes", action="store_true", help="compare direct with plain writes instead")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     args = parser.parse_args()
     if args.quick:
         args.files, args.rounds = 2_000, 2
@@ -262,11 +256,8 @@ def main() -> None:
             f"{name:10}{result['ours']:9,.0f}{result['tar']:9,.0f}{result['ratio']:8.2f}{BARS[name]:6.2f}"
             f"   {result['whole']:,.0f}, ratio {result['whole_ratio']:.2f}, start {result['start_seconds']:.2f} s"
         )
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
     missed = [name for name, result in results.items() if result["ratio"] < BARS[name]]
-    if args.check and missed:
-        sys.exit("bars missed: " + ", ".join(missed))
+    conclude(results, missed, args)
 
 
 if __name__ == "__main__":
