@@ -32,20 +32,20 @@ class Result:
     correct_top5: int
     loss: float  # mean cross entropy
     num_skipped: int = 0  # corrupt samples, which are not among `num_samples`
-    num_unlabelled: int = 0  # samples of which a label set says nothing, neither
+    num_unlabelled: int = 0  # samples without a label in the label set, nor are these
 
     @property
     def top1(self) -> float:
-        """Percent."""
+        """Return the accuracy in percent."""
         return 100 * self.correct_top1 / self.num_samples
 
     @property
     def top5(self) -> float:
-        """Percent."""
+        """Return the accuracy in percent."""
         return 100 * self.correct_top5 / self.num_samples
 
     def as_dict(self) -> dict[str, float | int]:
-        """The counts and what follows from them, as a row of metrics."""
+        """Return the counts and the values that follow from them, as a row of metrics."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -58,10 +58,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a batch came to, on the device; b rows, of which those where `valid` is False are padding."""
+    """The results of a batch on the device: b rows, of which those with `valid` False are padding."""
 
     indices: Tensor  # int64 [b], numbers of the samples in their source
-    labels: Tensor  # int64 [b], the class that a sample is filed under
+    labels: Tensor  # int64 [b], the class of its folder
     logits: Tensor  # fp32 [b, C]
     ranks: Tensor  # int64 [b], see `rank_of_label`
     valid: Tensor  # bool [b]
@@ -85,9 +85,11 @@ def evaluate(
     """Run `model` ([B, 3, H, W] fp32 -> fp32 logits [B, C]) over all of `source`, together with the other ranks.
 
     With several sizes the model takes as many batches, of the same samples, and with `five_crop` [5B, 3, H, W].
-    `targets` says which classes are right, by default the source's labels. `watch` sees each batch; `on_batch` is
-    called after each step, equally often on all ranks. Errors: what they raise, and UserError for a corrupt sample,
-    unless `skip_corrupt` leaves it out and counts it.
+    `targets` are the right classes, by default the source's labels. `watch` is called with each batch, `on_batch` after
+    each step, equally often on all ranks.
+
+    Raises:
+        UserError: A sample is corrupt, unless `skip_corrupt` leaves it out and counts it; or no sample is left.
     """
     if batch_size < 1:
         raise UserError("--batch-size", got=batch_size, expected="1 or more")
@@ -149,15 +151,15 @@ def evaluate(
         raise UserError(
             "there is no sample to count",
             got=f"{num_skipped} corrupt, {num_unlabelled} without a label",
-            hint="python -m data_prep.verify tells more" if num_skipped else "give other images",
+            hint="python -m data_prep.verify lists them" if num_skipped else "give other images",
         )
     return Result(num_samples, correct_top1, correct_top5, loss.item() / num_samples, num_skipped, num_unlabelled)
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes stand before the right one, [B] int64; of equal logits the lower index stands first.
+    """Count the classes ranked before the right one, [B] int64; of equal logits the lower index ranks first.
 
-    A class whose logit is NaN stands before all, so that a broken model counts as wrong, not as right.
+    A class whose logit is NaN ranks before all, so that a diverged model counts as wrong, not as right.
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)
@@ -166,9 +168,9 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def judge_by_any(logits: Tensor, rights: Tensor) -> tuple[Tensor, Tensor]:
-    """The rank of the best of several right classes, and minus the logarithm of the share that all of them get.
+    """Return the rank of the best of several right classes, and minus the logarithm of their total probability.
 
-    `logits` is [B, C], `rights` int64 [B, R], where a class may stand repeatedly; both results are [B].
+    `logits` is [B, C], `rights` int64 [B, R], where a class may occur repeatedly; both results are [B].
     """
     ranks = torch.stack([rank_of_label(logits, right) for right in rights.unbind(1)]).amin(0)
     is_right = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, rights, True)

@@ -1,4 +1,4 @@
-"""ImageNet and the sets that test what was learned on it: which classes compete, and which are right for an image.
+"""ImageNet and its test sets: the classes that compete, and the right classes of each image.
 
 The lists are timm's. Outputs of the model are found by the classes' names (WordNet's numbers, n01440764), so that a
 model with more classes than ImageNet's is evaluated on those of the set alone.
@@ -21,7 +21,7 @@ from gcvit.errors import UserError
 
 @dataclass(frozen=True)
 class LabelSet:
-    """A published set: how many images it has, and how it differs from ImageNet's validation."""
+    """A published set: its number of images, and its differences from ImageNet's validation."""
 
     num_samples: int
     subset: str | None = None
@@ -45,14 +45,14 @@ _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 @dataclass(frozen=True)
 class Targets:
-    """Which of the model's outputs compete, and which of them are right for each sample of a source."""
+    """The model's outputs that compete, and the right ones for each sample of a source."""
 
     classes: tuple[str, ...]
     """Names of the K classes that compete."""
     columns: Tensor | None
     """int64 [K], the model's output of each; None where they are all its outputs, in this order."""
     labels: Tensor
-    """int64 [N], the class that each sample is filed under."""
+    """int64 [N], the class of each sample's folder."""
     rights: Tensor | None = None
     """int64 [N, R], the right classes where they are others, the first one repeated; -1 for a sample without any."""
 
@@ -63,7 +63,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of a published set, or of a model's own data (`label_set` is None then): what lies in dir/split."""
+    """The images in dir/split, of a published set or of a model's own data (`label_set` is None)."""
 
     name: str
     label_set: str | None
@@ -77,9 +77,10 @@ class ImageSet:
 
 
 def open_set(given: str, split: str, cache_dir: str | None = None, cache_bytes: int | None = None) -> ImageSet:
-    """What `--data_dir [SET=]DIR` means. The class folders of a published set may lie in DIR itself.
+    """Open the set of `--data_dir [SET=]DIR`. The class folders of a published set may lie in DIR itself.
 
-    Errors: UserError for an unknown set, and those of `open_source`.
+    Raises:
+        UserError: The set is unknown, or as `open_source`.
     """
     name, equals, place = given.partition("=")
     if not equals or "/" in name:
@@ -96,11 +97,14 @@ def open_set(given: str, split: str, cache_dir: str | None = None, cache_bytes: 
 def find_targets(
     set_name: str | None, source: Source, outputs: Sequence[str] | None, num_outputs: int, model: str
 ) -> Targets:
-    """Bring the classes of a source and the outputs of a model together.
+    """Match the classes of a source with the outputs of a model.
 
     `outputs` names the model's classes in their order where they are known, and `model` the model, for messages.
-    Without a set the source's classes are the outputs. Of a set that has many right classes, only `find_rights` tells
-    them. Errors: UserError for classes that are not the set's, or that the model does not have.
+    Without a set the source's classes are the outputs. If a set has several right classes an image, `find_rights` adds
+    them.
+
+    Raises:
+        UserError: Classes are not of the set, or the model lacks them.
     """
     labels = torch.from_numpy(source.label.astype("int64"))
     if set_name is None:
@@ -144,7 +148,11 @@ def find_targets(
 
 
 def find_rights(targets: Targets, source: Source) -> Targets:
-    """The same with the right classes of ImageNet ReaL, which go by the images' names. Errors: UserError."""
+    """Add the right classes of ImageNet ReaL, which are found by the images' names.
+
+    Raises:
+        UserError: An image's name is not of ImageNet's validation.
+    """
     from timm.data import RealLabelsImagenet
 
     real = RealLabelsImagenet(range(LABEL_SETS["real"].num_samples)).real_labels
@@ -167,7 +175,7 @@ def find_rights(targets: Targets, source: Source) -> Targets:
 
 
 def read_list(name: str) -> tuple[str, ...]:
-    """A list of classes that timm carries, such as imagenet_a, in the order of its labels."""
+    """Read one of timm's lists of classes, such as imagenet_a, in the order of its labels."""
     text = (resources.files("timm.data") / "_info" / f"{name}_synsets.txt").read_text()
     return tuple(text.split())
 

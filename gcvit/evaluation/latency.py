@@ -1,4 +1,4 @@
-"""How long a model takes for a batch, and how many images a second that makes: `evaluate.py --benchmark`."""
+"""Measure a model's latency and images per second by batch size: `evaluate.py --benchmark`."""
 
 import json
 import sys
@@ -24,8 +24,11 @@ _MIN_PASSES, _MAX_PASSES = 10, 1000
 def benchmark(weights: Candidate, options: Options, batch_sizes: Sequence[int] | None, world: World) -> None:
     """Print, for each batch size, percentiles of a pass in milliseconds and images per second, as JSON and a table.
 
-    Images are random and on the device already; a pass ends when the device is done. At several sizes it is a pass at
-    each. Errors: UserError for more than one process.
+    Images are random and on the device already; a pass ends when the device is done. With several sizes it is a pass at
+    each.
+
+    Raises:
+        UserError: There is more than one process.
     """
     if world.size > 1:
         raise UserError("--benchmark times one device", got=f"{world.size} processes", hint="start one process")
@@ -47,7 +50,7 @@ def benchmark(weights: Candidate, options: Options, batch_sizes: Sequence[int] |
 
 @torch.inference_mode()
 def measure(run: Callable[[], object], batch_size: int, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Time passes one by one, after some that warm up: {batch_size, num_passes, p50_ms, ..., images_per_second}."""
+    """Time single passes after a warm-up: {batch_size, num_passes, p50_ms, ..., images_per_second}."""
 
     def time_pass() -> float:
         begin = time.perf_counter()

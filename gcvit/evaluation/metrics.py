@@ -1,6 +1,6 @@
-"""What a table of predictions tells beyond its accuracy: calibration, classes, confusions, mistakes. Pure NumPy.
+"""Compute calibration, per-class accuracy, confusions and mistakes of a table of predictions, in pure NumPy.
 
-A table has one row for each sample in the source's order, however many ranks made it: so do its sums.
+A table has one row for each sample in the source's order, for any number of ranks; so its sums are equal, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ NUM_CONFUSED, NUM_WORST, NUM_MISTAKES = 20, 12, 4  # pairs; classes; mistakes of
 
 
 def score(found: Predictions, classes: Sequence[str], key_of: Callable[[int], str]) -> dict[str, Any]:
-    """What follows from a table, as plain values: ece, reliability, per_class, confused, mistakes.
+    """Compute all scores of a table as plain values: ece, reliability, per_class, confused, mistakes.
 
     `key_of` names a sample by its index. Shares are in [0, 1].
     """
@@ -31,9 +31,9 @@ def score(found: Predictions, classes: Sequence[str], key_of: Callable[[int], st
 
 
 def reliability(found: Predictions) -> list[dict[str, Any]]:
-    """How often the model is right when it is so sure: of 15 equal ranges of confidence, each (low, high].
+    """Compute accuracy and mean confidence in 15 equal ranges of confidence, each (low, high].
 
-    Mean confidence and accuracy of a range are None where no sample falls into it. Their differences, weighted by the
+    Mean confidence and accuracy of a range are None if no sample falls into it. Their differences, weighted by the
     numbers, are the expected calibration error (Guo et al., ICML 2017). A confidence that is NaN counts as 0.
     """
     confidences = np.nan_to_num(found.confidences.astype(np.float64), nan=0.0)
@@ -55,7 +55,7 @@ def reliability(found: Predictions) -> list[dict[str, Any]]:
 
 
 def count_classes(found: Predictions, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Samples of each class and how many of them were right, in the order of the labels."""
+    """Count the samples of each class and the correct ones, in the order of the labels."""
     counts = (_count(found.labels[chosen], classes) for chosen in (slice(None), found.ranks < 1, found.ranks < 5))
     return [
         {"class": name, "num": num, "correct_top1": top1, "correct_top5": top5}
@@ -64,7 +64,7 @@ def count_classes(found: Predictions, classes: Sequence[str]) -> list[dict[str, 
 
 
 def find_confused(found: Predictions, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The pairs of classes of which one is most often taken for the other, the most frequent first."""
+    """Find the pairs (label, predicted) of misclassified samples, the most frequent first."""
     is_wrong = (found.ranks > 0) & (found.labels != found.top[:, 0])  # one's own class may be no right one
     codes = found.labels[is_wrong].astype(np.int64) * len(classes) + found.top[is_wrong, 0]
     pairs, nums = np.unique(codes, return_counts=True)
@@ -78,7 +78,7 @@ def find_confused(found: Predictions, classes: Sequence[str]) -> list[dict[str, 
 def find_mistakes(
     found: Predictions, classes: Sequence[str], key_of: Callable[[int], str], num_classes: int = NUM_WORST
 ) -> list[dict[str, Any]]:
-    """Of the classes with the lowest accuracy, the mistakes that the model was surest of."""
+    """Find the most confident mistakes of the classes with the lowest accuracy."""
     num, correct = _count(found.labels, classes), _count(found.labels[found.ranks < 1], classes)
     accuracy = [right / of if of else 2.0 for right, of in zip(correct, num, strict=True)]  # 2: no sample, no mistake
     worst = np.argsort(accuracy, kind="stable")[:num_classes]

@@ -1,4 +1,4 @@
-"""What a model says of each sample: gathered from all ranks in the source's order, and written for others to read."""
+"""The predictions of each sample: gathered from all ranks in the source's order, and written as a table."""
 
 import csv
 import os
@@ -26,14 +26,14 @@ _ROWS_AT_ONCE = 10_000
 
 @dataclass(frozen=True)
 class Predictions:
-    """One row for each sample of a source that was counted, in its order: all arrays are [N]."""
+    """One row for each counted sample of a source, in its order; all arrays are [N]."""
 
     indices: npt.NDArray[np.int64]
     """The sample's number in its source."""
     labels: npt.NDArray[np.int32]
-    """The class that it is filed under."""
+    """The class of the sample's folder."""
     ranks: npt.NDArray[np.int32]
-    """How many classes stand before a right one; 0 is correct."""
+    """The number of classes ranked before a right one; 0 is correct."""
     top: npt.NDArray[np.int32]
     """The likeliest classes, [N, 5] or fewer where there are fewer; of equal ones the lower index first."""
     confidences: npt.NDArray[np.float32]
@@ -44,7 +44,7 @@ class Predictions:
 
 
 class Collector:
-    """Keeps what a rank's batches come to (`watch` of `evaluate`), and brings the ranks' together."""
+    """Collect the results of a rank's batches (`watch` of `evaluate`), and gather those of all ranks."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[torch.Tensor, ...]] = []
@@ -59,7 +59,7 @@ class Collector:
         self._batches.append((scored.valid, *(row.clone() for row in rows)))
 
     def gather(self, world: World) -> Predictions:
-        """All ranks' rows, on every rank."""
+        """Gather the rows of all ranks, on every rank."""
         types = (np.int64, np.int32, np.int32, np.int32, np.float32)
         columns = [torch.cat(rows).cpu() for rows in zip(*self._batches, strict=True)]
         valid = columns.pop(0)
@@ -72,7 +72,7 @@ class Collector:
 
 
 def key_of(source: Source, index: int) -> str:
-    """A sample's name in its split, from a shard without the shard's: "n01440764/n01440764_10026.jpg"."""
+    """Return a sample's name in its split, without the name of its shard: "n01440764/n01440764_10026.jpg"."""
     name = source.name(index)
     key = name.partition(": ")[2] if source.is_chunked else name
     return os.fsencode(key).decode(errors="backslashreplace")  # of a disk, where names may be any bytes
@@ -81,7 +81,7 @@ def key_of(source: Source, index: int) -> str:
 def rows_of(
     name: str, weights: str, found: Predictions, source: Source, classes: Sequence[str]
 ) -> Iterator[dict[str, list[Any]]]:
-    """Predictions as columns for people, some thousand rows at a time; `name` and `weights` tell evaluations apart."""
+    """Yield predictions as columns, some thousand rows at a time; `name` and `weights` name the evaluation."""
     names = np.array(classes, dtype=object)
     for begin in range(0, len(found), _ROWS_AT_ONCE):
         rows = slice(begin, begin + _ROWS_AT_ONCE)
@@ -100,7 +100,11 @@ def rows_of(
 
 
 def check_path(path: Path) -> None:
-    """Errors: UserError for a file that `open_writer` could not write."""
+    """Check that `open_writer` can write the file.
+
+    Raises:
+        UserError: It cannot.
+    """
     if path.suffix not in SUFFIXES:
         raise UserError("--predictions writes tables", got=path, expected=" or ".join(f"*{end}" for end in SUFFIXES))
     if not path.absolute().parent.is_dir():
@@ -111,22 +115,23 @@ def check_path(path: Path) -> None:
 
 @contextmanager
 def open_writer(path: Path) -> Iterator[Callable[[dict[str, list[Any]]], None]]:
-    """A function that appends `rows_of` to a CSV or parquet file, which has its name only when it is complete.
+    """Open a CSV or parquet file, and yield a function that appends `rows_of`; the file gets its name when complete.
 
-    Errors: UserError for a disk that does not take it.
+    Raises:
+        UserError: The file cannot be written.
     """
     part = path.with_name(f"{path.name}.tmp")
     with _naming(path):
         file, append = (_open_csv if path.suffix == ".csv" else _open_parquet)(part)
 
-    def append_or_tell(columns: dict[str, list[Any]]) -> None:
+    def append_row_group(columns: dict[str, list[Any]]) -> None:
         with _naming(path):
             append(columns)
 
     try:
-        yield append_or_tell
+        yield append_row_group
     except BaseException:
-        with suppress(OSError):  # the first error tells more
+        with suppress(OSError):  # the first error matters more
             file.close()
             part.unlink()
         raise
@@ -154,7 +159,7 @@ def _open_parquet(path: Path) -> tuple[Any, Callable[[dict[str, list[Any]]], obj
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Only around what touches the file: other errors pass through `open_writer` as they are."""
+    """Turn errors of the file into UserError; other errors pass through `open_writer` unchanged."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What is kept of an evaluation: RUN/evaluations/NAME.json with all that it takes to repeat it, and a table of all.
+"""Records of evaluations: RUN/evaluations/NAME.json with all that repeats it, and a table of all.
 
-NAME tells the set, the weights, their step or the beginning of their hash, and what is not the default: the same call
-writes the same file.
+NAME holds the set, the weights, their step or the beginning of their hash, and options other than the defaults: the
+same call writes the same file.
 """
 
 import csv
@@ -46,7 +46,7 @@ def describe(
     seconds: float,
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The record of an evaluation, as plain values; `sha256` is of the weights. docs/evaluation.md lists its keys."""
+    """Describe an evaluation as plain values; `sha256` is of the weights. docs/evaluation.md lists the keys."""
     data = options.prepare(weights.data)
     return {
         "name": one.name,
@@ -88,12 +88,12 @@ def describe(
 
 
 def is_nan(value: object) -> bool:
-    """JSON has no word for the loss of a model that has diverged."""
+    """Return whether the loss is NaN, as of a model that has diverged; JSON has no NaN."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def hide_secrets(word: str) -> str:
-    """The word, without password and signature where it is a URL, SET=URL, or --flag=SET=URL."""
+    """Return a word of the command line without password and signature: a URL, SET=URL, or --flag=SET=URL."""
     if is_remote(word):
         return redact(word)
     name, mark, rest = word.partition("=")
@@ -101,9 +101,10 @@ def hide_secrets(word: str) -> str:
 
 
 def make_folder(out: str | None, run_dir: Path | None) -> Path | None:
-    """The folder to keep records in: `out`, or in the run's. None, which is said, where there is neither.
+    """Make the folder of records: `out`, or one in the run's. None, with a message, if there is neither.
 
-    Errors: UserError for an `out` that cannot be written.
+    Raises:
+        UserError: `out` cannot be written.
     """
     folder = Path(out) if out else run_dir and run_dir / FOLDER
     if not folder:
@@ -123,9 +124,12 @@ def make_folder(out: str | None, run_dir: Path | None) -> Path | None:
 
 
 def keep(folder: Path, record: Mapping[str, Any], tags: Sequence[str]) -> None:
-    """Write a record, and the table of all that the folder holds, each whole or not at all. Errors: UserError.
+    """Write a record, and the table of all records of the folder, each atomically.
 
-    It takes the place of one of the same weights, data and options; of another with the same name it does not.
+    It replaces a record of the same weights, data and options, but no other record with the same name.
+
+    Raises:
+        UserError: The folder cannot be written, or holds another record with this name.
     """
     step, sha256 = record["checkpoint"]["step"], record["checkpoint"]["sha256"]
     words = [record["name"], record["weights"], sha256[:8] if step is None else step_dir(step), *tags]
@@ -148,13 +152,13 @@ def keep(folder: Path, record: Mapping[str, Any], tags: Sequence[str]) -> None:
 
 
 def as_line(record: Mapping[str, Any]) -> str:
-    """What is printed of a record: the same for the same inputs."""
+    """Format a record as the printed line, which is equal for equal inputs."""
     found = {key: record["result"][key] for key in _LINE}
     return json.dumps({"name": record["name"], "weights": record["weights"], **found}, allow_nan=False)
 
 
 def as_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records for people: accuracies in percent, images per second of all processes."""
+    """Format records as a table: accuracies in percent, images per second of all processes."""
     head = ("set", "weights", "top-1", "top-5", "loss", "ECE", "images", "img/s")
     rows = [head, *(_cells(record) for record in records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -184,7 +188,7 @@ def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The record in a file; None where there is none, or something else."""
+    """Read the record in a file; None if there is none."""
     try:
         record = json.loads(path.read_text())
         _as_row(path.name, record)
@@ -194,12 +198,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _identify(record: Mapping[str, Any]) -> str:
-    """What was evaluated: the same text for the same weights, data and options."""
+    """Identify an evaluation: the same text for the same weights, data and options."""
     return json.dumps([record["checkpoint"]["sha256"], record["data"]["sha256"], record["options"]])
 
 
 def _as_row(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record in the file `name` as a row of the table: its numbers, and all else as text."""
+    """Return the record in the file `name` as a row of the table."""
     of = {"checkpoint": record["checkpoint"], "data": record["data"]}
     return {
         "file": name,

@@ -25,7 +25,11 @@ from gcvit.runtime.distributed import World
 
 
 def read_options(arguments: Namespace) -> Options:
-    """Errors: UserError for a file of predictions that cannot be written."""
+    """Read the options of a call.
+
+    Raises:
+        UserError: The file of predictions cannot be written.
+    """
     if arguments.predictions:
         predictions.check_path(Path(arguments.predictions))
     names = [field.name for field in fields(Options)]
@@ -36,7 +40,11 @@ def read_options(arguments: Namespace) -> Options:
 
 
 def open_sets(arguments: Namespace) -> list[ImageSet]:
-    """The sets of a call, under different names. Errors: UserError for missing or corrupt data, or the same twice."""
+    """Open the sets of a call, under different names.
+
+    Raises:
+        UserError: Data is missing, corrupt or given twice.
+    """
     cache = (arguments.cache_dir, arguments.cache_bytes)
     sets = [open_set(given, arguments.split or "val", *cache) for given in arguments.data_dir or ()]
     if len(set(arguments.data_dir or ())) < len(sets):
@@ -60,7 +68,11 @@ def _add_number(one: ImageSet, given: str, number: int) -> str:
 
 
 def find_candidates(arguments: Namespace, options: Options) -> list[Candidate]:
-    """The weights to evaluate, one after the other. Errors: UserError for what is not there or does not fit."""
+    """Yield the weights to evaluate.
+
+    Raises:
+        UserError: Weights are missing or do not fit.
+    """
     if arguments.model:
         resample = options.img_size is not None
         files = [weights_source.find_file(arguments.model, path, resample=resample) for path in arguments.checkpoint]
@@ -76,7 +88,11 @@ def find_candidates(arguments: Namespace, options: Options) -> list[Candidate]:
 
 
 def match(sets: Sequence[ImageSet], model: Candidate) -> list[Targets]:
-    """What is right in each set, in terms of the model's outputs. Errors: UserError for classes that do not fit."""
+    """Find the right outputs of the model for each set.
+
+    Raises:
+        UserError: Classes do not fit.
+    """
     known = (model.classes, model.model.num_classes, model.path)
     return [find_targets(one.label_set, one.source, *known) for one in sets]
 
@@ -91,9 +107,12 @@ def evaluate_all(
     out: str | None = None,
     predictions_file: str | None = None,
 ) -> None:
-    """Evaluate by all ranks together; print, keep and list what comes out.
+    """Evaluate on all ranks together, print the results, and write the records and predictions.
 
-    `targets` are those of `match`, for each set; the candidates have the same classes. Errors: UserError.
+    `targets` are those of `match`, for each set; the candidates have the same classes.
+
+    Raises:
+        UserError: A record or the predictions cannot be written.
     """
     _check_alike("data", [(evaluation_record.hide_secrets(one.dir), one.source.digest) for one in sets], world)
     _check_alike("weights", [(weights.path, weights.step) for weights in candidates], world)
@@ -140,7 +159,11 @@ def evaluate_all(
 
 
 def _check_alike(what: str, found: Sequence[tuple[str, object]], world: World) -> None:
-    """Errors: UserError, on all ranks alike, where they found different ones: counts of two would be summed."""
+    """Check that all ranks found the same weights and data, since their counts are summed.
+
+    Raises:
+        UserError: They differ; raised on all ranks.
+    """
     of_ranks = world.gather(list(found))
     rank, others = next(((rank, others) for rank, others in enumerate(of_ranks) if others != of_ranks[0]), (0, []))
     if rank:

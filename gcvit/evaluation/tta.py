@@ -1,4 +1,4 @@
-"""How images are looked at: their size and crop, and several looks at each, whose probabilities are averaged."""
+"""Test-time augmentation: the size and crop of images, and several views of each, whose probabilities are averaged."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Options:
-    """What a call asks for that changes numbers; None is as the run or the variant's card says."""
+    """The options of a call that change numbers; None is the default of the run or of the variant's card."""
 
     img_size: tuple[int, ...] | None = None
     crop_pct: float | None = None
@@ -35,7 +35,7 @@ class Options:
 
     @property
     def tags(self) -> list[str]:
-        """What is not the default, in words for a file's name."""
+        """List the options other than the defaults, for a file's name."""
         sizes = self.img_size and "+".join(map(str, self.img_size))
         crop = None if self.crop_pct is None else f"crop{self.crop_pct:g}"
         precision = None if self.precision == "fp32" else self.precision
@@ -45,7 +45,11 @@ class Options:
         return self.img_size or (model.img_size,)
 
     def prepare(self, data: DataConfig) -> DataConfig:
-        """How images are prepared where `data` is the default. Errors: UserError for crops that are all the same."""
+        """Apply the options to the defaults of the image preparation.
+
+        Raises:
+            UserError: All crops would be the same.
+        """
         given = {"crop_pct": self.crop_pct, "eval_resize": self.resize}
         data = data.model_copy(update={name: value for name, value in given.items() if value is not None})
         if self.five_crop and data.crop_pct == 1 and data.eval_resize == "squash":
@@ -57,7 +61,7 @@ class Views:
     """A model for `evaluate`: one batch of images for each of `models`, which are the same weights at several sizes.
 
     `five_crop` takes [5B, 3, H, W], `flip` adds the mirror images, `columns` ([K], None for all) are the outputs that
-    compete. A single look gives the model's logits as they are, several the logarithm of the mean of their
+    compete. A single view gives the model's logits, several give the logarithm of the mean of their
     probabilities; [B, K], fp32. `dtype` other than fp32 is autocast's.
     """
 
@@ -75,7 +79,7 @@ class Views:
 
     def __call__(self, *images: Tensor) -> Tensor:
         logits = [
-            self._look(model, view)
+            self._run_view(model, view)
             for model, batch in zip(self._models, images, strict=True)
             for view in self._views(batch)
         ]
@@ -85,14 +89,14 @@ class Views:
         return shares.logsumexp(0) - math.log(len(logits))
 
     def _views(self, images: Tensor) -> Iterator[Tensor]:
-        # One after the other: more looks take no more memory.
+        # One after the other, so that more views need no more memory.
         for first in range(NUM_CROPS if self._five_crop else 1):
             view = images[first::NUM_CROPS].contiguous() if self._five_crop else images
             yield view
             if self._flip:
                 yield view.flip(3)
 
-    def _look(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _run_view(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         is_lower = self._dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self._dtype if is_lower else None, enabled=is_lower):
             logits = model(images).float()

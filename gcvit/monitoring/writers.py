@@ -1,4 +1,4 @@
-"""TensorBoard events and, where it is switched on, Weights & Biases: the same numbers, pictures and texts in both."""
+"""TensorBoard events and, if enabled, Weights & Biases: the same numbers, pictures and texts in both."""
 
 import json
 import os
@@ -20,14 +20,18 @@ ID_FILE = "wandb_id"
 
 
 class Events:
-    """Written by one rank. Steps count finished ones.
+    """Write a run's events, on one rank. Steps count finished ones.
 
-    A resumed run does some steps again: TensorBoard then hides the events of the first try. W&B cannot take back what
-    it was sent, and has these steps twice.
+    A resumed run repeats some steps. TensorBoard then hides the events of the first attempt. W&B cannot delete them,
+    and has these steps twice.
     """
 
     def __init__(self, config: Config, first_step: int):
-        """Errors: UserError where W&B is asked for and is not there, or does not start."""
+        """Open the writers.
+
+        Raises:
+            UserError: W&B is enabled and is not installed, or does not start.
+        """
         self._config = hide_secrets(config)
         self._writer = SummaryWriter(str(config.run_dir), purge_step=first_step + 1)
         self._writer.add_text("config", f"```yaml\n{dump_config(self._config)}\n```", first_step)
@@ -45,14 +49,14 @@ class Events:
             self._online.log({name: _wandb().Histogram(values), "step": step})
 
     def add_image(self, name: str, image: npt.NDArray[np.uint8], caption: str, step: int) -> None:
-        """`image` is uint8 [H, W, 3]."""
+        """Add a picture, uint8 [H, W, 3]."""
         self._writer.add_image(name, image, step, dataformats="HWC")
         self._writer.add_text(f"{name}/targets", caption, step)
         if self._online is not None:
             self._online.log({name: _wandb().Image(image, caption=caption), "step": step})
 
     def add_result(self, values: Mapping[str, float], step: int) -> None:
-        """The run's hyper-parameters with its final result, for TensorBoard's comparison of runs."""
+        """Add the hyper-parameters with the final result, for TensorBoard's comparison of runs."""
         # What `SummaryWriter.add_hparams` writes, without the folder of its own that it makes for it.
         options = flatten(self._config.model_dump(mode="json"))
         results = {f"result/{name}": value for name, value in values.items()}
@@ -64,19 +68,19 @@ class Events:
             self._online.summary.update(results)
 
     def mark_preempted(self) -> None:
-        """The run ends for now, and will go on."""
+        """Mark the run as preempted, to be resumed."""
         if self._online is not None:
             self._online.mark_preempting()
 
     def close(self, *, finished: bool) -> None:
-        """`finished` is False where the run ends by an error or a preemption."""
+        """Close the writers; `finished` is False if the run ends by an error or a preemption."""
         self._writer.close()
         if self._online is not None:
             self._online.finish(exit_code=0 if finished else 1)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | str | bool]:
-    """Dotted keys to plain values; what is neither number nor truth becomes text."""
+    """Flatten a tree to plain values by dotted key; anything but numbers and booleans becomes text."""
     flat: dict[str, float | str | bool] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -87,7 +91,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | str 
 
 
 def hide_secrets(config: Config) -> Config:
-    """The config as it may be shown: the URL of its data without password and signature."""
+    """Return the config with the URL of its data without password and signature."""
     data = config.data
     if data.dir is None or not is_remote(data.dir):
         return config
@@ -105,13 +109,17 @@ def _wandb() -> Any:
 
 
 def check_wandb(config: Config) -> None:
-    """Errors: UserError where W&B is asked for and is not installed."""
+    """Check that W&B is installed if it is enabled.
+
+    Raises:
+        UserError: It is not.
+    """
     if config.wandb:
         _wandb()
 
 
 def _start_wandb(config: Config) -> Any:
-    """The run online, by an id that stays with the run's folder; who pays and where is W&B's own environment's."""
+    """Start the run online, by an id that is kept in the run's folder; project and account are W&B's own settings."""
     wandb, id_file = _wandb(), config.run_dir / ID_FILE
     if not id_file.exists():
         id_file.write_text(f"{uuid4().hex}\n")
@@ -136,5 +144,5 @@ def _start_wandb(config: Config) -> Any:
 
 
 def describe_targets(targets: Sequence[Sequence[Any]]) -> str:
-    """[[class, share], ...] in words."""
+    """Format [[class, share], ...] as text."""
     return " + ".join(f"{share:.0%} {name}" for name, share in targets)

@@ -43,7 +43,7 @@ class Event(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """While entered, notes the memory of each tensor that appears, and after that also when it goes."""
+    """Record the bytes of each tensor when it appears and when it is freed."""
 
     def __init__(self, excluded: set[int]):
         super().__init__()
@@ -108,7 +108,7 @@ def record_step(model: GCViT, *, num_images: int, dtype: torch.dtype, autocast: 
 
 
 def run_step(model: GCViT, recorder: Recorder, num_images: int, dtype: torch.dtype, *, autocast: bool) -> None:
-    """Forward, loss and backward of images of which nothing is read but their size."""
+    """Run forward, loss and backward of images, of which only the size is used."""
     images = torch.empty(num_images, *model.input_size)
     targets = torch.empty(num_images, max(1, model.num_classes))
     recorder.mark("forward", ROOT)
@@ -135,7 +135,7 @@ def _note_gradient(recorder: Recorder, name: str) -> Any:
 
 
 def watch(model: GCViT, recorder: Recorder) -> None:
-    """Have gradients noted and forgotten, and the parts' passes noted, by hooks on modules and on what they give."""
+    """Record gradients, which are then freed, and the passes of the parts, by hooks on modules and outputs."""
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(_note_gradient(recorder, name))
     outputs: dict[str, Tensor] = {}  # of which no part is known yet that takes them

@@ -3,8 +3,8 @@
     python -m gcvit.report runs/demo-fsdp
     python -m gcvit.report runs/small runs/small-lr2 --out comparison.html
 
-It reads what the runs left (config, metrics.jsonl, evaluations/, samples/) and computes nothing anew. A run that still
-trains may be read, too.
+It reads the files of the runs (config, metrics.jsonl, evaluations/, samples/) and computes nothing anew. The report of
+a run that is still training works, too.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     from gcvit.report.run_data import read_records
 
     if len(arguments.runs) > MAX_RUNS:
-        raise UserError("more runs than colours to tell them apart", got=len(arguments.runs), expected=MAX_RUNS)
+        raise UserError("more runs than colours", got=len(arguments.runs), expected=MAX_RUNS)
     page = render(read_records(arguments.runs))
     try:
         write_text(out, page, errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What a run was told and where it ran: its config, hardware and versions, and how these differ between runs."""
+"""The settings of runs and where they ran: config, hardware and versions, and their differences."""
 
 import itertools
 import json
@@ -9,11 +9,11 @@ from gcvit.report.charts import Cell, Table
 from gcvit.report.formatting import count, moment, short
 from gcvit.report.run_data import Record, Row, number, section
 
-_NAMES_OF_RUNS = ("tag", "output_dir")  # differ without a meaning
+_NAMES = ("tag", "output_dir")  # differ between any two runs
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """A tree's leaves as text by dotted key; lists and empty sections are leaves."""
+    """Flatten a tree to text by dotted key; lists and empty sections are leaves."""
     if isinstance(tree, dict) and tree:
         leaves: dict[str, str] = {}
         for key, value in tree.items():
@@ -23,27 +23,27 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def tabulate_differences(records: Sequence[Record]) -> Table:
-    """The options that are not the same in all runs."""
+    """Tabulate the options that differ between the runs."""
     leaves = [flatten(record.config) for record in records]
     keys = dict.fromkeys(key for of_run in leaves for key in of_run)
-    differing = [key for key in keys if len({of_run.get(key) for of_run in leaves}) > 1 and key not in _NAMES_OF_RUNS]
+    differing = [key for key in keys if len({of_run.get(key) for of_run in leaves}) > 1 and key not in _NAMES]
     rows = [[Cell(key), *(Cell(of_run.get(key, "–")) for of_run in leaves)] for key in differing]
     return Table(["option", *(record.name for record in records)], rows)
 
 
 def describe_hardware(records: Sequence[Record]) -> tuple[list[tuple[str, str]], Table | None]:
-    """What the runs last started on: what is the same in all that tell it, and a table of what is not."""
-    telling = [record for record in records if record.of_kind("start")]
-    described = [_describe_start(record.start) for record in telling]
+    """Describe the last start of each run: values equal in all runs, and a table of the others."""
+    started = [record for record in records if record.of_kind("start")]
+    described = [_describe_start(record.start) for record in started]
     names = dict.fromkeys(name for of_run in described for name in of_run)
     values = {name: [of_run.get(name, "–") for of_run in described] for name in names}
     shared = [(name, of_name[0]) for name, of_name in values.items() if len(set(of_name)) == 1]
     rows = [[Cell(name), *map(Cell, of_name)] for name, of_name in values.items() if len(set(of_name)) > 1]
-    return shared, Table(["", *(record.name for record in telling)], rows) if rows else None
+    return shared, Table(["", *(record.name for record in started)], rows) if rows else None
 
 
 def list_changes(record: Record) -> list[str]:
-    """Sentences on what was another at a later start of the run."""
+    """List sentences on what changed at later starts of the run."""
     sentences = []
     starts = record.of_kind("start")
     for before, after in itertools.pairwise(starts):

@@ -19,7 +19,7 @@ _NUM_CONFUSED = 12
 
 @dataclass(frozen=True)
 class Mistake:
-    """A sample that was taken for another class; `picture` is empty where there is none."""
+    """A misclassified sample; `picture` is empty if there is none."""
 
     picture: str
     predicted: str
@@ -36,7 +36,7 @@ class WorstClass:
 
 @dataclass(frozen=True)
 class Detail:
-    """What the page shows of one evaluation."""
+    """The page's details of one evaluation."""
 
     title: str
     reliability: Chart | None
@@ -44,7 +44,7 @@ class Detail:
     confused: Table | None
     notes: list[str]
     origin: list[tuple[str, str]]
-    """What it takes to repeat it: name and value."""
+    """How to reproduce it: name and value."""
 
 
 def title_of(record: Record, evaluation: Row, has_siblings: bool) -> str:
@@ -59,7 +59,7 @@ def _weights(evaluation: Row) -> str:
 
 
 def tabulate(records: Sequence[Record]) -> Table | None:
-    """A row for each evaluation of each run; None where there is none."""
+    """Tabulate each evaluation of each run; None if there is none."""
     head = ["run", "set", "weights", "step", "top-1", "top-5", "loss", "ECE", "images", "left out", "img/s"]
     rows = []
     for index, record in enumerate(records):
@@ -88,12 +88,12 @@ def tabulate(records: Sequence[Record]) -> Table | None:
 
 
 def describe(record: Record, index: int, evaluation: Row, has_siblings: bool) -> Detail:
-    """All that one evaluation says beyond its row of the table."""
+    """Describe the details of one evaluation beyond its row of the table."""
     result = section(evaluation, "result")
     worst, sentence = _find_worst(evaluation)
     notes = [sentence] if sentence else []
     if not rows_of(result, "per_class"):
-        notes.append("It holds no accuracies of classes.")
+        notes.append("It has no accuracies by class.")
     return Detail(
         title=title_of(record, evaluation, has_siblings),
         reliability=_draw_reliability(record, index, result),
@@ -105,7 +105,7 @@ def describe(record: Record, index: int, evaluation: Row, has_siblings: bool) ->
 
 
 def _draw_reliability(record: Record, index: int, result: Row) -> Chart | None:
-    """Accuracy over confidence above, how many images each bin holds below."""
+    """Draw accuracy over confidence, above the share of images of each bin."""
     bins = [row for row in rows_of(result, "reliability") if (number(row.get("num")) or 0) > 0]
     if not bins:
         return None
@@ -134,7 +134,7 @@ def _draw_reliability(record: Record, index: int, result: Row) -> Chart | None:
         mode="markers",
         customdata=about,
         marker={"size": as_list(5 + 9 * np.sqrt(num / num.max())), "color": color, "line": {"width": 0}},
-        hovertemplate="said %{x:.1%}, right %{y:.1%}<br>%{customdata}<extra></extra>",
+        hovertemplate="confidence %{x:.1%}, accuracy %{y:.1%}<br>%{customdata}<extra></extra>",
         row=1,
         col=1,
     )
@@ -148,12 +148,12 @@ def _draw_reliability(record: Record, index: int, result: Row) -> Chart | None:
         col=1,
     )
     figure.update_xaxes(axis(showgrid=False, range=[0, 1], tickformat=".0%", nticks=6))
-    figure.update_xaxes(title_text="confidence of the answer", row=2, col=1)
-    figure.update_yaxes(axis("right", tickformat=".0%", nticks=6, range=[0, 1.02]), row=1, col=1)
+    figure.update_xaxes(title_text="confidence of the prediction", row=2, col=1)
+    figure.update_yaxes(axis("accuracy", tickformat=".0%", nticks=6, range=[0, 1.02]), row=1, col=1)
     figure.update_yaxes(axis("images", tickformat=".0%", nticks=3, rangemode="tozero"), row=2, col=1)
     ece = number(result.get("ece"))
     note = "" if ece is None else f"Expected calibration error {plain(ece, 3)}. "
-    note += "On the dotted line, answers are right as often as they claim; below it, they claim too much."
+    note += "On the dotted line, accuracy equals confidence; below it, the model is overconfident."
     key = (
         KeyItem("accuracy of a bin, at its mean confidence", run_color(index), "●"),
         KeyItem("exactly calibrated", "muted", "dotted"),
@@ -162,14 +162,14 @@ def _draw_reliability(record: Record, index: int, result: Row) -> Chart | None:
 
 
 def _find_worst(evaluation: Row) -> tuple[list[WorstClass], str]:
-    """The classes with the lowest accuracy, worst first, and a sentence on pictures that are missing."""
+    """Find the classes with the lowest accuracy, worst first, and a sentence on missing pictures."""
     result = section(evaluation, "result")
     classes = [row for row in rows_of(result, "per_class") if (number(row.get("num")) or 0) > 0]
     wrong = [row for row in classes if (number(row.get("correct_top1")) or 0) < (number(row.get("num")) or 0)]
     wrong.sort(key=lambda row: (number(row.get("correct_top1")) or 0) / (number(row.get("num")) or 1))
     worst = wrong[:_NUM_WORST]
     if not worst:
-        return [], "Every class is right throughout." if classes else ""
+        return [], "Every image is classified correctly." if classes else ""
     mistakes: dict[str, list[Row]] = defaultdict(list)
     for mistake in rows_of(result, "mistakes"):
         mistakes[str(mistake.get("label"))].append(mistake)
@@ -181,7 +181,7 @@ def _find_worst(evaluation: Row) -> tuple[list[WorstClass], str]:
         num, right = number(row.get("num")) or 0, number(row.get("correct_top1")) or 0
         name = str(row.get("class"))
         found.append(
-            WorstClass(name, f"{count(right)} of {count(num)} right", [_show(m, pictures) for m in shown[name]])
+            WorstClass(name, f"{count(right)} of {count(num)} correct", [_show(m, pictures) for m in shown[name]])
         )
     return found, sentence
 
@@ -208,7 +208,7 @@ def _tabulate_confused(result: Row) -> Table | None:
         ]
         for pair in pairs
     ]
-    return Table(["is", "was taken for", "times"], rows)
+    return Table(["label", "predicted as", "times"], rows)
 
 
 def _describe_origin(evaluation: Row) -> list[tuple[str, str]]:

@@ -1,15 +1,15 @@
-"""Numbers as a reader wants them."""
+"""Format numbers, times and lists for readers."""
 
 from datetime import UTC, datetime
 
 
 def count(value: float | None) -> str:
-    """A whole number with thin spaces between thousands: 1 281 167."""
+    """Format a whole number with thin spaces between thousands: 1 281 167."""
     return "–" if value is None else f"{value:,.0f}".replace(",", "\u202f")
 
 
 def short(value: float | None) -> str:
-    """Three digits and a word for the power of ten: 90.3 M."""
+    """Format with three digits and a prefix for the power of ten: 90.3 M."""
     if value is None:
         return "–"
     rounded = float(f"{value:.3g}")
@@ -24,12 +24,12 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def plain(value: float | None, digits: int = 4) -> str:
-    """`digits` significant digits."""
+    """Format with `digits` significant digits."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
 def duration(seconds: float | None) -> str:
-    """The two largest units: 3 d 4 h, 5 min 12 s."""
+    """Format the two largest units: 3 d 4 h, 5 min 12 s."""
     if seconds is None:
         return "–"
     if seconds < 10:
@@ -48,7 +48,7 @@ def gigabytes(value: float | None) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """A Unix time, in UTC."""
+    """Format a Unix time, in UTC."""
     try:
         return "–" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
     except (OverflowError, ValueError, OSError):
@@ -56,10 +56,10 @@ def moment(seconds: float | None) -> str:
 
 
 def plural(amount: float, word: str, words: str | None = None) -> str:
-    """The amount with its word, whose plural ends in s where `words` does not say it."""
+    """Format an amount with its word; `words` is a plural that does not end in s."""
     return f"{count(amount)} {word if amount == 1 else words or f'{word}s'}"
 
 
 def listing(words: list[str]) -> str:
-    """a, b and c"""
+    """Join words: a, b and c."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

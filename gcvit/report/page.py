@@ -1,7 +1,6 @@
-"""Puts the parts of a report together, as one HTML page that needs nothing else.
+"""Render a report as one HTML page that needs no other file.
 
-Every text goes through Jinja's escaping. Beyond it, the page's own policy lets only the two scripts run that were
-written into it, known by their hashes, and lets it load nothing.
+Jinja escapes every text. The page's own policy also allows only its two scripts, by their hashes, and loads nothing.
 """
 
 import base64
@@ -23,7 +22,7 @@ from gcvit.report.run_data import Record
 
 
 def render(records: Sequence[Record]) -> str:
-    """The whole page."""
+    """Render the whole page."""
     several = len(records) > 1
     scale = training.choose_scale(records)
     stages = [step_time.draw_stages(record, scale, several) for record in records]
@@ -80,7 +79,7 @@ def render(records: Sequence[Record]) -> str:
 
 
 def to_json(value: object) -> Markup:
-    """JSON that may stand inside of a `<script>` or an attribute."""
+    """Encode JSON that is safe inside of a `<script>` or an attribute."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for sign in "<>&'":
         text = text.replace(sign, f"\\u{ord(sign):04x}")

@@ -21,7 +21,7 @@ _FLOPS_PER_GMAC = 3 * 2e9  # training is three forward passes, of two operations
 
 @dataclass(frozen=True)
 class Point:
-    """A published model. `speed` is images a second of inference."""
+    """A published model. `speed` is in images a second of inference."""
 
     name: str
     top1: float
@@ -71,7 +71,7 @@ GCVIT_21K = Family("GC ViT, pre-trained on ImageNet-21K", GCVIT_SOURCE, _gcvit(i
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands. `top1` is None where it was not measured on ImageNet-1K's 50,000 images of val."""
+    """The values of a run. `top1` is None unless it was measured on ImageNet-1K's 50,000 validation images."""
 
     name: str
     index: int
@@ -102,7 +102,7 @@ def find_place(record: Record, index: int) -> Place:
 
 
 def _imagenet_top1(record: Record) -> float | None:
-    """The best accuracy on ImageNet-1K's val, of the evaluations or of the training's own."""
+    """Return the best accuracy on ImageNet-1K's val, of the evaluations or of the training's own."""
     if number(section(record.config, "model").get("num_classes")) != IMAGENET_CLASSES:
         return None
     results = [section(evaluation, "result") for evaluation in record.evaluations if _is_plain(evaluation)]
@@ -112,7 +112,7 @@ def _imagenet_top1(record: Record) -> float | None:
 
 
 def _is_plain(evaluation: Row) -> bool:
-    """Neither other images or labels (V2, Sketch, ReaL and so on), nor several views of an image."""
+    """Return whether an evaluation has ImageNet's images and labels, and one view of each image."""
     options = section(evaluation, "options")
     sizes = options.get("img_size", [])
     is_averaged = options.get("tta") is not None or (isinstance(sizes, list) and len(sizes) > 1)
@@ -120,17 +120,17 @@ def _is_plain(evaluation: Row) -> bool:
 
 
 def draw_comparison(records: Sequence[Record]) -> list[Chart]:
-    """Accuracy against parameters, multiply-adds and speed: the published points, and where the runs stand."""
+    """Draw accuracy against parameters, multiply-adds and speed, of the published models and of the runs."""
     places = [find_place(record, index) for index, record in enumerate(records)]
     return [
         _draw(places, "Accuracy against parameters", "parameters, millions", "millions"),
-        _draw(places, "Accuracy against work", "multiply-adds of an image, 10⁹ (GMAC)", "gmacs"),
+        _draw(places, "Accuracy against multiply-adds", "multiply-adds of an image, 10⁹ (GMAC)", "gmacs"),
         _draw(places, "Accuracy against speed of inference", "images a second", "speed", is_wide=True),
     ]
 
 
 def describe_comparison(records: Sequence[Record]) -> list[str]:
-    """Sentences on what the charts show of the runs, and cannot."""
+    """Describe what the charts show of the runs, and what they lack."""
     places = [find_place(record, index) for index, record in enumerate(records)]
     sentences = []
     elsewhere = [place.name for place in places if place.top1 is None]
@@ -138,19 +138,19 @@ def describe_comparison(records: Sequence[Record]) -> list[str]:
         were = "was" if len(elsewhere) == 1 else "were"
         sentences.append(
             f"{listing(elsewhere)} {were} not measured on the {count(IMAGENET_VAL_IMAGES)} validation images of "
-            "ImageNet-1K, so no accuracy stands beside the published ones: a dashed line shows the cost alone."
+            "ImageNet-1K, so no accuracy is comparable with the published ones: a dashed line shows the cost alone."
         )
     unknown = [place.name for place in places if place.millions is None]
     if unknown:
-        sentences.append(f"The rows of {listing(unknown)} do not tell the model's parameters and work.")
+        sentences.append(f"The rows of {listing(unknown)} lack the model's parameters and multiply-adds.")
     unmeasured = [place.name for place in places if place.speed is None]
     if unmeasured:
         sentences.append(f"No evaluation of {listing(unmeasured)} has measured a speed.")
     measured = [f"{place.name}: {count(place.speed)} img/s on {place.device}" for place in places if place.speed]
     if measured:
         sentences.append(
-            f"Measured by evaluate.py, with reading and decoding, for each process: {listing(measured)}. The published "
-            "speeds are of a model alone, on another device, so compare them with each other only."
+            f"Measured by evaluate.py, including reading and decoding, for each process: {listing(measured)}. The "
+            "published speeds are of a model alone, on another device, so compare them with each other only."
         )
     return sentences
 

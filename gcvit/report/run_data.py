@@ -1,7 +1,7 @@
-"""What a run's folder holds, as the report reads it.
+"""Read a run's folder for the report.
 
-A folder may be of an older release, cut off, or still growing. What is missing is left empty, what cannot be read is
-named in `problems`, and no value is taken for a number before it was looked at.
+A folder may be of an older release, cut off, or still growing. Missing values are left empty, unreadable files are
+named in `problems`, and each value is checked before it is used as a number.
 """
 
 import json
@@ -28,7 +28,7 @@ VAL_PREFIX = "val/"
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Augmented training images of one step: a picture of tiles, and what its tiles are, in reading order."""
+    """Augmented training images of one step: a picture of tiles, and their descriptions in reading order."""
 
     step: int
     picture: Path
@@ -37,7 +37,7 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class Record:
-    """One run. Rows of `metrics.jsonl` are as they were written, in order."""
+    """One run. Rows of `metrics.jsonl` are as written, in order."""
 
     name: str
     path: Path
@@ -56,23 +56,27 @@ class Record:
 
     @property
     def start(self) -> Row:
-        """The last start, or nothing."""
+        """Return the last start, or an empty row."""
         return (self.of_kind("start") or [{}])[-1]
 
     @property
     def batch_size(self) -> float | None:
-        """Images of a step, over all devices."""
+        """Return the images of a step, over all devices."""
         return number(self.config.get("global_batch_size")) or number(self.start.get("global_batch_size"))
 
     @property
     def num_steps(self) -> int:
-        """Finished steps, by the last row."""
+        """Return the number of finished steps, by the last row."""
         steps = [number(row.get("step")) for rows in self.rows.values() for row in rows]
         return int(max((step for step in steps if step is not None), default=0))
 
 
 def read_record(path: Path, name: str | None = None) -> Record:
-    """Read `path`, calling it `name`. Errors: UserError where it is no run's folder."""
+    """Read the run in `path` under a name.
+
+    Raises:
+        UserError: `path` is no run's folder.
+    """
     if not (path / "metrics.jsonl").is_file() and not (path / "config.yaml").is_file():
         kind = "no folder" if not path.is_dir() else "a folder without metrics.jsonl and config.yaml"
         raise UserError(
@@ -108,7 +112,11 @@ def read_record(path: Path, name: str | None = None) -> Record:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Read several runs and call them by the shortest ends of their paths that differ. Errors: as `read_record`."""
+    """Read several runs, named by the shortest ends of their paths that differ.
+
+    Raises:
+        UserError: A path is no run's folder, or is given twice.
+    """
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
         raise UserError("the same run twice", got=", ".join(map(str, paths)), hint="name each run once")
@@ -119,7 +127,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 
 def _read_config(file: Path) -> Row:
-    """The config as it may be shown: the URL of its data without password and signature."""
+    """Read the config, with the URL of its data without password and signature."""
     config = _mapping(parse_yaml(file.read_text()))
     data = config.get("data")
     if isinstance(data, dict) and isinstance(data.get("dir"), str) and is_remote(data["dir"]):
@@ -151,7 +159,7 @@ def _read_evaluation(file: Path) -> Row:
 
 
 def _is_special(evaluation: Row) -> bool:
-    """Whether it is of ReaL, Sketch or the like: these stand behind what training is judged by."""
+    """Return whether an evaluation is of ReaL, Sketch or the like; these are listed last."""
     return section(evaluation, "options").get("label_set") not in (None, "imagenet")
 
 
@@ -175,7 +183,7 @@ def _first_line(error: Exception) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number as it is; None for all else."""
+    """Return a finite number as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -185,25 +193,25 @@ def number(value: Any) -> float | None:
 
 
 def section(row: Row, key: str) -> Row:
-    """A mapping inside of a row; an empty one where there is none."""
+    """Return a mapping inside of a row; an empty one if there is none."""
     value = row.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def rows_of(row: Row, key: str) -> list[Row]:
-    """A list of mappings inside of a row, without what is none."""
+    """Return a list of mappings inside of a row, without other items."""
     value = row.get(key)
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def column(rows: Sequence[Row], name: str) -> Numbers:
-    """One value of each row, (N,); NaN where there is no number."""
+    """Return one value of each row, float64 (N,); NaN where there is no number."""
     values = (number(row.get(name)) for row in rows)
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
 def best_top1(record: Record) -> tuple[str, float, int] | None:
-    """The best accuracy seen in training as (weights, percent, step): of the EMA where there is one."""
+    """Find the best accuracy of the training as (weights, percent, step), of the EMA if there is one."""
     for weights in ("ema", "weights"):
         rows = [row for row in record.of_kind(VAL_PREFIX + weights) if number(row.get("top1")) is not None]
         if rows:

@@ -1,4 +1,4 @@
-"""What bounds a run: the seconds of each stage of a step, and the stage that a logging step named."""
+"""What bounds a run: the seconds of each stage of a step, and the stage that each logging step named."""
 
 from collections import Counter
 
@@ -10,12 +10,12 @@ from gcvit.report.run_data import Record, column, number, section
 from gcvit.report.training import Scale
 
 STAGES = ("compute", "communication", "copy", "collation", "augmentation", "decoding", "storage", "checkpoint")
-"""From the bottom of the chart: the work itself, then its way back to the disk."""
-_MUCH_MORE = 1.5  # times what a rank is the slowest if all are alike, which is worth a word
+"""Stages from the bottom of the chart: the computation first, then back along the input to the disk."""
+_MUCH_MORE = 1.5  # times the share of a rank if all are equally slow; above it the rank is named
 
 
 def draw_stages(record: Record, scale: Scale, has_siblings: bool) -> Chart | None:
-    """Seconds per step by stage, stacked; None where no row has them."""
+    """Draw the seconds per step by stage, stacked; None if no row has them."""
     rows = record.of_kind("train")
     stages = [section(row, "stages") for row in rows]
     x = scale.of(record, rows)
@@ -36,7 +36,7 @@ def draw_stages(record: Record, scale: Scale, has_siblings: bool) -> Chart | Non
             fillcolor=tone(stage),
             hovertemplate=f"{stage}: %{{y:.3g}} s<extra>{safe(record.name)}</extra>",
         )
-    # The key reads as the stack does, from above.
+    # The key has the order of the stack, from the top.
     key = tuple(KeyItem(stage, stage, "area") for stage in reversed(known))
     note = describe_bounds(record)
     if rows_per_point > 1:
@@ -46,7 +46,7 @@ def draw_stages(record: Record, scale: Scale, has_siblings: bool) -> Chart | Non
 
 
 def describe_bounds(record: Record) -> str:
-    """How often each stage bound the run, and which rank was the slowest most often."""
+    """Describe how often each stage bound the run, and which rank was the slowest most often."""
     rows = record.of_kind("train")
     bounds = Counter(str(row["bound_by"]) for row in rows if row.get("bound_by") is not None)
     if not bounds:

@@ -1,4 +1,4 @@
-"""What a reader wants to know of a run first: a sentence and a few figures."""
+"""The head of a run: a sentence and a few figures."""
 
 import math
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ class Summary:
 
 
 def summarize(record: Record, color: str) -> Summary:
-    """The head of a run; `color` is the palette's name of its colour."""
+    """Summarize a run; `color` is the palette name of its colour."""
     if not record.rows:
-        return Summary(record.name, color, "The run has left no rows yet.", [], record.problems)
+        return Summary(record.name, color, "The run has no rows yet.", [], record.problems)
     start, model = record.start, section(record.config, "model")
     size = f" at {model['img_size']} × {model['img_size']}" if number(model.get("img_size")) else ""
     of = f" of {count(record.batch_size)} images" if record.batch_size else ""
     where = f" on {count(number(start.get('num_devices')))} × {start.get('device')}" if start else ""
     engine = f", by {record.config['engine']}" if isinstance(record.config.get("engine"), str) else ""
     steps = f"{plural(record.num_steps, 'step')}{of}{engine}{where}"
-    sentence = f"{model.get('name', 'A model')}{size}: {steps}. {_tell_end(record)}"
-    return Summary(record.name, color, sentence, _count_up(record), record.problems)
+    sentence = f"{model.get('name', 'A model')}{size}: {steps}. {_describe_end(record)}"
+    return Summary(record.name, color, sentence, _list_tiles(record), record.problems)
 
 
-def _count_up(record: Record) -> list[tuple[str, str, str]]:
+def _list_tiles(record: Record) -> list[tuple[str, str, str]]:
     start, train = record.start, record.of_kind("train")
     tiles = []
     if best := best_top1(record):
@@ -52,7 +52,7 @@ def _count_up(record: Record) -> list[tuple[str, str, str]]:
         tiles.append(("throughput", f"{short(float(np.median(speeds[speeds > 0])))}\u202fimg/s", f"median{each}"))
     if (seconds > 0).any():
         total = float(seconds[seconds > 0].sum())
-        tiles.append(("training time", duration(total), "without evaluations and saves"))
+        tiles.append(("training time", duration(total), "without evaluations and checkpoints"))
     if parameters := number(start.get("parameters")):
         flops = number(start.get("train_flops_per_image"))
         tiles.append(("parameters", short(parameters), f"{flops / 6e9:.3g} GMAC an image" if flops else ""))
@@ -61,8 +61,8 @@ def _count_up(record: Record) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _tell_end(record: Record) -> str:
-    # A run that was started again after an end goes on.
+def _describe_end(record: Record) -> str:
+    # A run that was restarted after an end continues.
     last_start = number(record.start.get("time")) or 0.0
     ends = [row for row in record.of_kind("end") if (number(row.get("time")) or math.inf) >= last_start]
     outcome = ends[-1].get("outcome") if ends else None
@@ -71,7 +71,7 @@ def _tell_end(record: Record) -> str:
     if outcome == "finished":
         return f"It finished.{again}"
     if outcome == "preempted":
-        return f"It was told to leave, saved, and waits for its next start.{again}"
+        return f"It was preempted, saved a checkpoint, and waits for a restart.{again}"
     times = [time for rows in record.rows.values() for row in rows if (time := number(row.get("time"))) is not None]
     last = f" Its last row is of {moment(max(times))}." if times else ""
-    return f"No row says that it ended: it still runs, was stopped, or is of an older release.{last}{again}"
+    return f"No row marks its end: it is still running, was stopped, or is of an older release.{last}{again}"

@@ -1,4 +1,4 @@
-"""What happened when: how far a run was, with its restarts, checkpoints, refused updates and corrupt images."""
+"""The time line: steps over time, with restarts, checkpoints, refused updates and corrupt images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from gcvit.report.formatting import count, duration, gigabytes, listing, moment,
 from gcvit.report.run_data import Numbers, Record, Row, column, number
 from gcvit.report.training import run_color
 
-_MAX_MARKS = 400  # of a kind and a run; a chart with more is a bar of colour
+_MAX_MARKS = 400  # of a kind and a run; more would merge into a bar
 _UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A kind of event: its words, the sign in the key and in the chart, its colour, and what a row says of it."""
+    """A kind of event: its words, its mark in key and chart, its colour, and the text for a row."""
 
     kind: str
     words: str
@@ -41,7 +41,7 @@ def _describe_bad_step(row: Row) -> str:
 
 def _describe_checkpoint(row: Row) -> str:
     size, stall = number(row.get("bytes")), number(row.get("stall_seconds"))
-    words = [gigabytes(size) if size else "", f"training stopped for {duration(stall)}" if stall is not None else ""]
+    words = [gigabytes(size) if size else "", f"training paused for {duration(stall)}" if stall is not None else ""]
     return ", ".join(filter(None, words))
 
 
@@ -59,7 +59,7 @@ MARKS = (
 
 
 def draw_timeline(records: Sequence[Record]) -> Chart | None:
-    """Steps over the time since each run's own begin; None where no row has a time."""
+    """Draw steps over the time since each run's begin; None if no row has a time."""
     begins = {record.name: _first_time(record) for record in records}
     having = [(index, record) for index, record in enumerate(records) if begins[record.name] is not None]
     if not having:
@@ -77,22 +77,22 @@ def draw_timeline(records: Sequence[Record]) -> Chart | None:
                 num_hidden += max(0, len(rows) - _MAX_MARKS)
                 _add_marks(figure, record, mark, rows[-_MAX_MARKS:], begin, size)
                 used.append(KeyItem(mark.words, mark.color, mark.sign))
-    note = "Where the line is interrupted, the run stood still, or did what was lost and is done again after it."
+    note = "Where the line is interrupted, the run was stopped, or did steps that were lost and repeated."
     if num_hidden:
-        note += f" The first {count(num_hidden)} marks are left out; metrics.jsonl has them all."
+        note += f" The first {count(num_hidden)} marks are hidden; metrics.jsonl has all."
     return Chart("Steps over time", figure, note, tuple(dict.fromkeys(used)), height=300, is_wide=True)
 
 
 def find_untimed(records: Sequence[Record]) -> str:
-    """A sentence on runs whose rows carry no time; empty where all do."""
+    """Describe the runs whose rows have no time; "" if all have."""
     names = [record.name for record in records if _first_time(record) is None]
     if not names:
         return ""
-    return f"{listing(names)}: no row carries a time, as in runs of an older release."
+    return f"{listing(names)}: no row has a time, as in runs of an older release."
 
 
 def list_events(record: Record) -> list[tuple[str, str, str, str]]:
-    """All that happened but checkpoints, in order, as (when, step, what, more)."""
+    """List all events but checkpoints, in order, as (when, step, what, more)."""
     events = [(row, mark) for mark in MARKS if mark.kind != "checkpoint" for row in record.of_kind(mark.kind)]
     events.sort(key=lambda event: (number(event[0].get("step")) or 0.0, number(event[0].get("time")) or 0.0))
     return [
@@ -120,13 +120,13 @@ def _last_time(record: Record) -> float:
 
 
 def _add_progress(figure: go.Figure, record: Record, color: str, begin: float, size: float) -> None:
-    """The run's step over time, interrupted at each start."""
+    """Add the run's step over time, interrupted at each start."""
     rows = _timed(record.of_kind("train"))
     stride = max(1, -(-len(rows) // MAX_POINTS))
     kept = rows[::stride] + (rows[-1:] if stride > 1 else [])
     starts = [(float(row["time"]), number(row.get("step"))) for row in _timed(record.of_kind("start"))]
     points = [(float(row["time"]), number(row.get("step"))) for row in kept]
-    # Just before a start, nothing: the line ends where the process did.
+    # A gap just before each start: the line ends where the process ended.
     points += starts + [(time - 1e-3, None) for time, _ in starts]
     points.sort(key=lambda point: point[0])
     figure.add_scatter(

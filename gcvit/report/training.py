@@ -1,4 +1,4 @@
-"""How a training went: its curves over steps."""
+"""The curves of a training over steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,18 @@ from gcvit.report.run_data import VAL_PREFIX, Numbers, Record, Row, column
 
 _LOG_SPAN = 30.0  # a column that spans more is drawn on a logarithmic axis
 _MAX_RESTARTS = 20
-_HIDDEN_AXIS = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}  # from foot to head
+_HIDDEN_AXIS = {
+    "overlaying": "y",
+    "range": [0, 1],
+    "visible": False,
+    "fixedrange": True,
+}  # full height
 _EVALUATED = (("weights", "raw weights", "dash", "circle-open"), ("ema", "EMA", "solid", "circle"))
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What curves are drawn over: steps, or images where the runs' steps are of different sizes."""
+    """The x axis of curves: steps, or images if the runs' steps are of different sizes."""
 
     title: str
     in_images: bool
@@ -34,12 +39,12 @@ def choose_scale(records: Sequence[Record]) -> Scale:
 
 
 def run_color(index: int) -> str:
-    """The palette's name for the colour of a run."""
+    """Return the palette name of a run's colour."""
     return f"run-{index}"
 
 
 def draw_curves(records: Sequence[Record]) -> list[Chart]:
-    """A chart for each column of the training rows that any run has."""
+    """Draw a chart for each column of the training rows that any run has."""
     scale = choose_scale(records)
     charts = [
         _draw_loss(records, scale),
@@ -57,7 +62,7 @@ def draw_curves(records: Sequence[Record]) -> list[Chart]:
 
 
 def find_missing(record: Record) -> str:
-    """A sentence on the curves that the run cannot have; nothing where it has all."""
+    """Describe the curves that the run cannot have; "" if it has all."""
     if not record.of_kind("train"):
         return f"{record.name} has no training rows, so no curves."
     lacking = [] if _has(record, "train", "train_top1") else ["accuracy on training batches"]
@@ -80,8 +85,7 @@ def _draw_loss(records: Sequence[Record], scale: Scale) -> Chart | None:
         "Loss",
         "loss",
         "loss",
-        "On training batches it is against smoothed and mixed targets, "
-        "which is why it may stay above the evaluated one.",
+        "On training batches the targets are smoothed and mixed, so that it may stay above the evaluated loss.",
     )
 
 
@@ -92,7 +96,7 @@ def _draw_accuracy(records: Sequence[Record], scale: Scale) -> Chart | None:
         "Top-1 accuracy, %",
         "train_top1",
         "top1",
-        "On training batches an answer counts as right where it names the larger part of a mixed image.",
+        "On training batches a prediction is correct if it is the larger part of a mixed image.",
     )
 
 
@@ -165,7 +169,7 @@ def _draw_column(
 def _add_curve(
     figure: go.Figure, record: Record, scale: Scale, name: str, color: str, times: float = 1.0, width: float = 1.6
 ) -> int:
-    """Draw a column of the training rows; returns how many rows a point stands for."""
+    """Draw a column of the training rows, and return the number of rows per point."""
     rows = record.of_kind("train")
     thinned = thin(scale.of(record, rows), column(rows, name) * times)
     x = as_list(thinned.x)
@@ -193,7 +197,7 @@ def _add_curve(
 
 
 def _add_refused(figure: go.Figure, record: Record, scale: Scale) -> None:
-    """A sign at the foot of the chart wherever updates were refused."""
+    """Add a mark at the bottom of the chart for each refused update."""
     rows = record.of_kind("train")
     thinned = thin(scale.of(record, rows), column(rows, "refused_steps"))
     x = thinned.x[thinned.high > 0]
@@ -212,7 +216,7 @@ def _add_refused(figure: go.Figure, record: Record, scale: Scale) -> None:
 
 
 def _add_restarts(figure: go.Figure, records: Sequence[Record], scale: Scale) -> list[KeyItem]:
-    """A line from foot to head at each restart; returns the entries of the key."""
+    """Add a vertical line at each restart, and return the entries of the key."""
     for index, record in enumerate(records):
         restarts = scale.of(record, record.of_kind("start")[1:][-_MAX_RESTARTS:])
         if len(restarts):

@@ -32,7 +32,7 @@ def test_the_same_place_twice_is_refused_without_its_password(monkeypatch):
     assert "secret" not in str(caught.value)
 
 
-def test_ranks_that_find_other_weights_are_told():
+def test_ranks_that_find_other_weights_are_reported():
     alike = SimpleNamespace(gather=lambda found: [found, found])
     suite._check_alike("weights", [("runs/a", 5)], alike)
     other = SimpleNamespace(gather=lambda found: [found, [found[0], ("runs/b", 9)]])

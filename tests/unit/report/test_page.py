@@ -160,7 +160,7 @@ def test_nothing_of_a_run_becomes_markup(both, fair):
 
 def test_several_runs_are_compared(both, folders):
     page = both
-    assert "What differs between the runs" in page.text
+    assert "Differences between the runs" in page.text
     boxes = [attributes["value"] for attributes in page.named("input")]
     assert boxes == ["fair", folders[1].name]
     loss = page.charts()[0]
@@ -171,13 +171,13 @@ def test_a_run_without_anything_is_told_in_sentences(tmp_path):
     (tmp_path / "config.yaml").write_text("tag: new\n")
     page = Page(render([read_record(tmp_path, "new")]))
     for sentence in (
-        "The run has left no rows yet.",
+        "The run has no rows yet.",
         "new has no training rows, so no curves.",
-        "new: no row carries a time",
-        "new: the rows do not say how long each stage of a step took.",
+        "new: no row has a time",
+        "new: the rows lack the seconds of each stage of a step.",
         "There is no evaluation of new",
         "There are no samples of new.",
-        "new: no row tells of hardware and versions.",
+        "new: no row has hardware and versions.",
     ):
         assert sentence in page.text
     assert len(page.charts()) == 3  # the published
@@ -228,12 +228,12 @@ def test_a_run_that_was_started_again_has_not_ended(tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert "It finished." in summarize(read_record(folder), "run-1").sentence
     write_rows(folder, rows[:-1])
-    assert "No row says that it ended" in summarize(read_record(folder), "run-1").sentence
+    assert "No row marks its end" in summarize(read_record(folder), "run-1").sentence
     (preempted,) = [i for i, row in enumerate(rows) if row.get("outcome") == "preempted"]
     write_rows(folder, rows[: preempted + 1])
     assert "waits for its next start" in summarize(read_record(folder), "run-1").sentence
     write_rows(folder, [*rows, rows[-1] | {"kind": "start", "time": rows[-1]["time"] + 9}])
-    assert "No row says that it ended" in summarize(read_record(folder), "run-1").sentence
+    assert "No row marks its end" in summarize(read_record(folder), "run-1").sentence
 
 
 def test_the_rank_that_is_the_slowest_is_named(tmp_path):
@@ -287,7 +287,7 @@ def run_main_with(monkeypatch, *words):
     main()
 
 
-def test_the_command_writes_beside_the_run_or_where_it_is_told(monkeypatch, tmp_path, capsys):
+def test_the_command_writes_beside_the_run_or_to_the_given_file(monkeypatch, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("tag: new\n")
     run_main_with(monkeypatch, tmp_path)
     run_main_with(monkeypatch, tmp_path, "--out", tmp_path / "page.html")

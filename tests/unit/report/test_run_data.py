@@ -50,9 +50,9 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path):
     assert len(record.of_kind("train")) == 6
     assert (record.config, record.evaluations) == ({}, [])
     assert [grid.step for grid in record.samples] == [10]
-    told = " ".join(record.problems)
+    problems = " ".join(record.problems)
     for word in ("config.yaml", "2 lines of metrics.jsonl", "broken.json", "deep.json", "step_20.json"):
-        assert word in told
+        assert word in problems
 
 
 def test_an_older_run_tells_what_it_lacks(tmp_path):

@@ -45,7 +45,7 @@ def test_samples_are_cut_and_named(tmp_path):
             assert all(abs(a - b) < 12 for a, b in zip(pixel(tile.picture), expected, strict=True))
 
 
-def test_a_missing_sample_picture_is_told(tmp_path):
+def test_a_missing_sample_picture_is_reported(tmp_path):
     folder = write_run(tmp_path / "a", 2)
     write_samples(folder, 10)
     (folder / "samples" / "step_10.png").write_bytes(b"no picture")
@@ -70,9 +70,9 @@ def show(folder):
 def test_worst_classes_come_with_their_pictures(evaluated):
     detail = show(evaluated)
     assert [(worst.name, worst.score) for worst in detail.worst] == [
-        ("drum", "3 of 12 right"),
-        ("brick", "7 of 12 right"),
-        ("apple", "9 of 12 right"),
+        ("drum", "3 of 12 correct"),
+        ("brick", "7 of 12 correct"),
+        ("apple", "9 of 12 correct"),
     ]
     mistake = detail.worst[0].mistakes[0]
     assert (mistake.predicted, mistake.confidence) == ("apple", "90\u202f%")
@@ -86,7 +86,7 @@ def test_worst_classes_come_with_their_pictures(evaluated):
     [
         ({"dir": "/nowhere"}, "not at /nowhere/val any more"),
         ({"dir": "https://host/data"}, "downloads nothing"),
-        ({"sha256": "0" * 64}, "other data now"),
+        ({"sha256": "0" * 64}, "data differs"),
         ({"dir": None}, "does not name the folder"),
     ],
 )
