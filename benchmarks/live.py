@@ -37,15 +37,15 @@ TINY = "{width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8], windows: [4, 
 def unwatched() -> Iterator[None]:
     """Take away what the steps themselves tell, in the loader too."""
     from gcvit.data.stage_timer import StageTimer
-    from gcvit.monitoring.step_timer import StepClock
+    from gcvit.monitoring.step_timer import StepTimer
     from gcvit.training import trainer
 
     nothing = torch.zeros((), dtype=torch.int64)
     with ExitStack() as stack:
         for owner, name, instead in (
-            (StageTimer, "switch", lambda watch, stage: None),
-            (StepClock, "switch", lambda clock, stage: None),
-            (StepClock, "during", lambda clock, stage: nullcontext()),
+            (StageTimer, "switch", lambda timer, stage: None),
+            (StepTimer, "switch", lambda timer, stage: None),
+            (StepTimer, "during", lambda timer, stage: nullcontext()),
             (trainer, "count_correct", lambda logits, targets: nothing),
         ):
             stack.enter_context(mock.patch.object(owner, name, instead))
@@ -56,7 +56,7 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     """The results of one engine, from rank 0 of its processes, each of which calls it."""
     from gcvit.config.load import load_config
     from gcvit.data.source import open_sources
-    from gcvit.monitoring.step_timer import watch_waits
+    from gcvit.monitoring.step_timer import time_waits
     from gcvit.runtime.distributed import join_world
     from gcvit.training.setup import build_trainer
 
@@ -75,7 +75,7 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
     ):
 
         def time_step(is_watched: bool) -> float:
-            watching = watch_waits(trainer.timer, trainer.engine) if is_watched else unwatched()
+            watching = time_waits(trainer.timer, trainer.engine) if is_watched else unwatched()
             with watching:
                 world.barrier()
                 begin = time.perf_counter()

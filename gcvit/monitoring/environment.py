@@ -1,4 +1,4 @@
-"""What a run works with, for the "start" row of its metrics: hosts, devices, versions, and what an image costs."""
+"""Describe hosts, devices, versions and the FLOPs of an image, for the "start" row of the metrics."""
 
 import importlib.metadata
 import os
@@ -20,13 +20,13 @@ from gcvit.runtime.gpu_specs import find_device
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "deepspeed")
 
 
-def describe_surroundings(config: Config, world: World, *, micro_steps: int) -> dict[str, Any]:
-    """The row, but for the samples consumed; every rank calls it. `docs/metrics.md` lists its keys."""
+def describe_environment(config: Config, world: World, *, micro_steps: int) -> dict[str, Any]:
+    """Return the row without the samples consumed; every rank calls it. `docs/metrics.md` lists its keys."""
     hosts = world.gather(socket.gethostname())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
     known = find_device(device) if world.device.type == "cuda" else None
     with torch.device("meta"):
-        # Which kernel attends makes no difference to the products that are counted, but some cannot run on meta.
+        # The counted products are the same with every attention kernel, but some kernels cannot run on meta.
         model = build_model(config.model.model_copy(update={"attention": "reference"}))
     return {
         "world_size": world.size,
@@ -57,7 +57,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the working tree that this file lies in, "+" behind it where files differ; None for an installed package."""
+    """Return the commit of this working tree, with "+" if files differ; None for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,7 +1,7 @@
-"""What the user sees of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events and W&B.
+"""Log a run's metrics: lines, a progress bar, `metrics.jsonl`, TensorBoard events and W&B.
 
-Sums stay on the device between logging steps; only there are they read, once, after one reduction over ranks. What
-each row holds is said in `gcvit.monitoring.schema`.
+Sums stay on the device between logging steps, where they are read once, after one reduction over ranks.
+`gcvit.monitoring.schema` defines the rows.
 """
 
 import json
@@ -27,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gcvit.config.schema import Config
 from gcvit.data.batch import Corruption
 from gcvit.monitoring.schema import KINDS
-from gcvit.monitoring.step_timer import Seconds, attribute
+from gcvit.monitoring.step_timer import Seconds, find_bottleneck
 from gcvit.monitoring.writers import Events
 from gcvit.optim.adamw import StepResult
 from gcvit.runtime.distributed import World
@@ -39,19 +39,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Tally:
-    """What one rank has to say at a logging step."""
+class _RankMetrics:
+    """One rank's part of a row."""
 
     seconds: Seconds
     num_correct: int
     memory_bytes: int
 
 
-class Metrics:
-    """Collects a run's numbers. All ranks take part; rank 0 writes.
+class MetricLogger:
+    """Collects a run's metrics and writes them on rank 0. Every rank has one and makes the same calls.
 
-    `train_flops` is what an image costs in training, and `peak_flops` the most that one device does in a second.
-    Errors: UserError, on all ranks alike, where W&B is asked for and does not start.
+    Args:
+        config: The whole config, since TensorBoard and W&B record it.
+        train_flops: Floating-point operations per image in training.
+        peak_flops: Peak floating-point operations per second of one device.
+
+    Raises:
+        UserError: On all ranks alike, if W&B is requested and does not start.
     """
 
     def __init__(
@@ -67,15 +72,17 @@ class Metrics:
         self._world = world
         self._batch_size = config.global_batch_size
         self._total_steps = total_steps
-        self._load = train_flops / peak_flops if train_flops and peak_flops else _NAN  # device seconds of an image
+        self._load = (
+            train_flops / peak_flops if train_flops and peak_flops else _NAN
+        )  # seconds per image of one device at its peak
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=world.device)
         self._refused = torch.zeros((), device=world.device)
-        # In fp16 a loss scale that grows too high is refused every so often: nothing to shout about.
+        # In fp16 a loss scale that grows too high is refused regularly.
         self._refused_word = "refused" if config.precision == "fp16" else "REFUSED"
         self._num_steps, self._since = 0, time.perf_counter()
         self._rows: Path | None = None
-        self._has_ended = False  # before this start: then nothing more is to be told
+        self._has_ended = False  # before this start: then nothing more is logged
         self._events: Events | None = None
         self._bar: tqdm[Any] | None = None
         self._open = ExitStack()
@@ -91,8 +98,8 @@ class Metrics:
         world.on_rank0(lambda: self._begin_events(config, first_step))
 
     def add(self, loss_sum: Tensor, num_correct: Tensor, result: StepResult) -> None:
-        """Take in one step: this rank's sum of losses and of right answers, and what the update did. Never waits."""
-        self._loss_sum += torch.where(result.applied > 0, loss_sum, 0.0)  # one NaN would hide all others
+        """Add one step: this rank's sum of losses, its number of correct samples, the update's result. Never waits."""
+        self._loss_sum += torch.where(result.applied > 0, loss_sum, 0.0)  # one NaN would make the mean NaN
         self._correct += torch.where(result.applied > 0, num_correct, 0)
         self._refused += 1 - result.applied
         self._num_steps += 1
@@ -100,27 +107,32 @@ class Metrics:
             self._bar.update()
 
     def log_step(self, step: int, lr: float, result: StepResult, seconds: Seconds, num_corrupt: int) -> None:
-        """Log the mean over the steps since the last call that were not refused; `step` counts finished steps.
+        """Log the mean over the steps since the last call that were not refused.
 
-        `seconds` is where this rank's time went in them, `num_corrupt` counts the corrupt samples since this start.
+        Args:
+            step: Finished steps.
+            seconds: This rank's seconds by stage since the last call.
+            num_corrupt: Corrupt samples since this start.
         """
         num_refused = int(self._refused.item())
         num_samples = (self._num_steps - num_refused) * self._batch_size
         loss = self._world.sum(self._loss_sum).item() / num_samples if num_samples else _NAN
-        tallies = self._world.gather(_Tally(seconds, int(self._correct.item()), _peak_memory(self._world.device)))
-        bound = attribute([tally.seconds for tally in tallies])
+        of_ranks = self._world.gather(
+            _RankMetrics(seconds, int(self._correct.item()), _peak_memory(self._world.device))
+        )
+        bound = find_bottleneck([rank.seconds for rank in of_ranks])
         clock_seconds = time.perf_counter() - self._since
         speed = self._num_steps * self._batch_size / clock_seconds
         row = {
             "loss": loss,
-            "train_top1": 100 * sum(tally.num_correct for tally in tallies) / num_samples if num_samples else _NAN,
+            "train_top1": 100 * sum(rank.num_correct for rank in of_ranks) / num_samples if num_samples else _NAN,
             "lr": lr,
             "grad_norm": result.grad_norm.item(),
             "refused_steps": num_refused,
             "images_per_second": speed,
             "images_per_second_per_device": speed / self._world.size,
             "mfu": speed / self._world.size * self._load,
-            "memory_bytes": max(tally.memory_bytes for tally in tallies),
+            "memory_bytes": max(rank.memory_bytes for rank in of_ranks),
             "seconds": clock_seconds,
             "seconds_left": (self._total_steps - step) * clock_seconds / self._num_steps,
             "num_corrupt": num_corrupt,
@@ -160,12 +172,12 @@ class Metrics:
         return "  ".join(parts)
 
     def log_start(self, step: int, row: dict[str, Any]) -> None:
-        """Log what the run works with from here on."""
+        """Log the hosts, devices and versions that the run uses from here on."""
         if not self._has_ended:
             self._append(step, "start", row)
 
     def log_end(self, step: int, outcome: str, samples: int, best_top1: float | None) -> None:
-        """Log how it ended: "finished", then with the best accuracy in percent, or "preempted"."""
+        """Log the end: "finished", then with the best accuracy in percent, or "preempted"."""
         if self._has_ended:
             return
         best = {} if best_top1 is None else {"best_top1": best_top1}
@@ -184,17 +196,22 @@ class Metrics:
         )
 
     def log_checkpoint(self, step: int, row: dict[str, float | int]) -> None:
-        """Log a checkpoint that is complete: "stall_seconds" of the training, "write_seconds" beside it, "bytes"."""
+        """Log a complete checkpoint: "stall_seconds" of the training, "write_seconds" in the background, "bytes"."""
         self._write(step, "checkpoint", row)
         logger.info(
             f"step {step}/{self._total_steps}  saved {row['bytes'] / 1e9:.3g} GB in {row['write_seconds']:.1f} s"
             f"  training stopped for {row['stall_seconds']:.2f} s"
         )
 
-    def log_bad_step(self, step: int, rank: int | None, what: str, samples: Sequence[str], num_samples: int) -> str:
-        """Log why a step was refused, and return the line: the "loss" or the "gradient" of samples of a rank.
+    def log_refused_step(self, step: int, rank: int | None, what: str, samples: Sequence[str], num_samples: int) -> str:
+        """Log why a step was refused.
 
-        `samples` names the first of `num_samples`; where there is none, no sample's own share was at fault.
+        Args:
+            what: "loss" or "gradient" of the samples of a rank.
+            samples: Names of the first of `num_samples`; empty if no single sample caused it.
+
+        Returns:
+            The line.
         """
         row = {"rank": rank, "what": what, "samples": list(samples), "num_samples": num_samples}
         self._append(step, "bad_step", row)
@@ -202,12 +219,12 @@ class Metrics:
             more = f" and {num_samples - len(samples)} more" if num_samples > len(samples) else ""
             text = f"{what} of {num_samples} samples on rank {rank}: {', '.join(samples)}{more}"
         else:
-            text = "gradient of no sample in particular: of the stem's weights, or of a sum over the batch"
+            text = "gradient of no single sample: of the stem's weights, or of a sum over the batch"
         logger.warning(f"step {step}/{self._total_steps}  REFUSED, not finite: {text}")
         return f"step {step}, {text}"
 
     def log_corruption(self, step: int, new: Sequence[Corruption], num_corrupt: int) -> None:
-        """Log samples that were found corrupt and replaced by others; `num_corrupt` counts all since this start."""
+        """Log corrupt samples, which others replaced; `num_corrupt` counts all since this start."""
         for corruption in new:
             self._append(step, "corruption", {**asdict(corruption), "num_corrupt": num_corrupt})
             logger.warning(
@@ -215,25 +232,25 @@ class Metrics:
             )
 
     def log_norms(self, step: int, name: str, of_stages: Mapping[str, npt.NDArray[np.float64]]) -> None:
-        """Show norms of single tensors as a histogram for each stage of the model."""
+        """Log norms of single tensors as a TensorBoard histogram for each stage of the model."""
         if self._events is not None:
             for stage, norms in of_stages.items():
                 self._events.add_histogram(f"{name}/{stage}", norms, step)
 
     def log_image(self, step: int, name: str, image: npt.NDArray[np.uint8], caption: str) -> None:
-        """Show a picture, uint8 [H, W, 3]."""
+        """Log an image, uint8 [H, W, 3], to TensorBoard."""
         if self._events is not None:
             self._events.add_image(name, image, caption, step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside (an evaluation, a save) does not count as training time."""
+        """Exclude the time inside (an evaluation, a save) from the training time."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
     def close(self, *, finished: bool = True) -> None:
-        """`finished` is False where the run ends by an error or a preemption."""
+        """Close the bar and the writers; `finished` is False if an error or a preemption ended the run."""
         if self._events is not None:
             self._events.close(finished=finished)
         self._open.close()
@@ -243,7 +260,7 @@ class Metrics:
             self._events = Events(config, first_step)
 
     def _write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
-        """JSON has no word for what is not finite (of steps that were all refused): it gets null, TensorBoard none."""
+        """Write a row. Non-finite values (if all steps were refused) are null in JSON and absent in TensorBoard."""
         bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         self._append(step, kind, row)
         if self._events is not None:
@@ -260,16 +277,17 @@ class Metrics:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes that this process has had at most, of a GPU's memory where it has one."""
+    """Return the peak bytes of this process, of GPU memory if it has a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _drop_rows_after(path: Path, step: int) -> dict[str, Any] | None:
-    """A resumed run does its steps again: rows of the first try go, and a last line that was cut off.
+    """Drop the rows after a step, which a resumed run repeats, and a last line that was cut off.
 
-    Returns the last row that stays.
+    Returns:
+        The last row that is left.
     """
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Norms of single parameters and gradients, by the model's stages, of any engine: what its fragments tell."""
+"""Measure norms of single parameters and gradients by the model's stages, from any engine's fragments."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
-from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.optim.adamw import EXP_AVG, MODEL, StepResult
 from gcvit.parallel.engine import Engine, Fragments
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What this rank has of an update, on the device: squares of norms, [P] in the order of the parameters."""
+class _Squares:
+    """This rank's part of the squared norms of an update, [P] in the order of the parameters, on the device."""
 
     step: int
     of_parameters: Tensor
@@ -26,19 +26,19 @@ class _Found:
 
 
 class Norms:
-    """Measures at steps that `is_due`. Every rank has one and makes the same calls.
+    """Measures norms at steps that `is_due`. Every rank has one and makes the same calls.
 
-    Engines keep gradients in places of their own, and AdamW's first moment in a common one: m' = b m + (1 - b) g tells
-    the clipped gradient g. That takes a copy of this rank's part of m, in host memory, for the time of the update.
+    Each engine stores gradients in its own way, but all give AdamW's first moment: m' = b m + (1 - b) g yields the
+    clipped gradient g. That takes a copy of this rank's part of m, in host memory, during the update.
     """
 
     def __init__(self, engine: Engine, optim: OptimConfig, is_due: Callable[[int], bool]):
         self._engine, self._beta, self._clip_norm, self._is_due = engine, optim.betas[0], optim.clip_norm, is_due
         self._names = [name for name, _ in engine.module.named_parameters()]
-        self._found: _Found | None = None
+        self._squares: _Squares | None = None
 
-    def watch(self, step: int, update: Callable[[], StepResult]) -> StepResult:
-        """Do the update that follows `step` finished ones."""
+    def measure(self, step: int, update: Callable[[], StepResult]) -> StepResult:
+        """Do the update that follows `step` finished ones, and measure it if it is due."""
         if not self._is_due(step + 1):
             return update()
         before = {name: part.data.to("cpu", copy=True) for name, part in self._engine.fragments()[EXP_AVG].items()}
@@ -50,12 +50,12 @@ class Norms:
             return (moment - beta * before[name].to(moment.device)) / (1 - beta)
 
         of_parameters = self._sum_squares(fragments[MODEL], lambda name, data: data)
-        self._found = _Found(step + 1, of_parameters, self._sum_squares(fragments[EXP_AVG], gradient), result)
+        self._squares = _Squares(step + 1, of_parameters, self._sum_squares(fragments[EXP_AVG], gradient), result)
         return result
 
-    def log(self, metrics: Metrics) -> None:
-        """Show what was measured since the last call (waits for ranks)."""
-        found, self._found = self._found, None
+    def log(self, metrics: MetricLogger) -> None:
+        """Log the norms that were measured since the last call. Waits for the other ranks."""
+        found, self._squares = self._squares, None
         if found is None:
             return
         norms = {"parameter_norms": self._total(found.of_parameters)}
@@ -66,13 +66,13 @@ class Norms:
             metrics.log_norms(found.step, kind, self._by_stage(values))
 
     @torch.no_grad()
-    def _sum_squares(self, fragments: Fragments, look: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """Of this rank's part of each parameter, [P] on the device; of replicas the first one's alone counts."""
+    def _sum_squares(self, fragments: Fragments, read: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Sum the squares of this rank's part of each parameter, [P] on the device; only the first replica counts."""
         device = self._engine.world.device
         squares = torch.zeros(len(self._names), dtype=torch.float32, device=device)
         for place, name in enumerate(self._names):
             if name in fragments and fragments[name].replica == 0:
-                squares[place] = look(name, fragments[name].data).square().sum().to(device)
+                squares[place] = read(name, fragments[name].data).square().sum().to(device)
         return squares
 
     def _total(self, squares: Tensor) -> npt.NDArray[np.float64]:

@@ -1,7 +1,7 @@
-"""`trainer.profile=START:STEPS`: what the steps after START did, in RUN/profile, a set of files for each rank.
+"""Profile the steps after START (`trainer.profile=START:STEPS`) into RUN/profile, a set of files for each rank.
 
 - trace_rankR.json.gz: all operations on a time line, for https://ui.perfetto.dev or chrome://tracing.
-- operations_rankR.txt: the operations that took longest, and those that took most memory.
+- operations_rankR.txt: the operations that took most time, and those that took most memory.
 - memory_rankR: on a GPU a snapshot of its memory's blocks with their stacks, for https://pytorch.org/memory_viz
   (.pickle: torch writes it so, and nothing here reads it); on a CPU its use over time, [[microseconds, bytes], ...].
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gcvit.config.schema import Config
+from gcvit.config.schema import TrainerConfig
 from gcvit.errors import UserError
 from gcvit.runtime.distributed import World
 
@@ -25,16 +25,19 @@ _MAX_EVENTS = 200_000  # of a memory snapshot
 
 
 class Profiler:
-    """Profiles some steps of a run; `where` they begin counts finished steps. Every rank has one."""
+    """Profiles some steps of a run, whose START counts finished steps. Every rank has one.
 
-    def __init__(self, config: Config, world: World, num_steps: int):
-        """Errors: UserError where the first of them is past the run's end, which is that of `num_steps`."""
-        self._folder, self._world = config.run_dir / "profile", world
-        self._first, self._last = config.trainer.profiled_steps or (-1, -1)
+    Raises:
+        UserError: START is not below the run's `num_steps`.
+    """
+
+    def __init__(self, trainer: TrainerConfig, folder: Path, world: World, num_steps: int):
+        self._folder, self._world = folder, world
+        self._first, self._last = trainer.profiled_steps or (-1, -1)
         if self._first >= num_steps:
             raise UserError(
                 "trainer.profile begins where the run has ended",
-                got=config.trainer.profile,
+                got=trainer.profile,
                 expected=f"START below {num_steps}",
                 hint="choose an earlier step",
             )
@@ -50,7 +53,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was seen. Nothing happens where nothing was begun."""
+        """Write the profile, if one was begun."""
         if self._profile is None:
             return
         profiled, self._profile = self._profile, None
@@ -82,7 +85,7 @@ class Profiler:
 
 
 def read_memory_use(trace: Path) -> list[tuple[float, int]]:
-    """(microseconds, bytes) after each piece of memory that was taken or given back, as the profiler saw it."""
+    """Read a trace's (microseconds, allocated bytes) after each allocation and release."""
     with gzip.open(trace, "rt") as file:
         events = json.load(file)["traceEvents"]
     seen = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"]

@@ -1,11 +1,11 @@
-"""What bounds a run: where the seconds of a step go on each rank, and which rank the others wait for.
+"""Time the stages of a step on each rank, and find what bounds the run and which rank the others wait for.
 
-1. A rank's step is cut into stages by a clock that the loop switches (`StepClock`). On a GPU the marks are events in
-   its stream, so that a stage's time is what the GPU spent or stood still for; nothing waits for them but the row.
-2. Waiting for data is split by what the loader did to the very pieces that were waited for.
-3. A rank that is slow in anything makes the others wait inside of collectives, whose time says nothing of a network:
-   the slowest rank is the one that waits least for others (`attribute`), and its largest stage bounds the run.
-4. The ranks meet before a row is taken: who was slow after the last collective is waited for here.
+1. The loop switches a timer between stages (`StepTimer`). On a GPU the marks are events in its stream, so that a stage
+   has the time in which the GPU worked or was idle; nothing waits for the events before the row is logged.
+2. Waiting for data is divided by the loader's own times of the pieces that were waited for.
+3. A slow rank makes the others wait in collectives, so their time says nothing about the network: the slowest rank is
+   the one that waits least for others (`find_bottleneck`), and its largest stage bounds the run.
+4. The ranks meet at a barrier before a row: a rank that was slow after the last collective is waited for there.
 """
 
 import threading
@@ -23,21 +23,22 @@ from gcvit.monitoring.schema import STAGES
 from gcvit.parallel.engine import Engine
 
 LOADING = STAGES[:4]
-"""Stages of the loader. The device's part of the augmentation is compute."""
+"""Stages of the loader. The device's part of the augmentation counts as compute."""
+_DATA, _WAITING = "data", "waiting"
+"""Waiting for a batch, and for other ranks; `Seconds.by_stage` divides them among `STAGES`."""
 
-_DATA, _WAITING = "data", "waiting"  # for a batch; for other ranks. They become stages of a row by `attribute`.
-_TALKING = ("compute", "checkpoint", _WAITING)  # stages in which ranks talk to each other
-_MAX_MARKS = 4096  # in a GPU's stream, before those that it has passed are added up
+_TIMED_STAGES = ("compute", "checkpoint", _WAITING)  # in which the training's thread calls collectives
+_MAX_MARKS = 4096  # events in a GPU's stream, before the passed ones are summed
 
 
-class StepClock:
+class StepTimer:
     """Times the stages of one rank's steps. `switch` waits for nothing."""
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
         self._host = StageTimer()
         self._stage: str | None = None
-        self._marks: list[tuple[str | None, torch.cuda.Event]] = []  # each stage's begin
+        self._marks: list[tuple[str | None, torch.cuda.Event]] = []  # the begin of each stage
         self._seconds: dict[str, float] = {}
         self._loading: dict[str, float] = dict.fromkeys(LOADING, 0.0)
 
@@ -46,7 +47,7 @@ class StepClock:
         return self._stage
 
     def switch(self, stage: str | None) -> str | None:
-        """From now on it is this stage's time, or nobody's; returns the one before."""
+        """Begin a stage; the time of None is not counted. Returns the stage before."""
         before, self._stage = self._stage, stage
         if not self._is_cuda:
             return self._host.switch(stage)
@@ -59,6 +60,7 @@ class StepClock:
 
     @contextmanager
     def during(self, stage: str | None) -> Iterator[None]:
+        """Switch to a stage while inside, and then back to the one before."""
         before = self.switch(stage)
         try:
             yield
@@ -66,7 +68,7 @@ class StepClock:
             self.switch(before)
 
     def batches(self, stream: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
-        """Pass on the stream, timing the waits for it."""
+        """Pass on the stream and time the waits for it."""
         while True:
             with self.during(_DATA):
                 batches = next(stream, None)
@@ -77,22 +79,23 @@ class StepClock:
                     self._loading[stage] += seconds
             yield batches
 
-    def take(self, meet: Callable[[], None] = lambda: None) -> "Seconds":
-        """What has added up since the last call. On a GPU it waits for all that was launched.
+    def snapshot(self, barrier: Callable[[], None] = lambda: None) -> "Seconds":
+        """Return the sums since the last call. On a GPU it waits for everything that was launched.
 
-        `meet` waits for the other ranks, which counts as such.
+        Args:
+            barrier: Waits for the other ranks; its time counts as waiting.
         """
         if self._is_cuda:
-            torch.cuda.current_stream().synchronize()  # a rank is there when its GPU is
+            torch.cuda.current_stream().synchronize()  # a rank reaches the barrier when its GPU does
         with self.during(_WAITING):
-            meet()
+            barrier()
         self.switch(self._stage)
         if self._is_cuda:
             self._marks[-1][1].synchronize()
             self._add_up(len(self._marks) - 1)
-        found = Seconds(self._seconds if self._is_cuda else self._host.pop_seconds(), self._loading)
+        seconds = Seconds(self._seconds if self._is_cuda else self._host.pop_seconds(), self._loading)
         self._seconds, self._loading = {}, dict.fromkeys(LOADING, 0.0)
-        return found
+        return seconds
 
     def _add_up(self, num_marks: int) -> None:
         for (stage, begin), (_, end) in zip(self._marks[:num_marks], self._marks[1:], strict=False):
@@ -103,14 +106,14 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where one rank's time went by the clock, and by the loader while it was waited for."""
+    """Seconds of one rank by the timer's stages, and by the loader's while it was waited for."""
 
     clock: Mapping[str, float] = field(default_factory=dict)
     loading: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def waiting(self) -> float:
-        """For other ranks."""
+        """Seconds spent waiting for other ranks."""
         return self.clock.get(_WAITING, 0.0)
 
     @property
@@ -119,20 +122,20 @@ class Seconds:
         return self.clock.get(_DATA, 0.0) / (sum(self.clock.values()) or 1.0)
 
     def by_stage(self) -> dict[str, float]:
-        """Seconds of each of `STAGES`."""
+        """Divide all seconds among `STAGES`."""
         stages = {stage: self.clock.get(stage, 0.0) for stage in STAGES}
         stages["communication"] += self.waiting
         loaded = sum(self.loading.values())
         for stage in LOADING:
-            # Nothing measured (no sample here) is nobody's fault but the storage's.
+            # Where the loader timed nothing (this rank got no sample), the storage is assumed.
             share = self.loading.get(stage, 0.0) / loaded if loaded else float(stage == "storage")
             stages[stage] = self.clock.get(_DATA, 0.0) * share
         return stages
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What bounds a run, as a row of metrics says it."""
+class Bottleneck:
+    """What bounds a run, as in a row of metrics."""
 
     slowest_rank: int
     bound_by: str
@@ -141,21 +144,21 @@ class Bound:
     stages: dict[str, float]  # seconds of the slowest rank, of all steps together
 
 
-def attribute(of_ranks: Sequence[Seconds]) -> Bound:
-    """Name the rank that all others wait for, and what takes it longest."""
+def find_bottleneck(of_ranks: Sequence[Seconds]) -> Bottleneck:
+    """Find the rank that all others wait for, and its largest stage."""
     slowest = min(range(len(of_ranks)), key=lambda rank: of_ranks[rank].waiting)
     stages = of_ranks[slowest].by_stage()
     bound_by = max(STAGES, key=lambda stage: stages[stage])
     share = stages[bound_by] / (sum(stages.values()) or 1.0)
-    return Bound(slowest, bound_by, share, of_ranks[slowest].data_share, stages)
+    return Bottleneck(slowest, bound_by, share, of_ranks[slowest].data_share, stages)
 
 
 @contextmanager
-def watch_waits(clock: StepClock, engine: Engine) -> Iterator[None]:
-    """Have the clock separate communication and waiting from compute and from saving, while the block runs.
+def time_waits(timer: StepTimer, engine: Engine) -> Iterator[None]:
+    """Have the timer separate communication and waiting from compute and from saving, while the block runs.
 
-    On a CPU a collective is issued and then awaited. On a GPU it is queued in a stream of its own, and all the time
-    that the training's stream stands still is waiting. Call it from the thread that trains: collectives of other
+    On a CPU a collective is issued and then awaited. On a GPU it is queued in a stream of its own, and all the time in
+    which the training's stream is idle is waiting. Call it from the thread that trains: collectives of other
     threads, a checkpoint's for example, are not timed.
     """
     if engine.world.size == 1:
@@ -168,21 +171,21 @@ def watch_waits(clock: StepClock, engine: Engine) -> Iterator[None]:
     def is_training() -> bool:
         here = threading.current_thread()
         is_ours = here is trainer or (is_cuda and isinstance(here, threading._DummyThread))  # a GPU's autograd
-        return is_ours and clock.stage in _TALKING and (not is_cuda or torch.cuda.current_stream() == main_stream)
+        return is_ours and timer.stage in _TIMED_STAGES and (not is_cuda or torch.cuda.current_stream() == main_stream)
 
     def timed_as(stage: str) -> Around:
         def run(call: Callable[[], Any]) -> Any:
-            if clock.stage == stage or not is_training():
+            if timer.stage == stage or not is_training():
                 return call()
-            with clock.during(stage):
+            with timer.during(stage):
                 return call()
 
         return run
 
     def begin_waiting(parameter: torch.Tensor) -> None:
         # The first layer's gradient comes last: what follows in the backward pass is the exchange of gradients.
-        if clock.stage == "compute":
-            clock.switch(_WAITING)
+        if timer.stage == "compute":
+            timer.switch(_WAITING)
 
     first_weight = next(engine.module.stem.parameters())
     handle = first_weight.register_post_accumulate_grad_hook(begin_waiting)

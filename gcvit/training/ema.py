@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, cut like the engine's master weights, updated without communication."""
+"""Average the weights exponentially, sharded like the engine's master weights, without communication."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from gcvit.parallel.engine import Engine, Fragments
 class Ema:
     """`average = decay * average + (1 - decay) * weights` after every step, in fp32, on this rank's fragments.
 
-    The half-life is given in samples, so that the average means the same at every global batch size. A refused update
-    counts as a step: the average moves on toward weights that stayed, since asking would wait for the device.
+    The half-life is in samples, so that it does not depend on the global batch size. A refused update counts as a step:
+    the average moves toward the unchanged weights, since reading the result would wait for the device.
     """
 
     def __init__(self, weights: Fragments, *, half_life_samples: float, global_batch_size: int):
@@ -26,27 +26,28 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average toward the present weights by one step."""
         averages = [part.data for part in self.fragments.values()]
         weights = [part.data for part in self._weights.values()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
         self.updates += 1
 
     def restart(self) -> None:
-        """Begin again from the present weights (they were just loaded from elsewhere)."""
+        """Restart from the present weights, after they were loaded from elsewhere."""
         for name, part in self._weights.items():
             self.fragments[name].data.copy_(part.data)
         self.updates = 0
 
     @contextmanager
     def swapped_in(self, engine: Engine) -> Iterator[None]:
-        """Let the engine compute with the average; the weights wait in its place, and no second copy is made."""
+        """Swap the average with the engine's weights while inside, without a second copy."""
         self._swap(engine)
         try:
             yield
-        except Preempted:  # which all ranks raise alike
+        except Preempted:  # all ranks raise it alike
             self._swap(engine)
             raise
-        # Not after another error: to refresh is a collective, and the other ranks may be inside another.
+        # Not after another error: refreshing is a collective, and the other ranks may be inside another one.
         self._swap(engine)
 
     def _swap(self, engine: Engine) -> None:
@@ -57,9 +58,9 @@ class Ema:
     def _exchange(self) -> None:
         for name, part in self._weights.items():
             average = self.fragments[name].data
-            held = part.data.clone()  # of one tensor at a time
+            weights = part.data.clone()  # one tensor at a time
             part.data.copy_(average)
-            average.copy_(held)
+            average.copy_(weights)
 
 
 def all_fragments(engine: Engine, ema: Ema | None) -> dict[str, Fragments]:

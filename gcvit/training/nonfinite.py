@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gcvit.data.batch import Batch
-from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.optim.adamw import StepResult
 from gcvit.runtime.distributed import World
 
@@ -92,7 +92,7 @@ class NonfiniteGuard:
         self,
         stem: nn.Module,
         world: World,
-        metrics: Metrics,
+        metrics: MetricLogger,
         name_samples: Callable[[Sequence[int]], list[str]],
         *,
         max_steps: int,
@@ -164,6 +164,6 @@ class NonfiniteGuard:
         logged: dict[int, list[str]] = {}
         for number, rank, finding in rows:
             samples = list(islice(names, len(finding.positions)))
-            line = self._metrics.log_bad_step(number, rank, finding.what, samples, finding.num_samples)
+            line = self._metrics.log_refused_step(number, rank, finding.what, samples, finding.num_samples)
             logged.setdefault(number, []).append(line)
         return logged

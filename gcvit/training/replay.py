@@ -1,7 +1,7 @@
-"""`train.py --replay STEP`: do one step of a run again, and say whose loss and which module went wrong.
+"""Repeat one step of a run (`train.py --replay STEP`), and find the first sample and module that are not finite.
 
-The run's folder is only read: its newest checkpoint before the step is the start of a scratch run, which takes the
-steps up to it as the training took them, and looks at every module's output, and gradient, in the step itself.
+The run's folder is only read. A scratch run starts from its newest checkpoint before the step, repeats the steps up to
+it as in training, and inspects every module's output and gradient in the step itself.
 """
 
 import tempfile
@@ -82,17 +82,21 @@ def replay(
             state.step, state.samples = state.step + 1, state.samples + config.global_batch_size
         bad_weights = _find_bad_weights(trainer)
         batches = next(trainer.stream)
-        with _watched(trainer.engine.module) as watch:
+        with _inspected(trainer.engine.module) as inspector:
             output = trainer.train_step(batches)
         lines = _describe_step(trainer, output) + _describe_samples(trainer, batches, output) + bad_weights
-        for rank, found in enumerate(world.gather(watch.describe())):
+        for rank, found in enumerate(world.gather(inspector.describe())):
             lines += [f"rank {rank}: {line}" for line in found]
         if world.is_rank0:
             print("\n".join(lines), flush=True)
 
 
 def find_before(run_dir: Path, step: int) -> str:
-    """The newest checkpoint of a run from before its step number `step`. Errors: UserError where there is none."""
+    """Find the newest checkpoint of a run before its step number `step`.
+
+    Raises:
+        UserError: There is none.
+    """
     there = [store.step_of(path) for path in store.list_checkpoints(checkpoints_of(run_dir))]
     before = [number for number in there if number < step]
     if not before:
@@ -105,8 +109,8 @@ def find_before(run_dir: Path, step: int) -> str:
     return str(checkpoints_of(run_dir) / step_dir(before[-1]))
 
 
-class _Watch:
-    """The first output that is not finite in the order of execution; where there is none, the first gradient."""
+class _Inspector:
+    """Finds the first output that is not finite in the order of execution or, if all are, the first gradient."""
 
     def __init__(self) -> None:
         self._num_forwards = 0
@@ -114,22 +118,22 @@ class _Watch:
         self._bad_gradient: list[str] = []
 
     @torch.no_grad()
-    def see_output(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def inspect_output(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         where = f"{name or 'the model'} ({type(module).__name__}), micro-step {self._num_forwards}"
         if not self._bad_output and not torch.isfinite(output).all():
             self._bad_output = [f"first output that is not finite: {where}: {_describe(output)}"]
             self._bad_output += [f"  its input: {_describe(tensor)}" for tensor in inputs]
             if not all(torch.isfinite(tensor).all() for tensor in inputs):
                 parent = name.rpartition(".")[0] or "the model"
-                self._bad_output += [f"  so it came about before, in what {parent} does itself"]
+                self._bad_output += [f"  so it arose before, in the code of {parent} itself"]
         if output.requires_grad:
-            output.register_hook(partial(self._see_gradient, where))
+            output.register_hook(partial(self._inspect_gradient, where))
         self._num_forwards += not name
 
-    def _see_gradient(self, where: str, gradient: Tensor) -> None:
+    def _inspect_gradient(self, where: str, gradient: Tensor) -> None:
         if not self._bad_gradient and not torch.isfinite(gradient).all():
             text = f"first gradient that is not finite: of the output of {where}: {_describe(gradient)}"
-            self._bad_gradient = [text, "  so it came about in the backward pass of what follows that module"]
+            self._bad_gradient = [text, "  so it arose in the backward pass of the modules after that one"]
 
     def describe(self) -> list[str]:
         return self._bad_output or [
@@ -139,10 +143,12 @@ class _Watch:
 
 
 @contextmanager
-def _watched(module: nn.Module) -> Iterator[_Watch]:
-    watch = _Watch()
-    hooks = [part.register_forward_hook(partial(watch.see_output, name)) for name, part in module.named_modules()]
-    yield watch
+def _inspected(module: nn.Module) -> Iterator[_Inspector]:
+    inspector = _Inspector()
+    hooks = [
+        part.register_forward_hook(partial(inspector.inspect_output, name)) for name, part in module.named_modules()
+    ]
+    yield inspector
     for hook in hooks:
         hook.remove()
 
@@ -164,14 +170,14 @@ def _describe_step(trainer: Trainer, output: StepOutput) -> list[str]:
 
 
 def _describe_samples(trainer: Trainer, batches: Sequence[Batch], output: StepOutput) -> list[str]:
-    """A line for each sample of the global batch, in the order of their positions."""
+    """Describe each sample of the global batch in a line, in the order of positions."""
     trainer.corruption.add(batches)
     trainer.corruption.sync(trainer.world)
     is_mixed = trainer.config.augment.is_paired
     here = []
     for batch, losses in zip(batches, output.losses, strict=True):
         labels = [trainer.train_source.classes[label] for label in batch.labels.tolist()]
-        # Mixed samples are neighbours.
+        # Mixed samples are adjacent.
         labels = [f"{label} + {labels[row ^ 1]}" if is_mixed else label for row, label in enumerate(labels)]
         here += list(zip(batch.positions.tolist(), labels, losses.tolist(), strict=False))
     rows = sorted((p, rank, label, loss) for rank, of in enumerate(trainer.world.gather(here)) for p, label, loss in of)

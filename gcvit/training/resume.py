@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: a checkpoint of any engine, to go on from, or weights that were given."""
+"""Load a run's weights: resume from a checkpoint of any engine, or start from given weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -22,9 +22,13 @@ from gcvit.training.ema import Ema, all_fragments
 def restore(
     found: Checkpoint, engine: Engine, ema: Ema | None, config: Config, train: Source
 ) -> tuple[RunState, list[str]]:
-    """Go on from a checkpoint of any engine and world size; returns the state, and how the config has changed.
+    """Resume from a checkpoint of any engine and world size.
 
-    Errors: UserError where it is another run's, or would not be the same run any more.
+    Returns:
+        The state, and messages about what has changed in the config.
+
+    Raises:
+        UserError: The checkpoint belongs to another run, or an option changed that must not change within a run.
     """
     if found.info["data"] != train.digest:
         raise UserError(

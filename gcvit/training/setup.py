@@ -10,19 +10,19 @@ from gcvit.checkpoint import resolve
 from gcvit.checkpoint.manager import CheckpointManager
 from gcvit.checkpoint.store import Checkpoint, RunState
 from gcvit.checkpoint.weights_source import describe_origin
-from gcvit.config.schema import Config
+from gcvit.config.schema import Config, EmaConfig, OptimConfig
 from gcvit.data.batch_plan import BatchPlan, check_world
 from gcvit.data.corruption_budget import CorruptionBudget
 from gcvit.data.loader import train_stream
 from gcvit.data.source import Source, num_local_ranks
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import UserError
-from gcvit.monitoring.environment import describe_surroundings
-from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.environment import describe_environment
+from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiler import Profiler
-from gcvit.monitoring.sample_grid import Samples
-from gcvit.monitoring.step_timer import StepClock
+from gcvit.monitoring.sample_grid import SampleGrid
+from gcvit.monitoring.step_timer import StepTimer
 from gcvit.optim.adamw import MODEL
 from gcvit.optim.lr_schedule import Schedule, build_schedule, is_time, to_samples, to_steps
 from gcvit.parallel.build import build_engine
@@ -75,18 +75,18 @@ def build_trainer(
         evaluate=to_steps(config.trainer.eval_every, **length),
         save=to_steps(config.trainer.save_every, **length),
     )
-    profiler = Profiler(config, world, schedule.total_steps)
+    profiler = Profiler(config.trainer, config.run_dir / "profile", world, schedule.total_steps)
     with ExitStack() as stack:
         lock = RunLock(config.run_dir)
         world.on_rank0(lambda: stack.enter_context(lock) and None)  # the lock itself cannot be broadcast
         found, corrupt = resolve.open_latest_valid(config.run_dir, resume, world)
-        check_weights(config, found, init_from, reset_head)
+        check_weights(config.optim, found, init_from, reset_head)
         messages = list(messages)
         config = resolve_micro_batch(config, world, found.info if found else None, messages)
         batch_plan = BatchPlan.from_config(config, world.size, config.trainer.resolved_micro_batch_size)
         micro_steps = batch_plan.num_micro_steps
         engine = build_engine(config, world, num_micro_steps=micro_steps, notices=messages)
-        ema = build_ema(config, engine, length)
+        ema = build_ema(config.ema, engine, length) if config.ema else None
         state, changes = load_state(found, init_from, reset_head, engine, ema, config, train_source)
         messages += changes
         warnings = world.on_rank0(lambda: resolve.quarantine(corrupt))
@@ -102,9 +102,9 @@ def build_trainer(
         world.on_rank0(lambda: resolve.write_config(config))
         has_files = log_to_files and state.step < schedule.total_steps  # the folder of a finished run stays as it is
         stack.enter_context(log_to(config.run_dir / "logs" if has_files else None, world.rank))
-        surroundings = describe_surroundings(config, world, micro_steps=micro_steps)
-        costs = {"train_flops": surroundings["train_flops_per_image"], "peak_flops": surroundings["peak_flops"]}
-        metrics = Metrics(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
+        environment = describe_environment(config, world, micro_steps=micro_steps)
+        costs = {"train_flops": environment["train_flops_per_image"], "peak_flops": environment["peak_flops"]}
+        metrics = MetricLogger(config, world, first_step=state.step, total_steps=schedule.total_steps, **costs)
         stack.push(lambda error, *_: metrics.close(finished=error is None))
         for line in (*messages, describe(config, world, train_source, schedule, batch_plan, state.step)):
             logger.info(line)
@@ -115,7 +115,7 @@ def build_trainer(
         checkpoints = CheckpointManager(folder, world, keep=keep, check_lock=lock.check)
         stack.push(lambda error, *_: end_saves(checkpoints, metrics, after_error=error is not None))
         logger.info(checkpoints.begin(state, all_fragments(engine, ema)))
-        metrics.log_start(state.step, {**surroundings, "samples": state.samples})
+        metrics.log_start(state.step, {**environment, "samples": state.samples})
         stack.callback(profiler.close)
 
         def is_shown(step: int) -> bool:
@@ -136,14 +136,21 @@ def build_trainer(
             checkpoints=checkpoints,
             metrics=metrics,
             corruption=CorruptionBudget(train_source.num_samples, config.data.max_corrupt_fraction),
-            timer=StepClock(world.device),
-            sample_grid=Samples(config, train_source, lambda step: world.is_rank0 and is_shown(step)),
+            timer=StepTimer(world.device),
+            sample_grid=SampleGrid(
+                config.run_dir / "samples",
+                train_source,
+                config.data,
+                config.augment,
+                config.model.num_classes,
+                lambda step: world.is_rank0 and is_shown(step),
+            ),
             norms=Norms(engine, config.optim, is_shown),
             profiler=profiler,
         )
 
 
-def end_saves(checkpoints: CheckpointManager, metrics: Metrics, *, after_error: bool) -> None:
+def end_saves(checkpoints: CheckpointManager, metrics: MetricLogger, *, after_error: bool) -> None:
     """Wait for the checkpoint that is being written, and log it. Raises: as `CheckpointManager.close`."""
     if after_error:
         for message in checkpoints.abandon():
@@ -152,11 +159,15 @@ def end_saves(checkpoints: CheckpointManager, metrics: Metrics, *, after_error: 
         log_saves(metrics, checkpoints.close())
 
 
-def check_weights(config: Config, found: Checkpoint | None, init_from: str | None, reset_head: bool) -> None:
-    """Errors: UserError for flags and options that ask for given weights where there are none."""
+def check_weights(optim: OptimConfig, found: Checkpoint | None, init_from: str | None, reset_head: bool) -> None:
+    """Check that weights are given if a flag or option needs them.
+
+    Raises:
+        UserError: They are not.
+    """
     if reset_head and not init_from:
         raise UserError("--reset-head without weights", hint="add --init-from, or leave it out: heads begin anew")
-    if config.optim.frozen_backbone and not found and not init_from:
+    if optim.frozen_backbone and not found and not init_from:
         raise UserError(
             "optim.frozen_backbone would freeze initial weights",
             hint="give weights to fine-tune with --init-from, or set it to null",
@@ -164,7 +175,11 @@ def check_weights(config: Config, found: Checkpoint | None, init_from: str | Non
 
 
 def check_length(state: RunState, schedule: Schedule) -> None:
-    """Errors: UserError for a checkpoint past the schedule's end."""
+    """Check that the schedule is not over.
+
+    Raises:
+        UserError: The checkpoint is past its end.
+    """
     if state.step > schedule.total_steps:
         raise UserError(
             "the checkpoint is past the schedule's end",
@@ -174,12 +189,14 @@ def check_length(state: RunState, schedule: Schedule) -> None:
         )
 
 
-def build_ema(config: Config, engine: Engine, length: Mapping[str, int]) -> Ema | None:
-    """The average of the engine's weights, beginning with the present ones; `length` is as for `to_samples`."""
-    if config.ema is None:
-        return None
-    half_life = to_samples(config.ema.half_life, **length)
-    return Ema(engine.fragments()[MODEL], half_life_samples=half_life, global_batch_size=config.global_batch_size)
+def build_ema(ema: EmaConfig, engine: Engine, length: Mapping[str, int]) -> Ema:
+    """Build the average of the engine's weights, which begins with the present ones.
+
+    Args:
+        length: The keyword arguments of `to_samples`.
+    """
+    half_life = to_samples(ema.half_life, **length)
+    return Ema(engine.fragments()[MODEL], half_life_samples=half_life, global_batch_size=length["global_batch_size"])
 
 
 def load_state(
@@ -191,12 +208,16 @@ def load_state(
     config: Config,
     train: Source,
 ) -> tuple[RunState, list[str]]:
-    """Load what the run begins with: a checkpoint, or given weights, or else the seed's, which are there already.
+    """Load a checkpoint or given weights into the engine, which holds the seed's initial weights already.
 
-    Returns the state, and what there is to say of it. Errors: as `restore` and `load_weights`.
+    Returns:
+        The state, and messages about it.
+
+    Raises:
+        UserError: As `restore` and `load_weights`.
     """
     if found:
-        ignored = [f"--init-from is not needed: the run goes on from {found.path}"] if init_from else []
+        ignored = [f"--init-from is not needed: the run resumes from {found.path}"] if init_from else []
         state, changes = restore(found, engine, ema, config, train)
         return state, ignored + changes
     state = RunState()

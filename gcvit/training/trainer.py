@@ -26,11 +26,11 @@ from gcvit.data.source import Source
 from gcvit.data.transforms import DeviceAugment
 from gcvit.errors import Preempted, UserError
 from gcvit.evaluation.evaluator import Result, evaluate
-from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiler import Profiler
-from gcvit.monitoring.sample_grid import Samples
-from gcvit.monitoring.step_timer import StepClock, watch_waits
+from gcvit.monitoring.sample_grid import SampleGrid
+from gcvit.monitoring.step_timer import StepTimer, time_waits
 from gcvit.optim.adamw import StepResult
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import Schedule, is_time
@@ -83,10 +83,10 @@ class Trainer:
     ema: Ema | None
     state: RunState
     checkpoints: CheckpointManager
-    metrics: Metrics
+    metrics: MetricLogger
     corruption: CorruptionBudget
-    timer: StepClock
-    sample_grid: Samples
+    timer: StepTimer
+    sample_grid: SampleGrid
     norms: Norms
     profiler: Profiler
 
@@ -99,7 +99,7 @@ class Trainer:
         """
         first_step, preemption = self.state.step, Preemption(self.world)
         try:
-            with watch_waits(self.timer, self.engine):
+            with time_waits(self.timer, self.engine):
                 self._run_steps(preemption)
         except TooManyNonfiniteSteps as stop:
             self._roll_back_and_raise(stop)
@@ -140,20 +140,21 @@ class Trainer:
                 self.profiler.step(state.step)
 
             is_preempted = preemption.is_agreed()
-            evaluates = is_time(state.step, intervals.evaluate, last_step)
-            saves = is_time(state.step, intervals.save, last_step)
+            should_log = is_time(state.step, intervals.log, last_step)
+            should_evaluate = is_time(state.step, intervals.evaluate, last_step)
+            should_save = is_time(state.step, intervals.save, last_step)
             # A checkpoint holds no sums of the log: a row ends wherever a resume may begin. The guard comes before
             # evaluation and save, so that a diverged run neither becomes the best nor prunes what came before.
-            if evaluates or saves or is_preempted or is_time(state.step, intervals.log, last_step):
+            if should_log or should_evaluate or should_save or is_preempted:
                 self.log_step(step)
                 guard.check()
                 log_saves(self.metrics, self.checkpoints.poll())
-            state.evaluation_due = evaluates
+            state.evaluation_due = should_evaluate
             if is_preempted:
                 raise Preempted
             with self.metrics.paused():
-                is_best = evaluates and self.evaluate(preemption.raise_if_requested)
-                if is_best or saves:
+                is_best = should_evaluate and self.evaluate(preemption.raise_if_requested)
+                if is_best or should_save:
                     with self.timer.during("checkpoint"):
                         self.save()
 
@@ -170,18 +171,18 @@ class Trainer:
         inputs = copy_to_device(batches, self.augment, step, config.model, self.world.device, self.timer)
         for micro_step, (images, targets) in enumerate(inputs):
             if micro_step == 0:
-                self.sample_grid.see(step, batches[0], images, targets)
+                self.sample_grid.add(step, batches[0], images, targets)
             seed_drop_path(config.seed, step, micro_step, self.world.rank)
             logits = engine(images)
             losses = soft_target_loss(logits, targets)
             engine.backward(poison_nonfinite(losses).sum())
-            self.timer.switch("compute")  # the exchange of gradients is over, see `watch_waits`
+            self.timer.switch("compute")  # the exchange of gradients is over, see `time_waits`
             all_losses.append(losses.detach())
             loss_sum += losses.detach().sum()
             num_correct += count_correct(logits.detach(), targets)
         lr = self.schedule.lr(step)
         head_only = step < self.schedule.frozen_steps
-        result = self.norms.watch(step, lambda: engine.step(lr, head_only=head_only))
+        result = self.norms.measure(step, lambda: engine.step(lr, head_only=head_only))
         if self.ema:
             self.ema.update()
         return StepOutput(lr, all_losses, loss_sum, num_correct, result)
@@ -192,7 +193,7 @@ class Trainer:
         Raises:
             UserError: On all ranks alike, if more samples are corrupt than `data.max_corrupt_fraction` allows.
         """
-        number, seconds = self.state.step, self.timer.take(self.world.barrier)
+        number, seconds = self.state.step, self.timer.snapshot(self.world.barrier)
         new = self.corruption.sync(self.world)
         num_corrupt = len(self.corruption.found)
         self.metrics.log_step(number, step.lr, step.result, seconds, num_corrupt)
@@ -294,7 +295,7 @@ class Trainer:
         """Save the state before the refused steps, which changed nothing but the EMA and a loss scale.
 
         Raises:
-            UserError: Always, with the commands that explain the steps and go on.
+            UserError: Always, with the commands that explain the steps and resume.
         """
         state, first_step = self.state, stop.steps[0]
         state.samples -= (state.step - (first_step - 1)) * self.config.global_batch_size
@@ -318,7 +319,7 @@ class Trainer:
         return resolve.checkpoints_of(self.config.run_dir) / step_dir(self.state.step)
 
 
-def log_saves(metrics: Metrics, finished: Iterable[FinishedSave]) -> None:
+def log_saves(metrics: MetricLogger, finished: Iterable[FinishedSave]) -> None:
     """Log checkpoints that are complete, and their messages."""
     for save in finished:
         for message in save.messages:
@@ -339,7 +340,7 @@ def copy_to_device(
     step: int,
     model: ModelConfig,
     device: torch.device,
-    timer: StepClock,
+    timer: StepTimer,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Copy each micro-batch to the device and augment it there.
 

@@ -31,7 +31,7 @@ NUM_STEPS, NUM_MICRO_STEPS = 2, 2
 
 
 class Shown(list):
-    """Stands for `Metrics`."""
+    """Stands for `MetricLogger`."""
 
     def log_norms(self, step: int, kind: str, of_stages: dict[str, np.ndarray]) -> None:
         self.append((step, kind, of_stages))
@@ -63,7 +63,7 @@ def run_steps(overrides: list[str], world: World) -> dict[str, Any]:
         mine = slice(world.rank * 32 // world.size, (world.rank + 1) * 32 // world.size)
         for some in zip(images[mine].chunk(NUM_MICRO_STEPS), targets[mine].chunk(NUM_MICRO_STEPS), strict=True):
             engine.backward(soft_target_loss(engine(some[0]), some[1]).sum())
-        norms.watch(step, lambda: engine.step(1e-3))
+        norms.measure(step, lambda: engine.step(1e-3))
         norms.log(shown)
         if twin is not None:
             soft_target_loss(twin(images), targets).mean().backward()

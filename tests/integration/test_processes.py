@@ -31,7 +31,7 @@ run_main(main)
 STEPS = """
 import logging, sys, torch
 from gcvit.config.load import load_config
-from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.parallel.engine import StepResult
 from gcvit.runtime.distributed import join_world
 from gcvit.runtime.log import log_to
@@ -41,7 +41,7 @@ config, _ = load_config("tests/helpers/golden.yaml", ["output_dir=" + sys.argv[1
 config.run_dir.mkdir()
 result = StepResult(torch.tensor(0.5), torch.tensor(1.0))
 with join_world() as world, log_to(None, world.rank):
-    metrics = Metrics(config, world, first_step=5, total_steps=20)
+    metrics = MetricLogger(config, world, first_step=5, total_steps=20)
     logging.getLogger("gcvit.training").info("a word")
     for step in range(6, 21):
         metrics.add(torch.tensor(64.0), torch.tensor(8), result)

@@ -12,7 +12,7 @@ from gcvit.config.load import load_config
 from gcvit.model.flops import count_forward_flops
 from gcvit.model.from_config import build_model
 from gcvit.monitoring import environment
-from gcvit.monitoring.environment import describe_surroundings
+from gcvit.monitoring.environment import describe_environment
 from gcvit.monitoring.schema import find_faults
 from gcvit.runtime.distributed import join_world
 from gcvit.runtime.gpu_specs import DEVICES
@@ -25,7 +25,7 @@ GOLDEN = ROOT / "tests/helpers/golden.yaml"
 def row():
     config, _ = load_config(GOLDEN)
     with join_world() as world:
-        return describe_surroundings(config, world, micro_steps=2)
+        return describe_environment(config, world, micro_steps=2)
 
 
 def test_it_is_a_row_of_the_schema(row):
@@ -53,7 +53,7 @@ def test_hosts_are_named_once_in_the_order_of_their_ranks():
     config, _ = load_config(GOLDEN, ["trainer.micro_batch_size=4"])
     hosts = ["b", "b", "a", "a"]
     world = SimpleNamespace(device=torch.device("cpu"), size=4, gather=lambda mine: hosts)
-    row = describe_surroundings(config, world, micro_steps=2)
+    row = describe_environment(config, world, micro_steps=2)
     assert (row["hosts"], row["world_size"], row["micro_batch_size"]) == (["b", "a"], 4, 4)
     assert row["peak_flops"] is None
 
@@ -62,7 +62,7 @@ def test_the_peak_is_that_of_the_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     world = SimpleNamespace(device=torch.device("cuda"), size=1, gather=lambda mine: [mine])
     config, _ = load_config(GOLDEN, ["precision=bf16"])
-    row = describe_surroundings(config, world, micro_steps=1)
+    row = describe_environment(config, world, micro_steps=1)
     assert (row["device"], row["peak_flops"]) == ("NVIDIA H100 80GB HBM3", DEVICES["h100-80"].peaks["bf16"])
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.monitoring import metric_logger as metrics_module
-from gcvit.monitoring.metric_logger import Metrics
+from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.step_timer import Seconds
 from gcvit.optim.adamw import StepResult
@@ -60,8 +60,8 @@ def clock(monkeypatch) -> SimpleNamespace:
     return clock
 
 
-def begin(config: Config, world: World, first_step: int = 0) -> Metrics:
-    return Metrics(config, world, first_step=first_step, total_steps=TOTAL_STEPS, train_flops=2e9, peak_flops=1e11)
+def begin(config: Config, world: World, first_step: int = 0) -> MetricLogger:
+    return MetricLogger(config, world, first_step=first_step, total_steps=TOTAL_STEPS, train_flops=2e9, peak_flops=1e11)
 
 
 def outcome(world: World, applied: bool = True, norm: float = 0.5) -> StepResult:
@@ -69,7 +69,7 @@ def outcome(world: World, applied: bool = True, norm: float = 0.5) -> StepResult
     return StepResult(torch.tensor(norm, device=world.device), torch.tensor(float(applied), device=world.device))
 
 
-def add(metrics: Metrics, world: World, mean_loss: float, applied: bool = True) -> StepResult:
+def add(metrics: MetricLogger, world: World, mean_loss: float, applied: bool = True) -> StepResult:
     result = outcome(world, applied)
     total, num_correct = torch.tensor(mean_loss * BATCH_SIZE), torch.tensor(BATCH_SIZE // 4)
     metrics.add(total.to(world.device), num_correct.to(world.device), result)
@@ -79,7 +79,7 @@ def add(metrics: Metrics, world: World, mean_loss: float, applied: bool = True) 
 SECONDS = Seconds({"data": 2.0, "compute": 6.0}, {"storage": 0.5, "decoding": 1.5})
 
 
-def log(metrics: Metrics, step: int, lr: float, result: StepResult) -> None:
+def log(metrics: MetricLogger, step: int, lr: float, result: StepResult) -> None:
     metrics.log_step(step, lr, result, SECONDS, num_corrupt=0)
 
 

@@ -31,7 +31,7 @@ def test_they_are_those_of_the_step_before_clipping(clip_norm, world):
         targets = torch.randn(32, 4, generator=random).softmax(1).to(world.device) * (step + 1)
         twin = copy.deepcopy(engine.module)
         engine.backward(soft_target_loss(engine(images), targets).sum())
-        norms.watch(step, lambda: engine.step(1e-3))
+        norms.measure(step, lambda: engine.step(1e-3))
         if step == 1:
             soft_target_loss(twin(images), targets).mean().backward()
             wanted = true_norms(engine.module, twin)
@@ -49,6 +49,6 @@ def test_a_refused_update_has_no_gradient(world):
     engine = build_engine(config, world, num_micro_steps=1)
     norms, shown = Norms(engine, config.optim, lambda step: True), Shown()
     engine.backward(engine(torch.randn(32, 3, 32, 32, device=world.device)).sum() * torch.nan)
-    norms.watch(0, lambda: engine.step(1e-3))
+    norms.measure(0, lambda: engine.step(1e-3))
     norms.log(shown)
     assert [kind for _, kind, _ in shown] == ["parameter_norms"]

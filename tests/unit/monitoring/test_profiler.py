@@ -22,7 +22,7 @@ def configure(tmp_path, profile: str) -> Config:
 def test_what_lies_between_its_steps_is_seen(tmp_path, world, caplog):
     caplog.set_level(logging.INFO, "gcvit")
     config = configure(tmp_path, "2:1")
-    profiler = Profiler(config, world, 10)
+    profiler = Profiler(config.trainer, config.run_dir / "profile", world, 10)
     for step in range(5):
         profiler.step(step)
         torch.ones(step + 2, 1000) @ torch.ones(1000, 1)
@@ -43,7 +43,7 @@ def test_what_lies_between_its_steps_is_seen(tmp_path, world, caplog):
 def test_a_run_that_ends_within_it_leaves_what_there_is(tmp_path, world, caplog):
     caplog.set_level(logging.INFO, "gcvit")
     config = configure(tmp_path, "0:9")
-    profiler = Profiler(config, world, 2)
+    profiler = Profiler(config.trainer, config.run_dir / "profile", world, 2)
     for step in range(3):
         profiler.step(step)
     profiler.close()
@@ -54,7 +54,7 @@ def test_a_run_that_ends_within_it_leaves_what_there_is(tmp_path, world, caplog)
 def test_nothing_is_seen_where_nothing_is_asked_for(tmp_path, world):
     for profile, steps in (("null", range(3)), ("1:2", range(4, 9))):  # a resume past the profile
         config = configure(tmp_path, profile)
-        profiler = Profiler(config, world, 10)
+        profiler = Profiler(config.trainer, config.run_dir / "profile", world, 10)
         for step in steps:
             profiler.step(step)
         profiler.close()
@@ -62,9 +62,9 @@ def test_nothing_is_seen_where_nothing_is_asked_for(tmp_path, world):
 
 
 def test_a_profile_past_the_end_is_refused(tmp_path, world):
-    Profiler(configure(tmp_path, "9:5"), world, 10)
+    Profiler(configure(tmp_path, "9:5").trainer, tmp_path, world, 10)
     with pytest.raises(UserError, match="where the run has ended: got 10:5; expected: START below 10"):
-        Profiler(configure(tmp_path, "10:5"), world, 10)
+        Profiler(configure(tmp_path, "10:5").trainer, tmp_path, world, 10)
 
 
 @pytest.mark.parametrize("profile", ["20", "20:0", "-1:3", "a:b", "1:2:3", "20:"])

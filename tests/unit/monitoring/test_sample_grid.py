@@ -1,6 +1,7 @@
 """Sample pictures: the tiles are what the model got, and the targets what its loss took, with and without mixing."""
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 
 from gcvit.config.load import load_config
+from gcvit.config.schema import Config
 from gcvit.data.batch import Batch, Piece, join_pieces
 from gcvit.data.transforms import DeviceAugment
-from gcvit.monitoring.sample_grid import NUM_IMAGES, Samples, lay_out, name_targets
+from gcvit.monitoring.sample_grid import NUM_IMAGES, SampleGrid, lay_out, name_targets
 from tests.helpers.launching import ROOT
 
 CLASSES = ("cat", "dog", "owl", "fox")
@@ -28,10 +30,15 @@ class Source:
 
 
 class Shown(list):
-    """Stands for `Metrics`."""
+    """Stands for `MetricLogger`."""
 
     def log_image(self, *what) -> None:
         self.append(what)
+
+
+def build_grid(config: Config, is_due: Callable[[int], bool]) -> SampleGrid:
+    folder = config.run_dir / "samples"
+    return SampleGrid(folder, Source(), config.data, config.augment, config.model.num_classes, is_due)
 
 
 def make_batch(num_images: int) -> Batch:
@@ -56,9 +63,9 @@ def test_pictures_show_what_the_model_got(num_images, mix, tmp_path):
     images, targets = augment.augment(batch.images.clone(), batch, step=6)
     got = images.clone()
 
-    samples = Samples(config, Source(), lambda step: step == 7)
-    samples.see(5, batch, torch.zeros_like(images), targets)  # is not due
-    samples.see(6, batch, images, targets)
+    samples = build_grid(config, lambda step: step == 7)
+    samples.add(5, batch, torch.zeros_like(images), targets)  # is not due
+    samples.add(6, batch, images, targets)
     images.zero_()  # later steps may write there
     samples.write(shown)
     samples.write(shown)  # shows it once
@@ -91,8 +98,8 @@ def test_pictures_show_what_the_model_got(num_images, mix, tmp_path):
 
 def test_a_rank_without_samples_shows_none(tmp_path):
     config, _ = load_config(ROOT / "tests/helpers/golden.yaml", [f"output_dir={tmp_path}"])
-    samples = Samples(config, Source(), lambda step: True)
-    samples.see(0, make_batch(0), torch.zeros(1, 3, SIZE, SIZE), torch.zeros(1, 4))  # black, without a target
+    samples = build_grid(config, lambda step: True)
+    samples.add(0, make_batch(0), torch.zeros(1, 3, SIZE, SIZE), torch.zeros(1, 4))  # black, without a target
     samples.write(Shown())
     assert not config.run_dir.exists()
 

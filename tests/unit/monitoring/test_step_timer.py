@@ -16,7 +16,7 @@ from gcvit.data.batch import Batch, Piece, empty_images
 from gcvit.data.loader import _await_batch
 from gcvit.monitoring import step_timer
 from gcvit.monitoring.schema import STAGES
-from gcvit.monitoring.step_timer import LOADING, Seconds, StepClock, attribute, watch_waits
+from gcvit.monitoring.step_timer import LOADING, Seconds, StepTimer, find_bottleneck, time_waits
 
 TIMES = st.floats(0, 100)
 
@@ -24,13 +24,13 @@ TIMES = st.floats(0, 100)
 def test_the_others_wait_for_the_slowest():
     slow = Seconds({"compute": 9.0, "waiting": 0.5})
     fast = Seconds({"compute": 1.0, "waiting": 8.5})
-    bound = attribute([fast, slow, fast])
+    bound = find_bottleneck([fast, slow, fast])
     assert (bound.slowest_rank, bound.bound_by) == (1, "compute")
     assert bound.bound_share == pytest.approx(9 / 9.5)
 
 
 def test_a_network_that_all_wait_for_is_communication():
-    bound = attribute([Seconds({"compute": 1.0, "waiting": waiting}) for waiting in (5.2, 5.0)])
+    bound = find_bottleneck([Seconds({"compute": 1.0, "waiting": waiting}) for waiting in (5.2, 5.0)])
     assert (bound.slowest_rank, bound.bound_by) == (1, "communication")
 
 
@@ -38,13 +38,13 @@ def test_a_network_that_all_wait_for_is_communication():
 def test_waiting_for_data_is_what_the_loader_says(stage):
     loading = {**dict.fromkeys(LOADING, 1.0), stage: 5.0}
     slow, fast = Seconds({"data": 6.0, "compute": 2.0}, loading), Seconds({"compute": 2.0, "waiting": 6.0}, loading)
-    bound = attribute([slow, fast])
+    bound = find_bottleneck([slow, fast])
     assert (bound.slowest_rank, bound.bound_by, bound.data_wait) == (0, stage, 0.75)
     assert bound.stages[stage] == pytest.approx(6 * 5 / 8)
 
 
 def test_a_slow_loader_that_nobody_waits_for_bounds_nothing():
-    bound = attribute([Seconds({"data": 0.1, "compute": 2.0}, {"storage": 100.0})])
+    bound = find_bottleneck([Seconds({"data": 0.1, "compute": 2.0}, {"storage": 100.0})])
     assert bound.bound_by == "compute"
 
 
@@ -61,25 +61,25 @@ def test_no_second_is_lost(clock, loading):
 
 
 def test_a_clock_gives_each_moment_to_one_stage():
-    clock = StepClock(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"))
     begin = time.perf_counter()
-    clock.switch("compute")
-    with clock.during("copy"):
+    timer.switch("compute")
+    with timer.during("copy"):
         time.sleep(0.02)
-    clock.switch(None)
+    timer.switch(None)
     time.sleep(0.02)
-    seconds = clock.take().clock
+    seconds = timer.snapshot().clock
     total = time.perf_counter() - begin
     assert seconds["copy"] >= 0.02
     assert sum(seconds.values()) <= total - 0.02
-    assert set(clock.take().clock) == {"waiting"}
+    assert set(timer.snapshot().clock) == {"waiting"}
 
 
 def test_the_ranks_that_come_first_to_a_row_waited_for_the_last():
-    clock = StepClock(torch.device("cpu"))
-    first = clock.take(lambda: time.sleep(0.05))
+    timer = StepTimer(torch.device("cpu"))
+    first = timer.snapshot(lambda: time.sleep(0.05))
     assert first.waiting >= 0.05
-    assert attribute([first, Seconds({"compute": 0.05})]).slowest_rank == 1
+    assert find_bottleneck([first, Seconds({"compute": 0.05})]).slowest_rank == 1
 
 
 def draw_piece(rows: list[int], **seconds: float) -> Piece:
@@ -101,12 +101,12 @@ def load(*pieces: tuple[float, Piece]) -> Batch:
 def test_what_was_waited_for_is_blamed_and_not_what_took_long():
     """The first piece was decoded for 9 s, but in time; the second was late, by what it was read for most of all."""
     batch = load((0.0, draw_piece([0, 2], decoding=9.0)), (0.08, draw_piece([1, 3], storage=0.3, decoding=0.1)))
-    clock = StepClock(torch.device("cpu"))
-    for _ in clock.batches(iter([(batch,)])):
+    timer = StepTimer(torch.device("cpu"))
+    for _ in timer.batches(iter([(batch,)])):
         pass
-    loading = clock.take().loading
+    loading = timer.snapshot().loading
     assert loading["storage"] >= 0.06 > 0.03 > loading["decoding"] >= 0.02
-    assert attribute([Seconds({"data": 1.0}, loading)]).bound_by == "storage"
+    assert find_bottleneck([Seconds({"data": 1.0}, loading)]).bound_by == "storage"
 
 
 def test_a_batch_that_is_ready_is_hardly_waited_for():
@@ -150,14 +150,14 @@ def test_on_a_gpu_stages_are_its_stream_s_and_only_a_row_waits_for_it(switches):
         patch.setattr(torch.cuda, "Event", fake.Event)
         patch.setattr(torch.cuda, "current_stream", lambda: fake)
         patch.setattr(step_timer, "_MAX_MARKS", 6)  # some are added up on the way
-        clock = StepClock(torch.device("cuda"))
+        timer = StepTimer(torch.device("cuda"))
         for stage, seconds in switches:
-            clock.switch(stage)
+            timer.switch(stage)
             fake.now += seconds
             if stage is not None:
                 right[stage] = right.get(stage, 0.0) + seconds
         assert fake.num_waits == 0
-        found = clock.take().clock
+        found = timer.snapshot().clock
         assert fake.num_waits == 2
     assert {stage: seconds for stage, seconds in found.items() if seconds} == pytest.approx(right)
 
@@ -200,45 +200,45 @@ def engine(world):
 
 @pytest.mark.gpu
 def test_collectives_work_within_and_after_a_watch(engine, device):
-    before, clock = held_methods(), StepClock(device)
-    with watch_waits(clock, engine):
+    before, timer = held_methods(), StepTimer(device)
+    with time_waits(timer, engine):
         assert held_methods() != before
-        clock.switch("compute")
+        timer.switch("compute")
         talk(device)
-        assert clock.stage == "compute"
-        clock.switch(None)
+        assert timer.stage == "compute"
+        timer.switch(None)
     assert held_methods() == before
-    assert {"waiting", issuing_stage(device)} <= set(clock.take().clock)
+    assert {"waiting", issuing_stage(device)} <= set(timer.snapshot().clock)
     talk(device)
 
 
 @pytest.mark.gpu
 def test_an_error_gives_the_methods_back(engine, device):
-    before, clock = held_methods(), StepClock(device)
+    before, timer = held_methods(), StepTimer(device)
 
     def fail() -> None:
-        with watch_waits(clock, engine):
-            clock.switch("compute")
+        with time_waits(timer, engine):
+            timer.switch("compute")
             dist.group.WORLD.allreduce(["no tensor"])
 
     with pytest.raises(TypeError, match="incompatible"):
         fail()
-    assert clock.stage == "compute"  # not the collective's
+    assert timer.stage == "compute"  # not the collective's
     assert held_methods() == before
     talk(device)
 
 
 @pytest.mark.gpu
 def test_watches_may_lie_within_each_other(engine, device):
-    before, outer, inner = held_methods(), StepClock(device), StepClock(device)
-    with watch_waits(outer, engine):
+    before, outer, inner = held_methods(), StepTimer(device), StepTimer(device)
+    with time_waits(outer, engine):
         outer.switch("compute")
-        with watch_waits(inner, engine):
+        with time_waits(inner, engine):
             inner.switch("compute")
             talk(device)
         talk(device)
     assert held_methods() == before
-    assert min(clock.take().clock[issuing_stage(device)] for clock in (outer, inner)) > 0
+    assert min(timer.snapshot().clock[issuing_stage(device)] for timer in (outer, inner)) > 0
     talk(device)
 
 
@@ -256,30 +256,30 @@ def test_another_thread_talks_untimed_while_watches_come_and_go(engine, device):
         except BaseException as error:
             failures.append(error)
 
-    writer, clock = threading.Thread(target=write), StepClock(device)
+    writer, timer = threading.Thread(target=write), StepTimer(device)
     writer.start()
     try:
         for _ in range(50):
-            with watch_waits(clock, engine):
-                clock.switch("compute")
+            with time_waits(timer, engine):
+                timer.switch("compute")
                 time.sleep(0.002)
-                clock.switch(None)
+                timer.switch(None)
     finally:
         is_over.set()
         writer.join()
     assert not failures
-    assert set(clock.take().clock) == {"compute", "waiting"}  # the latter of `take`
+    assert set(timer.snapshot().clock) == {"compute", "waiting"}  # the latter of `snapshot`
     talk(device)
 
 
 @pytest.mark.gpu
 def test_the_rest_of_a_backward_after_the_first_layer_s_gradient_is_waiting(engine, device):
-    clock = StepClock(device)
+    timer = StepTimer(device)
     stem = engine.module.stem
-    with watch_waits(clock, engine):
-        clock.switch("compute")
+    with time_waits(timer, engine):
+        timer.switch("compute")
         stem(torch.ones(1, 2, device=device)).sum().backward()
-        assert clock.stage == "waiting"
-    clock.switch("compute")
+        assert timer.stage == "waiting"
+    timer.switch("compute")
     stem(torch.ones(1, 2, device=device)).sum().backward()
-    assert clock.stage == "compute"
+    assert timer.stage == "compute"

@@ -9,7 +9,7 @@ from gcvit.config.load import load_config
 from gcvit.data.batch import Batch
 from gcvit.data.transforms import DeviceAugment
 from gcvit.model.from_config import build_model
-from gcvit.monitoring.step_timer import StepClock
+from gcvit.monitoring.step_timer import StepTimer
 from gcvit.optim.loss import soft_target_loss
 from gcvit.runtime.distributed import World
 from gcvit.training.trainer import copy_to_device, seed_drop_path
@@ -71,7 +71,7 @@ def test_a_rank_without_samples_takes_part_with_exact_zeros(world: World):
     model = build_model(config.model).train().to(world.device)
     model.init_weights(seed=0)
 
-    batches, timer = (draw_batch(4), draw_batch(0)), StepClock(world.device)
+    batches, timer = (draw_batch(4), draw_batch(0)), StepTimer(world.device)
     passes = list(copy_to_device(batches, augment, 0, config.model, world.device, timer))
     assert [tuple(images.shape) for images, _ in passes] == [(4, 3, 32, 32), (1, 3, 32, 32)]
     assert [tuple(targets.shape) for _, targets in passes] == [(4, 4), (1, 4)]
