@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gcvit.errors import UserError
+from gcvit.errors import Preempted, UserError
 
 LOGGER = logging.getLogger("gcvit")
 
 
 @contextmanager
 def log_to(folder: Path | None, rank: int) -> Iterator[None]:
-    """Log to stderr (rank 0 only) and to FOLDER/rank_00000.log, in which earlier starts of the run stay, while inside.
+    """Log to stderr (rank 0 only) and to FOLDER/rank_00000.log while inside.
+
+    The file keeps the lines of earlier starts. An error that ends the block is logged to the file alone.
 
     Args:
         folder: None writes no file.
@@ -24,7 +26,8 @@ def log_to(folder: Path | None, rank: int) -> Iterator[None]:
     Raises:
         UserError: The file cannot be written.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if rank == 0 else []
+    screen = logging.StreamHandler(sys.stderr) if rank == 0 else logging.NullHandler()
+    handlers: list[logging.Handler] = [screen]
     if folder is not None:
         handlers.append(_open_file(folder / f"rank_{rank:05d}.log"))
     formatter = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s: %(message)s")
@@ -36,13 +39,17 @@ def log_to(folder: Path | None, rank: int) -> Iterator[None]:
     LOGGER.propagate = False  # a library may have given the root logger a handler, which would repeat each line
     try:
         yield
+    except BaseException as error:
+        if folder is not None:
+            LOGGER.removeHandler(screen)  # the entry point shows the error there
+            LOGGER.error(error, exc_info=not isinstance(error, UserError | Preempted))
+        raise
     finally:
         LOGGER.setLevel(before[0])
         LOGGER.propagate = before[1]
         for handler in handlers:
             LOGGER.removeHandler(handler)
-            if isinstance(handler, logging.FileHandler):
-                handler.close()
+            handler.close()
 
 
 def _open_file(path: Path) -> logging.FileHandler:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gcvit.errors import UserError
+from gcvit.errors import Preempted, UserError
 from gcvit.runtime.log import LOGGER, log_to
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
@@ -43,6 +43,26 @@ def test_everything_is_as_before_in_the_end(tmp_path):
     with pytest.raises(ZeroDivisionError), log_to(tmp_path, 0):
         raise ZeroDivisionError
     assert (LOGGER.handlers, LOGGER.level, LOGGER.propagate) == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "has_traceback"),
+    [(UserError("too many samples are corrupt"), False), (Preempted(), False), (KeyError("bug"), True)],
+)
+def test_the_error_that_ends_a_rank_is_in_its_file_alone(tmp_path, capsys, rank, error, has_traceback):
+    with pytest.raises(type(error)), log_to(tmp_path, rank):
+        raise error
+    first, *trace = (tmp_path / f"rank_{rank:05d}.log").read_text().splitlines()
+    assert first.endswith(f"rank {rank} ERROR: {error}")
+    assert bool(trace) == has_traceback
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_without_a_file_is_silent(capsys):
+    with log_to(None, 1):
+        logging.getLogger("gcvit.training").warning("nobody reads this")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_this_rank(tmp_path):
