@@ -1,9 +1,9 @@
-"""What does looking at a training cost it? `python -m benchmarks.live [--quick] [--check] [--json FILE]`
+"""Measure what monitoring costs a training. `python -m benchmarks.live [--quick] [--check] [--json FILE]`
 
-All that tells of a running training (the clocks of its stages and of the loader, wrapped collectives, sums of losses
-and hits, and at the usual logging interval a row: the ranks' meeting, metrics.jsonl, TensorBoard and the line) against
-the same steps without. Two processes, by ddp and by fsdp; data loaded in the processes themselves. The model is so
-small that steps are shorter than any real ones: what looking costs weighs more in them.
+Monitored steps (timers of stages and loader, wrapped collectives, sums of losses and correct samples and, at the usual
+logging interval, a row: the ranks' barrier, metrics.jsonl, TensorBoard and the line) against the same steps without.
+Two processes, by ddp and by fsdp; data loaded in the processes themselves. The model is so small that steps are
+shorter than any real ones: the cost of monitoring has more weight in them.
 
     steps      the median, over pairs of steps of which either comes first in turn, of their seconds' ratio, less 1
     row        the median of a row's seconds, and what share they are of the steps between two rows
