@@ -95,7 +95,8 @@ def test_rows_are_those_of_the_schema(run_dir):
 
 def test_a_line_has_all_that_one_wants_to_know(place, run_dir):
     lines = (place / "log").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("step 3/8  loss")]
+    (line,) = [line for line in lines if "step 3/8  loss" in line]  # of rank 0 alone
+    assert " rank 0 INFO: step 3/8" in line
     row = next(row for row in read_rows(run_dir) if (row["step"], row["kind"]) == (3, "train"))
     for part in (
         *(f"loss {row['loss']:.4f}", f"lr {row['lr']:.3g}", f"norm {row['grad_norm']:.3g}"),
@@ -104,7 +105,6 @@ def test_a_line_has_all_that_one_wants_to_know(place, run_dir):
         *(f"data {row['data_wait']:.0%}", f"bound by {row['bound_by']} ", f" on rank {row['slowest_rank']}", " left"),
     ):
         assert part in line, part
-    assert sum(line.startswith("step 3/8  loss") for line in lines) == 1, "more than one rank tells"
     assert any("1 corrupt" in line for line in lines if "  loss " in line)
 
 
