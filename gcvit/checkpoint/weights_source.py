@@ -39,7 +39,8 @@ class Candidate:
     """Names of its classes in the order of its outputs, where they are known."""
     run_dir: Path | None
     """The run folder that it lies in."""
-    read: Callable[[World], StateDict]
+    read: Callable[[World | None], StateDict]
+    """Every rank calls it; a process without others passes None."""
 
 
 def find_candidate(path: str, kind: str | None = None) -> Candidate:
@@ -61,9 +62,9 @@ def find_candidate(path: str, kind: str | None = None) -> Candidate:
     folder = found.path.resolve().parent
     run_dir = folder.parent if folder == resolve.checkpoints_of(folder.parent) else None
 
-    def read(world: World) -> StateDict:
+    def read(world: World | None) -> StateDict:
         # The ranks divide the work of hashing; each reads all.
-        return store.read_tensors(store.check(found, world), chosen)
+        return store.read_tensors(store.check(found, world) if world else found, chosen)
 
     step = found.state.step
     return Candidate(str(found.path), chosen, step, config.model, config.data, _tuple(classes), run_dir, read)
@@ -106,7 +107,7 @@ def average(candidates: Sequence[Candidate]) -> Candidate:
     if not others:
         return first
 
-    def read(world: World) -> StateDict:
+    def read(world: World | None) -> StateDict:
         sums = {name: tensor.double() for name, tensor in first.read(world).items()}
         for other in others:
             state = other.read(world)
@@ -174,11 +175,11 @@ def choose_kind(found: Checkpoint, kind: str | None) -> str:
     return kind or ("ema" if has_ema else "model")
 
 
-def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Config]:
-    """The model of a folder that `export` wrote, and the config that it was trained with.
+def load_export(folder: Path) -> tuple[GCViT, Config]:
+    """Load the model of a folder that `export` wrote, and the config that it was trained with.
 
-    `attention` is a path of `WindowAttention`, None takes the config's. Errors: UserError for a file that is not of
-    ours, or corrupt.
+    Raises:
+        UserError: The file is corrupt, or was not written by `export`.
     """
     path = folder / WEIGHTS_FILE
     try:
@@ -198,7 +199,7 @@ def load_export(folder: Path, attention: str | None = None) -> tuple[GCViT, Conf
     except ValueError as error:
         raise UserError("the file's config is corrupt", got=f"{path} ({error})") from None
     config = parse_config(plain, source=str(path))
-    model = build_model(config.model.model_copy(update={"attention": attention} if attention else {}))
+    model = build_model(config.model)
     layouts.load(model, path)
     return model, config
 
@@ -258,7 +259,7 @@ def open_classifier(source: str, variant: str | None = None, attention: str = "a
     if Path(source).is_dir():
         if variant is not None:
             raise UserError("a run says itself which model it is", got=f"--model {variant}", hint="leave it out")
-        return _open_folder(Path(source), attention)
+        return _open_folder(source, attention)
     if not Path(source).exists():
         if source not in VARIANTS:
             expected = f"a run, an export, a weights file, or one of {', '.join(VARIANTS)}"
@@ -272,19 +273,13 @@ def open_classifier(source: str, variant: str | None = None, attention: str = "a
     return Classifier(model.float().eval(), data, name_classes(None, model.num_classes), found)
 
 
-def _open_folder(path: Path, attention: str) -> Classifier:
-    if (path / WEIGHTS_FILE).exists():
-        model, config = load_export(path, attention)
-        classes, origin = read_label_names(path), f"{path}: export of {config.model.name}"
-    else:
-        found = store.open_checkpoint(resolve.find_checkpoint(path))
-        config = parse_config(found.info["config"], source=str(found.path))
-        kind = choose_kind(found, None)
-        with torch.device("meta"):
-            model = build_model(config.model.model_copy(update={"attention": attention}))
-        model.load_state_dict(store.read_tensors(found, kind), assign=True)
-        classes, origin = found.info.get("classes"), f"{found.path}: {kind} of {config.model.name}"
-    return Classifier(model.eval(), config.data, name_classes(classes, model.num_classes), origin)
+def _open_folder(path: str, attention: str) -> Classifier:
+    found = find_candidate(path)
+    with torch.device("meta"):
+        model = build_model(found.model.model_copy(update={"attention": attention}))
+    model.load_state_dict(found.read(None), assign=True)
+    origin = f"{found.path}: {found.weights} of {found.model.name}"
+    return Classifier(model.eval(), found.data, name_classes(found.classes, model.num_classes), origin)
 
 
 def name_classes(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
