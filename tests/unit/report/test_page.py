@@ -231,7 +231,7 @@ def test_a_run_that_was_started_again_has_not_ended(tmp_path):
     assert "No row marks its end" in summarize(read_record(folder), "run-1").sentence
     (preempted,) = [i for i, row in enumerate(rows) if row.get("outcome") == "preempted"]
     write_rows(folder, rows[: preempted + 1])
-    assert "waits for its next start" in summarize(read_record(folder), "run-1").sentence
+    assert "waits for a restart" in summarize(read_record(folder), "run-1").sentence
     write_rows(folder, [*rows, rows[-1] | {"kind": "start", "time": rows[-1]["time"] + 9}])
     assert "No row marks its end" in summarize(read_record(folder), "run-1").sentence
 
