@@ -35,7 +35,7 @@ TINY = "{width: 16, depths: [2, 2, 2, 2], num_heads: [1, 2, 4, 8], windows: [4, 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Take away what the steps themselves tell, in the loader too."""
+    """Remove what the steps record, in the loader too."""
     from gcvit.data.stage_timer import StageTimer
     from gcvit.monitoring.step_timer import StepTimer
     from gcvit.training import trainer

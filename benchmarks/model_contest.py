@@ -221,7 +221,7 @@ def hold_contest(
     if trace:
         profile = profile_run(contenders[0], "training", images, labels)
         profile.export_chrome_trace(trace)
-        result["most expensive"] = find_dearest(profile, device)
+        result["most expensive"] = find_most_expensive(profile, device)
 
     seconds: dict[str, dict[str, list[float]]] = {mode: {c.name: [] for c in contenders} for mode in MODES}
     rates: list[float] = []
@@ -251,7 +251,7 @@ def hold_contest(
     return result
 
 
-def find_dearest(profile: Any, device: torch.device) -> list[tuple[str, float, int]]:
+def find_most_expensive(profile: Any, device: torch.device) -> list[tuple[str, float, int]]:
     """The ten operations that took longest themselves: name, milliseconds, calls."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     ops = sorted(profile.key_averages(), key=lambda op: getattr(op, attribute), reverse=True)

@@ -1,4 +1,4 @@
-"""Several looks at an image: what the model gets to see, and that probabilities are averaged."""
+"""Several views of an image: the model's inputs, and that probabilities are averaged."""
 
 import io
 
