@@ -1,9 +1,9 @@
-"""`python -m data_prep.digits OUT`: scikit-learn's handwritten digits as class folders of JPEGs.
+"""Write scikit-learn's handwritten digits as class folders of JPEGs: `python -m data_prep.digits OUT`.
 
 1,797 real scans of 8 × 8 grey levels (Optical Recognition of Handwritten Digits, UCI; bundled with
 scikit-learn), scaled to 64 × 64 and written as OUT/{train,val}/{0..9}/NNNN.jpg, where NNNN is the scan's index in
-the data set: 1,437 to train on and 360 held out. Which are held out stands in digits_split.json, so that
-accuracies compare for ever; `draw_val` says how that list was drawn.
+the data set: 1,437 to train on and 360 held out. digits_split.json lists those held out, so that accuracies stay
+comparable; `draw_val` drew that list.
 """
 
 import io
@@ -46,7 +46,11 @@ def draw_val(labels: np.ndarray, num_val: int = NUM_VAL, seed: int = SEED) -> li
 
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Return scans (1797, 8, 8), 0 to 16, and labels (1797,). Errors: UserError without scikit-learn."""
+    """Return scans (1797, 8, 8), 0 to 16, and labels (1797,).
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -58,7 +62,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_scan(scan: np.ndarray) -> bytes:
-    """One scan (8, 8) as a grey JPEG of 64 × 64 pixels; one release of Pillow gives equal bytes."""
+    """Encode one scan (8, 8) as a grey JPEG of 64 × 64 pixels; one release of Pillow gives equal bytes."""
     pixels = np.rint(scan * (255 / WHITE)).astype(np.uint8)
     image = Image.fromarray(pixels).resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -67,7 +71,11 @@ def encode_scan(scan: np.ndarray) -> bytes:
 
 
 def make_tree() -> dict[str, bytes]:
-    """The whole tree (2 MB): relative path to JPEG bytes. Errors: UserError without scikit-learn."""
+    """Return the whole tree (2 MB): relative path to JPEG bytes.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
     scans, labels = load_scans()
     val = set(json.loads(SPLIT_FILE.read_text())["val"])
     return {
@@ -77,9 +85,10 @@ def make_tree() -> dict[str, bytes]:
 
 
 def write_tree(out: Path, files: dict[str, bytes]) -> int:
-    """Write `files` under `out` and return how many were missing. What exists is never changed.
+    """Write the missing ones of `files` under `out`, and return their number. Existing files are never changed.
 
-    Errors: UserError if `out` holds anything but these files with these bytes, before a byte is written.
+    Raises:
+        UserError: `out` holds anything but these files with these bytes; nothing was written.
     """
     if out.exists() and not out.is_dir():
         raise UserError("cannot write the digits there", got=f"{out}, a file", expected="a folder, new or empty")
@@ -87,7 +96,7 @@ def write_tree(out: Path, files: dict[str, bytes]) -> int:
     for name in sorted(present):
         if name not in files or (out / name).read_bytes() != files[name]:
             raise UserError(
-                "the folder holds something else than these digits, which is not overwritten",
+                "the folder holds other files than these digits, which are not overwritten",
                 got=out / name,
                 expected="a folder that is new, empty or this command's own",
                 hint="name another folder, or remove this one",

@@ -1,12 +1,11 @@
-"""Tars that are there already -> their manifest: `python -m data_prep.index DIR`.
+"""Write the manifest of existing tars: `python -m data_prep.index DIR`.
 
-Shards that `data_prep.shard --part I/N` wrote get the manifest that their sidecars hold. Tars that others made are
-indexed: one pass over each, which reads headers and labels only, unless `--checksums` asks for all bytes. The tars
-stay as they are.
+Shards that `data_prep.shard --part I/N` wrote get a manifest from their sidecars. Tars made by others are indexed in
+one pass, which reads headers and labels only, or with `--checksums` all bytes. The tars are never changed.
 
-Which split a tar belongs to is told by train or val (validation) in its name, or in that of its folder. The
-manifest lies beside the tars; where tars of both splits lie in one folder DIR, it lies in DIR/train and DIR/val,
-beside symbolic links to them, since a manifest's shards lie in its folder.
+The split of a tar follows from train or val (validation) in its name, or in that of its folder. The manifest is written
+beside the tars. If tars of both splits are in one folder DIR, the manifests are in DIR/train and DIR/val, beside
+symbolic links to the tars, since a manifest's shards must be in its folder.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from gcvit.runtime.command_line import check_at_least_one, command_parser
 from gcvit.runtime.entrypoint import run_main
 
 SPLITS = ("train", "val")
-# Words in the names of tars and folders -> the split that they tell. Of "test" nobody knows whether it has labels.
+# Words in the names of tars and folders, and the split that they mean. "test" may come without labels.
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 INFO = ("_info.json", "info.json", "dataset_info.json", "dataset_infos.json")
 UNPACK = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
@@ -52,7 +51,11 @@ class Split:
 
 
 def find_splits(root: Path, wanted: str | None) -> list[Split]:
-    """The tars in `root`, or else in its folders for train and val. Errors: UserError for none, or unclear ones."""
+    """Find the tars in `root`, or else in its folders for train and val, by split.
+
+    Raises:
+        UserError: There are none, or the split of one is not clear.
+    """
     if not root.is_dir():
         raise UserError("the folder of tars is no folder", got=root, hint="check the path")
     groups: dict[str | None, list[Path]] = {}
@@ -63,11 +66,11 @@ def find_splits(root: Path, wanted: str | None) -> list[Split]:
         for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name.lower() in WORDS):
             groups.setdefault(WORDS[folder.name.lower()], []).extend(_list_tars(folder))
     if len(groups) == 1 and groups.keys() <= {None, "test"}:
-        [(told, tars)] = groups.items()
-        groups = {wanted or told or WORDS.get(root.resolve().name.lower(), "train"): tars}
+        [(named, tars)] = groups.items()
+        groups = {wanted or named or WORDS.get(root.resolve().name.lower(), "train"): tars}
     if None in groups:
         raise UserError(
-            "the names of some tars tell no split, those of others do",
+            "the names of some tars have no split, those of others do",
             got=groups[None][0],
             expected=f"names with one of {', '.join(WORDS)}; or all without",
             hint="rename them, or move them to folders train and val",
@@ -79,7 +82,7 @@ def find_splits(root: Path, wanted: str | None) -> list[Split]:
             f"no tars of split {wanted or 'train or val'} here",
             got=root,
             expected="DIR/*.tar, or DIR/train/*.tar and DIR/val/*.tar",
-            hint="check the path; --split says of which split tars are whose names do not tell it",
+            hint="check the path; --split names the split of tars without one in their names",
         )
     return found
 
@@ -106,13 +109,13 @@ def _list_tars(folder: Path) -> list[Path]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a name tells: "imagenet1k-validation-00.tar" is val's."""
+    """Return the split in a tar's name, such as val for "imagenet1k-validation-00.tar"; None if it is not clear."""
     found = {WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in WORDS}
     return found.pop() if len(found) == 1 else None
 
 
 def read_classes(root: Path, class_map: Path | None) -> tuple[str, ...] | None:
-    """Names of the classes: those of `--classes`, else those that an info file in `root` lists, else None."""
+    """Read the names of the classes from the file of `--classes`, else from an info file in `root`, else None."""
     if class_map is not None:
         return read_class_map(class_map)
     for path in (root / name for name in INFO):
@@ -121,14 +124,14 @@ def read_classes(root: Path, class_map: Path | None) -> tuple[str, ...] | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError("cannot read what is said about the tars", got=f"{path} ({error})") from None
+            raise UserError("cannot read the info file of the tars", got=f"{path} ({error})") from None
         if names is not None:
             return tuple(names)
     return None
 
 
 def _find_names(info: Any) -> list[str] | None:
-    """The first list of texts called names, classes or class_names: where they stand differs between writers."""
+    """Find the first list of texts called names, classes or class_names: writers put it in different places."""
     if isinstance(info, list):
         info = dict(enumerate(info))
     if not isinstance(info, dict):
@@ -141,7 +144,7 @@ def _find_names(info: Any) -> list[str] | None:
 
 
 def index(split: Split, label_of: dict[str, int], checksums: bool, num_workers: int) -> list[Result]:
-    """Index the tars of a split, in other processes where that pays; the results are in the order of the tars."""
+    """Index the tars of a split, in several processes if the work is long; the results are in the order of the tars."""
     tasks = [Task(path, label_of, checksums) for path in split.tars]
     start = time.monotonic()
     results = {0: index_tar(tasks[0])}
@@ -155,11 +158,17 @@ def index(split: Split, label_of: dict[str, int], checksums: bool, num_workers: 
     return [results[number] for number in range(len(tasks))]
 
 
-def settle(split: Split, results: list[Result], classes: tuple[str, ...], are_given: bool) -> str:
-    """Write the manifest of the tars, unless there is one already; return what was done.
+def save_manifest(split: Split, results: list[Result], classes: tuple[str, ...], are_given: bool) -> str:
+    """Write the manifest of the tars, unless there is one already. Only missing checksums are added to an existing one.
 
-    A manifest that is there is never changed, but for checksums that it lacks. Errors: UserError where it is of
-    other samples.
+    Args:
+        are_given: Whether the user named the classes: then those of an existing manifest must be the same.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        UserError: An existing manifest is of other samples, or writing fails.
     """
     shards = tuple(result.shard for result in results)
     columns = {name: np.concatenate([result.columns[name] for result in results]) for name in results[0].columns}
@@ -185,7 +194,7 @@ def settle(split: Split, results: list[Result], classes: tuple[str, ...], are_gi
 
 
 def _compare(there: Manifest, here: Manifest, compare_classes: bool) -> str | None:
-    """How two manifests differ in what both of them know; None if they do not."""
+    """Describe how two manifests differ in the columns that both have; None if they do not."""
     both = set(there.columns) & set(here.columns)
     if there.split != here.split:
         return f"split {there.split}, not {here.split}"
@@ -216,8 +225,12 @@ def _link(split: Split) -> None:
         link.symlink_to(target)
 
 
-def refuse(split: Split, results: list[Result], skip_unusable: bool) -> None:
-    """Say which tars and samples cannot be indexed. Errors: UserError where there are any that are not skipped."""
+def report_unusable(split: Split, results: list[Result], skip_unusable: bool) -> None:
+    """Print the tars and samples that cannot be indexed.
+
+    Raises:
+        UserError: There is such a tar; or such a sample, and `skip_unusable` is False.
+    """
     tars = [f"{path}: {result.refused}" for path, result in zip(split.tars, results, strict=True) if result.refused]
     pairs = zip(split.tars, results, strict=True)
     samples = [f"{path}: {problem}" for path, result in pairs for problem in result.problems]
@@ -234,12 +247,16 @@ def refuse(split: Split, results: list[Result], skip_unusable: bool) -> None:
             f"{len(samples):,} keys are no samples",
             got=samples[0],
             expected="an image, and a label in KEY.cls or KEY.json; a key ends at the first dot of a file's name",
-            hint="mend the tars, or leave these out with --skip-unusable; nothing was written",
+            hint="correct the tars, or leave these out with --skip-unusable; nothing was written",
         )
 
 
 def number_classes(names: tuple[str, ...] | None, results: list[Result]) -> tuple[str, ...]:
-    """The names, or where there are none the labels themselves, "0000" and so on. Errors: UserError for too few."""
+    """Return the names, or if there are none the labels themselves, "0000" and so on.
+
+    Raises:
+        UserError: There are fewer names than labels.
+    """
     num_classes = 1 + max(int(result.columns["label"].max()) for result in results)
     if names is None:
         return tuple(f"{label:04d}" for label in range(num_classes))
@@ -253,12 +270,12 @@ def number_classes(names: tuple[str, ...] | None, results: list[Result]) -> tupl
     return names
 
 
-HELP = """Write the manifest of shards that are there already; they stay as they are.
+HELP = """Write the manifest of existing shards, which are not changed.
 
     python -m data_prep.index /data/others-wds --checksums
     python -m data_prep.index /data/imagenet-wds
 
-The first line is for tars that others made, the second for what data_prep.shard --part wrote.
+The first line is for tars made by others, the second for shards of data_prep.shard --part.
 """
 
 
@@ -267,8 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument_group("where").add_argument
     add("dir", metavar="DIR", type=Path, help="folder of tars, or of train/ and val/ with tars")
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
-    add = parser.add_argument_group("of tars that others made").add_argument
-    add("--split", choices=SPLITS, help="this split alone; also that of tars whose name tells none")
+    add = parser.add_argument_group("of tars made by others").add_argument
+    add("--split", choices=SPLITS, help="this split alone; also that of tars without one in their names")
     add("--classes", type=Path, metavar="FILE", help="classes in the order of labels, a line each; or imagenet")
     add("--checksums", action="store_true", help="read all bytes: SHA-256 of tars, crc32 of images")
     add("--skip-unusable", action="store_true", help="leave out samples without one image and one label")
@@ -282,11 +299,11 @@ def main(arguments: list[str] | None = None) -> None:
     if sharded:
         write_timm_info(args.dir)
     else:
-        index_foreign(args)
+        index_others_tars(args)
 
 
-def index_foreign(args: argparse.Namespace) -> None:
-    """Index all splits, then write their manifests: what is refused is refused before anything is written."""
+def index_others_tars(args: argparse.Namespace) -> None:
+    """Index all splits, then write their manifests: errors come before anything is written."""
     splits = find_splits(args.dir, args.split)
     names = read_classes(args.dir, args.classes)
     label_of = {name: label for label, name in enumerate(names or ())}
@@ -294,10 +311,10 @@ def index_foreign(args: argparse.Namespace) -> None:
     indexed = [(split, index(split, label_of, args.checksums, args.workers)) for split in splits]
     seconds = max(time.monotonic() - start, 1e-9)
     for split, results in indexed:
-        refuse(split, results, args.skip_unusable)
+        report_unusable(split, results, args.skip_unusable)
     classes = number_classes(names, [result for _, results in indexed for result in results])
     for split, results in indexed:
-        done = settle(split, results, classes, args.classes is not None)
+        done = save_manifest(split, results, classes, args.classes is not None)
         num_samples = sum(result.shard.num_samples for result in results)
         num_bytes = sum(result.shard.num_bytes for result in results)
         print(

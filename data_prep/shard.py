@@ -1,18 +1,16 @@
-"""Images -> WebDataset tars with a manifest: `python -m data_prep.shard SOURCE OUT`.
+"""Pack images into WebDataset tars with a manifest: `python -m data_prep.shard SOURCE OUT`.
 
-The samples' order is a seeded permutation of the sorted paths, so that every shard is a fair sample of the
-classes. Neither clocks nor users nor the number of workers or parts leave a trace: the same source, seed, shard
-size and reduction give the same bytes.
+The order of samples is a seeded permutation of the sorted paths, so that every shard is a fair sample of the classes.
+The same source, seed, shard size and reduction give the same bytes, on any number of workers and parts.
 
-Killed at any moment and started again it continues: a shard that has its sidecar is complete and is not written
-again. So is it with `--part I/N` on many nodes that share OUT and nothing else: part I has every N-th shard, and
-`python -m data_prep.index OUT` makes the manifest once all parts are through. `.sharding.json` tells which plan a
-folder belongs to, and nothing else is ever written over; a folder with a manifest is complete. Files whose content
-changes under the same name while a plan is unfinished go unnoticed in the shards that were complete before.
+If the command is killed, the same command continues: a shard with a sidecar is complete and is not written again. With
+`--part I/N`, many nodes that share only OUT each write every N-th shard, and `python -m data_prep.index OUT` makes the
+manifest when all parts are complete. `.sharding.json` identifies the plan of a folder; files of another plan are never
+overwritten. A folder with a manifest is complete. If the content of a source file changes while a plan is unfinished,
+shards that were complete before keep the old content.
 
-A file that is no image is refused, and named with all others like it when the other shards are written. Those
-stay. Replace the files, and the same command writes the shards that lack. Remove them, and the permutation is
-another: then OUT must be deleted first.
+Files that are no images are listed when all other shards are written. Replace them, and the same command writes the
+missing shards. If they are removed instead, the permutation changes: then delete OUT first.
 """
 
 import argparse
@@ -33,13 +31,13 @@ from data_prep.shards.tar_writer import Task, write_shard
 from data_prep.shards.timm_info import write_timm_info
 from data_prep.sources.discover import KINDS, Source, find_sources, spooled
 from data_prep.workers import Progress, default_workers, run_tasks
+from gcvit.data.image_files import FORMATS
 from gcvit.data.manifest import FILE_NAME, holds_shards, read_manifest
 from gcvit.errors import UserError
 from gcvit.runtime.command_line import check_at_least_one, command_parser
 from gcvit.runtime.entrypoint import run_main
 
 DEFAULT_QUALITY = 90
-FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF"
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,14 @@ class Part:
     index: int = 0
     count: int = 1
 
-    def of(self, num_shards: int) -> range:
+    def shard_numbers(self, num_shards: int) -> range:
+        """Return the numbers of this part's shards."""
         return range(self.index, num_shards, self.count)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes where: shard i holds samples `order[i * shard_size : (i + 1) * shard_size]` of the source."""
+    """The plan of a sharding: shard i holds samples `order[i * shard_size : (i + 1) * shard_size]` of the source."""
 
     source: Source
     folder: Path
@@ -65,6 +64,7 @@ class Plan:
 
     @cached_property
     def mark(self) -> Mark:
+        """Digest of all that determines the shards, with split, classes and number of shards."""
         source, reduction = self.source, self.reduction
         options = [source.split, source.classes, self.seed, self.shard_size]
         options += [] if reduction is None else [reduction.short_side, reduction.quality]
@@ -76,17 +76,20 @@ class Plan:
 
     @cached_property
     def order(self) -> np.ndarray:
+        """Permutation of the samples: int64 [N]."""
         # RandomState, whose stream NumPy promises never to change, unlike that of its newer generators.
         return np.random.RandomState(self.seed).permutation(len(self.source.paths))
 
     def tar_path(self, number: int) -> Path:
+        """Return the path of a shard."""
         return self.folder / self.mark.shard_name(number)
 
     def samples(self, number: int) -> np.ndarray:
+        """Return the numbers of a shard's samples: int64 [n]."""
         return self.order[number * self.shard_size : (number + 1) * self.shard_size]
 
     def tasks(self, numbers: list[int], source: Source, write: bool) -> Iterator[Task]:
-        """A task per shard, with the samples' bytes where `source` has them."""
+        """Yield a task per shard, with the places of the samples in `source`."""
         for number in numbers:
             chosen = self.samples(number).tolist()
             places = [source.place(i) for i in chosen]
@@ -98,7 +101,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """A split: its shards as they stand, and how fast those of them came that this run wrote."""
+    """Summary of a split: all its shards, and the throughput of those that this run wrote."""
 
     split: str
     num_samples: int
@@ -113,7 +116,7 @@ class Row:
 
     @classmethod
     def of(cls, mark: Mark, sidecars: list[Sidecar], written: list[Sidecar], seconds: float, folder: Path) -> "Row":
-        """`written` are the `sidecars` of shards that this run wrote, in `seconds`; the others were there."""
+        """Sum up the `sidecars` of a split, of which this run wrote the `written` ones in `seconds`."""
         return cls(
             split=mark.split,
             num_samples=sum(sidecar.shard.num_samples for sidecar in sidecars),
@@ -131,7 +134,7 @@ class Row:
 
 
 def print_summary(rows: list[Row]) -> None:
-    """A line per split; the column of saved bytes only where some image was re-encoded."""
+    """Print a line per split; the column of saved bytes only if some image was re-encoded."""
     columns = {
         "split": [row.split for row in rows],
         "samples": [f"{row.num_samples:,}" for row in rows],
@@ -153,16 +156,17 @@ def print_summary(rows: list[Row]) -> None:
 
 
 def is_complete(plan: Plan) -> bool:
-    """Whether the folder has a manifest already; False where it is new, empty or interrupted.
+    """Return whether the folder has a manifest already; False if it is new, empty or interrupted.
 
-    Errors: UserError where it holds anything else, of which nothing is touched.
+    Raises:
+        UserError: The folder holds anything else; nothing was changed.
     """
     folder = plan.folder
     if folder.resolve().is_relative_to(plan.source.root.resolve()):
         raise UserError("the output lies inside the source", got=folder, hint="choose a folder outside of it")
     if folder.exists() and not folder.is_dir():
         raise UserError("the output is no directory", got=folder, hint="choose another folder")
-    # In this order, since other parts may be at work: the mark comes before all else, the manifest before it goes.
+    # In this order, since other parts may be running: the mark is written first, and removed after the manifest.
     found = [name for name in _list(folder) if not (name.startswith(MARK) and name.endswith(".tmp"))]
     is_begun = has_sidecars(folder)
     if (folder / FILE_NAME).exists():
@@ -185,9 +189,13 @@ def _list(folder: Path) -> list[str]:
 
 
 def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tuple[dict[int, Sidecar], float]:
-    """Write these shards of a plan, or only compute them; return their sidecars by number, and the seconds it took.
+    """Write these shards of a plan, or only compute them.
 
-    Errors: UserError that names the files that are no images, once all shards without one are done.
+    Returns:
+        Their sidecars by number, and the seconds it took.
+
+    Raises:
+        UserError: Some files are no images; all shards without one are written before.
     """
     sidecars: dict[int, Sidecar] = {}
     refused: list[str] = []
@@ -208,12 +216,16 @@ def compute(plan: Plan, numbers: list[int], num_workers: int, write: bool) -> tu
         more = f" and {len(refused) - 10:,} more" if len(refused) > 10 else ""
         hint = "replace and start the same command again, or remove"
         hint += f" and delete {plan.folder} too, since the order of all samples changes" if write else ""
-        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, expected=FORMATS, hint=hint)
+        raise UserError(what, got=", ".join(sorted(refused)[:10]) + more, expected=", ".join(FORMATS), hint=hint)
     return sidecars, progress.seconds
 
 
 def begin_plan(plan: Plan) -> None:
-    """Make the folder and its mark, unless they are there. Errors: UserError where they cannot be written."""
+    """Make the folder and its mark, unless they exist.
+
+    Raises:
+        UserError: They cannot be written.
+    """
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         if not has_sidecars(plan.folder):
@@ -223,10 +235,10 @@ def begin_plan(plan: Plan) -> None:
 
 
 def write_plan(plan: Plan, part: Part, num_workers: int) -> Row:
-    """Fill an empty or interrupted folder with a part's shards; the only part makes the manifest too."""
+    """Write a part's missing shards; if it is the only part, make the manifest, too."""
     folder, mark = plan.folder, plan.mark
     begin_plan(plan)  # again: another process may have completed the folder since
-    numbers = part.of(mark.num_shards)
+    numbers = part.shard_numbers(mark.num_shards)
     kept = {number: read_sidecar(plan.tar_path(number), mark.plan) for number in numbers}
     sidecars = {number: sidecar for number, sidecar in kept.items() if sidecar is not None}
     missing = [number for number in numbers if number not in sidecars]
@@ -243,7 +255,7 @@ def write_plan(plan: Plan, part: Part, num_workers: int) -> Row:
 
 
 def _remove_strays(plan: Plan, numbers: list[int]) -> None:
-    """Take away what a killed run left of these shards; other parts may be at work on theirs."""
+    """Remove the temporary files of these shards that a killed run left; other parts may be writing theirs."""
     heads = {plan.tar_path(number).name for number in numbers}
     for name in _list(plan.folder):
         if name.endswith(".tmp") and name.partition(".tar")[0] + ".tar" in heads:
@@ -251,26 +263,37 @@ def _remove_strays(plan: Plan, numbers: list[int]) -> None:
 
 
 def compare_plan(plan: Plan, part: Part, num_workers: int) -> None:
-    """Say so where the folder holds exactly what this plan would write. Errors: UserError where not."""
-    there = merge(plan.folder) if has_sidecars(plan.folder) else read_manifest(plan.folder)
+    """Check that the folder holds exactly the shards that this plan would write, and print that.
+
+    Raises:
+        UserError: The folder holds other shards.
+    """
+    manifest = merge(plan.folder) if has_sidecars(plan.folder) else read_manifest(plan.folder)
     source = plan.source
-    here = (source.split, source.classes, len(source.paths), plan.mark.num_shards)
-    alike = here == (there.split, there.classes, there.num_samples, len(there.shards))
-    numbers = list(part.of(plan.mark.num_shards))
-    if alike and numbers:  # if not, spare the reading of all files
+    planned = (source.split, source.classes, len(source.paths), plan.mark.num_shards)
+    alike = planned == (manifest.split, manifest.classes, manifest.num_samples, len(manifest.shards))
+    numbers = list(part.shard_numbers(plan.mark.num_shards))
+    if alike and numbers:  # otherwise no file needs to be read
         sidecars, _ = compute(plan, numbers, num_workers, write=False)
-        alike = all(sidecars[number].shard == there.shards[number] for number in numbers)
+        alike = all(sidecars[number].shard == manifest.shards[number] for number in numbers)
     if not alike:
         raise UserError(
             "the output holds other shards",
-            got=f"{plan.folder} with {there.num_samples:,} samples, split {there.split}",
+            got=f"{plan.folder} with {manifest.num_samples:,} samples, split {manifest.split}",
             hint="delete the folder, or choose another; nothing was changed",
         )
-    print(f"{there.split}: {there.num_samples:,} samples are there already, byte for byte: {plan.folder}", flush=True)
+    print(
+        f"{manifest.split}: {manifest.num_samples:,} samples are there already, byte for byte: {plan.folder}",
+        flush=True,
+    )
 
 
 def parse_part(text: str) -> Part:
-    """ "3/8" -> Part(3, 8). Errors: UserError for anything but I/N with 0 <= I < N."""
+    """Parse a part such as "3/8", which is Part(3, 8).
+
+    Raises:
+        UserError: The text is not I/N with 0 <= I < N.
+    """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError("--part is no part", got=text, expected="I/N with 0 <= I < N, from 0/8 to 7/8 for 8 parts")
@@ -283,25 +306,26 @@ HELP = """Pack images into shards: WebDataset tars with a manifest.
     python -m data_prep.shard /data/flowers /data/flowers-wds --val-fraction 0.2
     python -m data_prep.shard /data/imagenet /data/imagenet-wds --part 3/16
 
-Was it stopped? The same command goes on. When all parts are through, data_prep.index makes the manifest.
+If it was stopped, the same command continues. When all parts are complete, data_prep.index makes the manifest.
 """
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = command_parser("data_prep.shard", "SOURCE OUT [flags]", HELP)
-    add = parser.add_argument_group("from where, to where").add_argument
+    add = parser.add_argument_group("source and output").add_argument
     add("source", metavar="SOURCE", type=Path, help=KINDS)
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and val/ where SOURCE has them")
     add = parser.add_argument_group("which images").add_argument
-    add("--split", choices=("train", "val"), help="that of a source with one (train)")
+    add("--split", choices=("train", "val"), help="name of the split, for a source without its own (train)")
     add("--val-fraction", type=float, metavar="F", help="hold out this share of a source with one split")
     add("--classes", type=Path, metavar="FILE", help="classes in the order of labels, a line each; or imagenet")
-    add = parser.add_argument_group("how they are stored").add_argument
+    add = parser.add_argument_group("how images are stored").add_argument
     add("--shard-size", type=int, default=1000, metavar="N", help="samples in a shard (1000)")
-    add("--seed", type=int, default=0, metavar="N", help="of the samples' order (0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order of samples (0)")
     add("--short-side", type=int, metavar="N", help="shrink images whose short side exceeds N pixels")
-    add("--quality", type=int, metavar="N", help=f"of JPEGs that were shrunk, 1 to 100 ({DEFAULT_QUALITY})")
-    add = parser.add_argument_group("who does it").add_argument
+    add("--quality", type=int, metavar="N", help=f"quality of JPEGs that were shrunk, 1 to 100 ({DEFAULT_QUALITY})")
+    add = parser.add_argument_group("workers").add_argument
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
     add("--part", metavar="I/N", help="every N-th shard from shard I on, for many nodes")
     args = parser.parse_args(arguments)
@@ -332,12 +356,12 @@ def main(arguments: list[str] | None = None) -> None:
     for source in sources:
         folder = args.out / source.split if source.split_folder else args.out
         plans.append(Plan(source, folder, args.seed, args.shard_size, reduction))
-    # What is refused is refused before a byte is written, so folders to compare come first.
+    # Errors must come before a byte is written, so folders to compare come first.
     complete = [plan for plan in plans if is_complete(plan)]
     for plan in complete:
         compare_plan(plan, part, args.workers)
     begun = [plan for plan in plans if plan not in complete]
-    for plan in begun:  # all, so that an index of OUT misses the val that a killed run did not come to
+    for plan in begun:  # all, so that an index of OUT reports the val that a killed run had not begun
         begin_plan(plan)
     rows = [write_plan(plan, part, args.workers) for plan in begun]
     if rows:

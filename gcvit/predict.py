@@ -48,9 +48,10 @@ def list_images(places: Sequence[Path]) -> list[Path]:
 def predict(
     classifier: Classifier, images: Sequence[Path], batch_size: int, device: torch.device
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Each image with the probabilities of all classes, (C,) in fp32 on the CPU.
+    """Yield each image with the probabilities of all classes, (C,) in fp32 on the CPU.
 
-    Errors: UserError for an image that cannot be read.
+    Raises:
+        UserError: An image cannot be read.
     """
     model, data = classifier.model.to(device), classifier.data
     assert isinstance(model.img_size, int), "neither a config nor a file's shapes tell of rectangles"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Where an image's bytes lie: `file` is relative to a source's root; `length` None is the whole file."""
+    """Byte range of an image: `file` is relative to a source's root; `length` None is the whole file."""
 
     file: str
     offset: int = 0
@@ -15,9 +15,14 @@ class Place(NamedTuple):
 
 
 def read_place(root: Path, place: Place) -> bytes:
-    """The bytes at a place. Errors: OSError; ValueError where the file ends before, or is no regular file."""
+    """Read the bytes at a place.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file ends before, or is no regular file.
+    """
     # Plain system calls: file objects and paths would cost as much as reading a hundred kilobytes does.
-    # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(os.path.join(root, place.file) if place.file else root, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)

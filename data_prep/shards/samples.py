@@ -1,8 +1,8 @@
-"""The samples of any tar, ours or others': an image and a label under one key, as webdataset tells keys.
+"""Find the samples of any tar, ours or one made by others: an image and a label under one key of webdataset.
 
-In the style of timm's ImageNet, KEY.jpg and KEY.cls with the label as text; in the style of open_clip, KEY.jpg and
-KEY.json with a label among its fields. `index_tar` finds them in sound tars, and skips the images unless their
-checksums are asked for; `Contents` finds what there is in corrupt ones.
+timm's ImageNet has KEY.jpg and KEY.cls with the label as text; open_clip has KEY.jpg and KEY.json with a label among
+its fields. `index_tar` finds them in valid tars, and skips the images unless checksums are asked for. `Contents` finds
+those that are left in corrupt tars.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset 1.0.2
 
 @dataclass(frozen=True)
 class Task:
-    """One tar to index; `label_of` numbers the names of classes, where these are known."""
+    """One tar to index; `label_of` maps the names of classes, if these are known, to labels."""
 
     path: Path
     label_of: dict[str, int]
@@ -37,9 +37,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """A tar and its part of the columns; `problems` names the samples that are no part of them.
+    """A tar and its part of the columns; `problems` names the samples that are left out.
 
-    `refused` says why the tar cannot be indexed, if it cannot.
+    `refused` is the reason if the tar cannot be indexed, else None.
     """
 
     shard: Shard
@@ -73,7 +73,7 @@ def index_tar(task: Task) -> Result:
 
 
 def _find_samples(tar: TarReader, label_of: Mapping[str, int]) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """(offset, length, label) of each sample, in the order of the images; and what is wrong with which keys."""
+    """Return (offset, length, label) of each sample, in the order of the images; and a line for each unusable key."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, bytes] = {}
     abouts: dict[str, bytes] = {}
@@ -105,7 +105,7 @@ def _find_samples(tar: TarReader, label_of: Mapping[str, int]) -> tuple[list[tup
 
 
 def _hash(tar: TarReader, offsets: Sequence[int], lengths: Sequence[int]) -> tuple[str, np.ndarray]:
-    """SHA-256 of the tar and crc32 of its images, which lie in the order of `offsets`, in one pass."""
+    """Compute SHA-256 of the tar and crc32 of its images, which are in the order of `offsets`, in one pass."""
     sha256 = hashlib.sha256()
     crcs = []
     position = 0
@@ -146,9 +146,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def read_label(cls: bytes | None, about: bytes | None, label_of: Mapping[str, int]) -> int:
-    """A sample's label from its `.cls`, or else from the field label, cls or class of its `.json`.
+    """Return a sample's label from its `.cls`, or else from the field label, cls or class of its `.json`.
 
-    It is a number, or else a name that `label_of` numbers. Errors: ValueError, saying what is wrong.
+    Both hold a number, or the name of a class in `label_of`.
+
+    Raises:
+        ValueError: There is no label, or no valid one; the message says why.
     """
     if cls is not None:
         return int(cls) if cls.isdigit() and len(cls) < 10 else _as_label(cls.decode("utf-8", "replace"), label_of)
@@ -182,11 +185,14 @@ def _as_label(value: object, label_of: Mapping[str, int]) -> int:
 
 
 class Contents:
-    """What can be found in a tar, sound or not: members by key and field, which is "image" or an extension.
+    """The members that can be found in a tar, valid or corrupt, by key and field: "image" or an extension.
 
-    `members` are all of them with their keys, in their order. `key_at` tells the key of the image at a byte, `twice`
-    the keys with two members of one field, `broken` where the tar cannot be read on, `beside` the keys before and
-    behind such places: members of theirs may lie there.
+    Attributes:
+        members: All of them with their keys, in the order of the tar.
+        key_at: The key of the image at a byte.
+        twice: Keys with two members of one field.
+        broken: Places where the tar is corrupt.
+        beside: Keys before and behind such places, which may have lost members there.
     """
 
     def __init__(self, tar: TarReader):
@@ -213,10 +219,10 @@ class Contents:
             self.beside |= {key for key, _ in self.members[max(0, behind - 1) : behind + 1]}
 
     def pieces(self, key: str) -> list[Piece]:
-        """The members of a sample, in their order."""
+        """Return the members of a sample, in the order of the tar."""
         return sorted(self.fields[key].values(), key=lambda piece: piece.start)
 
     def read(self, key: str, field: str) -> bytes | None:
-        """A label's text; None where the sample lacks the field."""
+        """Read a field of a sample, at most `MAX_TEXT_BYTES`; None if the sample lacks it."""
         piece = self.fields[key].get(field)
         return None if piece is None else self.tar.read(piece.offset, min(piece.size, MAX_TEXT_BYTES))

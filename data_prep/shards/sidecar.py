@@ -1,9 +1,9 @@
-"""What makes sharding restartable: a sidecar beside each complete shard, and a mark in the folder until all are.
+"""Make sharding restartable: a sidecar beside each complete shard, and a mark in the folder until all are complete.
 
-`.sharding.json`, the mark, says what the folder is to hold. `train-000123.tar.json`, a sidecar, stands beside a
-shard that is complete, and holds its part of the manifest. Both are written whole or not at all, under names of
-their own until then, so that any number of processes on any number of nodes may write into one folder and be
-killed at any moment. `merge` makes the manifest of them.
+`.sharding.json`, the mark, describes the planned content of the folder. `train-000123.tar.json`, a sidecar, exists if
+its shard is complete, and holds the shard's part of the manifest. Both are written whole or not at all, under unique
+temporary names, so that many processes on many nodes may write into one folder and be killed at any moment. `merge`
+makes the manifest of the sidecars.
 """
 
 import json
@@ -26,7 +26,7 @@ AGAIN = "start the command that was writing them again (with --part: all its par
 
 @dataclass(frozen=True)
 class Mark:
-    """What a folder is to hold: `plan` is the digest of sources and options, in hex."""
+    """The planned content of a folder: `plan` is the digest of sources and options, in hex."""
 
     plan: str
     split: str
@@ -34,6 +34,7 @@ class Mark:
     num_shards: int
 
     def shard_name(self, number: int) -> str:
+        """Return the file name of a shard."""
         return f"{self.split}-{number:06d}.tar"
 
 
@@ -50,20 +51,22 @@ class Sidecar:
 
 
 def sidecar_path(tar_path: Path) -> Path:
+    """Return the path of a shard's sidecar."""
     return tar_path.with_name(f"{tar_path.name}.json")
 
 
 def has_sidecars(folder: Path) -> bool:
-    """Whether `merge` has something to do in `folder`: the mark comes first and goes last."""
+    """Return whether sharding in `folder` is unfinished: the mark is written first and removed last."""
     return (folder / MARK).exists()
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
+    """Write the folder's mark."""
     write_text(folder / MARK, json.dumps(asdict(mark)), durable=False)  # an empty one is refused and written anew
 
 
 def read_mark(folder: Path) -> Mark | None:
-    """The folder's mark; None where there is none that can be read."""
+    """Read the folder's mark; None if there is none that can be read."""
     try:
         found = json.loads((folder / MARK).read_bytes())
         return Mark(str(found["plan"]), str(found["split"]), tuple(found["classes"]), int(found["num_shards"]))
@@ -72,7 +75,7 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def write_sidecar(tar_path: Path, plan: str, sidecar: Sidecar) -> None:
-    """Say that the shard at `tar_path` is complete: it must be on disk under that name already."""
+    """Mark the shard at `tar_path` as complete: it must be on disk under that name already."""
     content = {
         "plan": plan,
         "shard": asdict(sidecar.shard),
@@ -83,7 +86,7 @@ def write_sidecar(tar_path: Path, plan: str, sidecar: Sidecar) -> None:
 
 
 def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:
-    """The sidecar of a shard; None where the shard is not complete, or belongs to another plan."""
+    """Read the sidecar of a shard; None if the shard is not complete, or belongs to another plan."""
     try:
         found = json.loads(sidecar_path(tar_path).read_bytes())
         shard = Shard(**found["shard"])
@@ -103,14 +106,16 @@ def read_sidecar(tar_path: Path, plan: str) -> Sidecar | None:
 def merge(folder: Path) -> Manifest:
     """Make the manifest of a folder's sidecars, and remove these and the mark.
 
-    Twice, or in two processes at once, it gives the same bytes. Errors: UserError for shards that are missing, or
-    where it cannot write.
+    A second call, or one in another process at the same time, gives the same bytes.
+
+    Raises:
+        UserError: Shards are missing, or the manifest cannot be written.
     """
     try:
         if not (folder / FILE_NAME).exists():
             _write_manifest(folder)
     except (OSError, UserError) as error:
-        # Another process may have been faster and have tidied up already: its manifest was there before that.
+        # Another process may have been faster and removed the sidecars: its manifest was there before that.
         if not (folder / FILE_NAME).exists():
             if isinstance(error, OSError):
                 raise UserError("cannot write the manifest", got=f"{folder} ({error.strerror})", hint=AGAIN) from None

@@ -1,4 +1,4 @@
-"""Writes `_info.json`, in which timm's `wds/` reader looks for the splits: `create_dataset("wds/", root=OUT)`."""
+"""Write `_info.json`, from which timm's `wds/` reader learns the splits: `create_dataset("wds/", root=OUT)`."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,16 @@ from gcvit.errors import UserError
 from gcvit.runtime.atomic_write import write_text
 
 NAME = "_info.json"
-ALIASES = {"val": "validation"}  # timm's own name for it, which its scripts ask for by default
+ALIASES = {"val": "validation"}  # timm's name of it, the default of its scripts
 
 
 def write_timm_info(out: Path) -> None:
-    """Describe the split that is complete in `out`, or those in `out/train` and `out/val`; do nothing where none is.
+    """Describe the split that is complete in `out`, or those in `out/train` and `out/val`; if none is, do nothing.
 
-    Other folders in `out` may be other data sets. Twice gives the same bytes. Errors: UserError for a malformed
-    manifest, or where it cannot be written.
+    Other folders in `out` may be other data sets. A second call gives the same bytes.
+
+    Raises:
+        UserError: A manifest is malformed, or the file cannot be written.
     """
     folders = [out] if (out / FILE_NAME).exists() else [out / name for name in ("train", "val")]
     splits: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""`--classes`: the names of the classes in the order of their labels, from a file or from timm's lists."""
+"""Read the names of the classes in the order of their labels (`--classes`), from a file or from timm's lists."""
 
 import importlib.util
 from pathlib import Path
@@ -7,17 +7,21 @@ from gcvit.errors import UserError
 
 
 def read_class_map(path: Path) -> tuple[str, ...]:
-    """The classes that a text file lists, one a line, the first being label 0.
+    """Read the classes that a text file lists, one a line; the first has label 0.
 
-    A line begins with the name of a class folder (a WordNet id, say), which ends at the first tab or, where there
-    is none, at the first blank; the rest is for people. Blank lines do not count. A plain word that is no file
-    names one of timm's lists of synsets: `imagenet`, `imagenet22k`. Errors: UserError for an unreadable or empty
-    file, a class listed twice.
+    A line begins with the name of a class folder, such as a WordNet id. The name ends at the first tab or, if there is
+    none, at the first blank; the rest is a comment. Blank lines do not count.
+
+    Args:
+        path: Text file; or one of timm's lists of synsets by name, such as `imagenet` or `imagenet22k`.
+
+    Raises:
+        UserError: The file is unreadable or empty, or lists a class twice.
     """
     if not path.exists() and path.name == str(path):
         path = _find_timm_list(path.name)
     try:
-        # Names of folders need not be UTF-8; os.fsdecode and this agree on how to spell those that are not.
+        # Names of folders need not be UTF-8; this decodes those that are not as os.fsdecode does.
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError("cannot read the class map", got=f"{path} ({error.strerror})") from None
@@ -38,7 +42,7 @@ def read_class_map(path: Path) -> tuple[str, ...]:
 
 
 def _find_timm_list(name: str) -> Path:
-    # To look for timm does not import it: that would load torch.
+    # Not by an import, which would load torch.
     spec = importlib.util.find_spec("timm")
     folders = list(spec.submodule_search_locations or []) if spec else []
     lists = {

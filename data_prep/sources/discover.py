@@ -1,4 +1,4 @@
-"""Where samples come from: class folders, tars or parquet files; their labels, and their keys in a shard."""
+"""Find the samples of a source: class folders, tars or parquet files; with their labels and keys in a shard."""
 
 import os
 import re
@@ -32,9 +32,9 @@ KINDS = (
 class Source:
     """A split's samples: `paths[i]`, CLASS/name, has label `labels[i]`, an index into `classes`.
 
-    Sorted by class, then by path. `paths` name samples in shards; where their bytes lie is told by `place`.
-    `root` is a folder, or a single tar, whose places have the file "". `split_folder` tells that the source has
-    splits, so that the shards go to OUT/SPLIT. `where` is None for files of their own, at `paths`.
+    Sorted by class, then by path. `paths` name samples in shards; `place` returns their byte ranges. `root` is a
+    folder, or a single tar, whose places have the file "". `split_folder` is True if the source has splits: its shards
+    are written to OUT/SPLIT. `where` is None if each sample is a file of its own, at `paths`.
     """
 
     root: Path
@@ -46,6 +46,7 @@ class Source:
     where: Spans | Rows | None = None
 
     def place(self, index: int) -> Place:
+        """Return the byte range of a sample."""
         if self.where is None:
             return Place(self.paths[index])
         assert isinstance(self.where, Spans), "rows of parquet files have no place until they are spooled"
@@ -63,7 +64,7 @@ class _Part(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a source holds; `classes` None are those of the first part, in the order of their names."""
+    """The parts of a source; `classes` None means those of the first part, in the order of their names."""
 
     parts: list[_Part]
     has_splits: bool
@@ -78,12 +79,19 @@ def find_sources(
     val_fraction: float | None = None,
     seed: int = 0,
 ) -> list[Source]:
-    """The splits in `root`: `train` and `val` where it has them, else one named `split` (`train` where None).
+    """Find the splits in `root`: `train` and `val` if it has them, else one named `split` (None: `train`).
 
-    `root` is one of KINDS. Labels number the sorted classes of `train`, for `val` too; with `classes` they number the
-    lines of that file (see `read_class_map`), and some may have no images; parquet files bring theirs.
-    `val_fraction` takes a `val` out of what has none (see `choose_val`). Errors: UserError for a source that is
-    missing, empty, unclear, corrupt or compressed, a class without files or that train lacks, two files with one key.
+    Labels number the sorted classes of `train`, for `val` too; parquet files have their own.
+
+    Args:
+        root: One of KINDS.
+        classes: File whose lines number the classes (see `read_class_map`); some may have no images.
+        val_fraction: Share of the samples for a `val` split, if there is none (see `choose_val`).
+        seed: Seed of that choice.
+
+    Raises:
+        UserError: The source is missing, empty, ambiguous, corrupt or compressed; a class has no files or is not in
+            train; or two files have one key.
     """
     class_map = None if classes is None else read_class_map(classes)
     if not root.exists():
@@ -111,11 +119,16 @@ def find_sources(
 
 @contextmanager
 def spooled(source: Source, chosen: np.ndarray, folder: Path) -> Iterator[Source]:
-    """The source itself; or of parquet, whose rows cannot be read singly, one whose `chosen` samples can be.
+    """Yield a source whose `chosen` samples can be read one by one: the source itself, or a copy of parquet rows.
 
-    `chosen` are sample numbers [n]; of others the places must not be asked. Their bytes are copied, file after file,
-    into one file in `folder`, which is removed afterwards; so is what a killed run left there. Errors: UserError for
-    a corrupt file, a row without an image, a full disk.
+    The bytes of parquet rows are copied, file after file, into one file in `folder`. It is removed at the end, and so
+    are those of killed runs.
+
+    Args:
+        chosen: Sample numbers [n]; of parquet, only these have places.
+
+    Raises:
+        UserError: A file is corrupt, a row has no image, or the disk is full.
     """
     if not isinstance(source.where, Rows):
         yield source
@@ -140,7 +153,7 @@ def _find_in_tar(tar: Path, split: str | None) -> _Found:
 
 def _find_in_folder(root: Path, split: str | None, class_map: tuple[str, ...] | None) -> _Found:
     folders, files = list_folder(root)
-    # A folder `train` that holds folders is a split; one that holds only files may be a class about trains.
+    # A folder `train` that holds folders is a split; one that holds only files may be a class named train.
     splits = [name for name in ("train", "val") if name in folders and list_folder(root / name)[0]]
     if splits == ["val"] and class_map is None:
         raise UserError(
@@ -150,14 +163,14 @@ def _find_in_folder(root: Path, split: str | None, class_map: tuple[str, ...] | 
             hint=f"add it, name the classes with --classes, or shard {root / 'val'} alone with --split val",
         )
     if splits:
-        # Archives may lie above train/ and val/: that is where ImageNet's own lie once they are unpacked.
+        # Archives may be beside train/ and val/: ImageNet's own are, after they were unpacked.
         refuse_loose(root, [name for name in files if not name.lower().endswith(ARCHIVES)])
         return _Found([_Part(root / name, name, list_tree(root / name)) for name in splits], True)
-    # Class folders beside ILSVRC's tars may be what was unpacked of one of them: that is not guessed.
+    # Class folders beside ILSVRC's tars may have been unpacked from one of them: these are refused below.
     if {TRAIN_TAR, VAL_TAR} & set(files) and not any(re.fullmatch(r"n\d{8}", name) for name in folders):
         return _find_ilsvrc(root, files)
     parquet = find_parquet(root)
-    # A parquet file beside folders, and named after no split, holds something about the images in them.
+    # A parquet file beside folders, and named after no split, is taken for metadata of the images in them.
     if parquet is not None and (parquet[0] != root or not folders or None not in parquet[1]):
         folder, by_split = parquet
         tables, classes = scan_parquet(folder, list(by_split.values()), class_map)
@@ -181,8 +194,12 @@ def _find_ilsvrc(root: Path, files: list[str]) -> _Found:
     return _Found(parts, True, None if TRAIN_TAR in files else classes)
 
 
-def _number_classes(part: _Part, classes: tuple[str, ...], by_whom: str) -> list[int]:
-    """The labels of a part's samples. Errors: UserError for a class not in `classes`, and for keys that collide."""
+def _number_classes(part: _Part, classes: tuple[str, ...], owner: str) -> list[int]:
+    """Return the labels of a part's samples.
+
+    Raises:
+        UserError: A class is not in `classes`, or two files have one key.
+    """
     label_of = {name: label for label, name in enumerate(classes)}
     labels: list[int] = []
     unknown: list[str] = []
@@ -192,10 +209,10 @@ def _number_classes(part: _Part, classes: tuple[str, ...], by_whom: str) -> list
         unknown += [name] if name not in label_of else []
     if unknown:
         raise UserError(
-            f"{part.split} has {len(unknown)} classes that {by_whom} lacks",
+            f"{part.split} has {len(unknown)} classes that {owner} lacks",
             got=", ".join(f"{part.root}: {name}" for name in unknown[:3]),
-            expected=f"the {len(classes)} classes of {by_whom}",
-            hint=f"rename or remove them, or add them to {by_whom}",
+            expected=f"the {len(classes)} classes of {owner}",
+            hint=f"rename or remove them, or add them to {owner}",
         )
     return labels
 

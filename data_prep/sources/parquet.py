@@ -1,7 +1,7 @@
-"""Images in the rows of Hugging Face's parquet files: the column `image` (bytes, path) and the integer `label`.
+"""Read images from the rows of Hugging Face's parquet files: columns `image` (bytes, path) and `label` (integer).
 
-A row's bytes cannot be read singly: they are copied, file after file, into a spool file where they can. What a file
-says of paths names samples and is never used as a path on disk.
+A row's bytes cannot be read alone: they are copied, file after file, into a spool file with random access. Paths in a
+file name samples and are never used as paths on disk.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """The rows of a split in the order of its files; `names` are those of the classes where the files tell them."""
+    """The rows of a split in the order of its files; `names` are those of the classes if the files have them."""
 
     names: tuple[str, ...] | None
     labels: np.ndarray
@@ -45,10 +45,12 @@ class _Table(NamedTuple):
 
 
 def find_parquet(root: Path) -> tuple[Path, dict[str | None, list[str]]] | None:
-    """The folder with parquet files, `root` or `root/data`, and their names by split; None where there are none.
+    """Find the folder with parquet files, `root` or `root/data`, and their names by split; None if there are none.
 
-    A file is of the split that its name begins with; `test` is left out. The split is None where no name begins
-    with one. Errors: UserError where only some names do, or all with `test`.
+    A file is of the split that its name begins with; `test` is left out. The split is None if no name begins with one.
+
+    Raises:
+        UserError: Only some names begin with a split, or all with `test`.
     """
     for folder in (root, root / "data"):
         names = sorted(path.name for path in folder.glob("*.parquet") if not path.name.startswith("."))
@@ -71,11 +73,16 @@ def find_parquet(root: Path) -> tuple[Path, dict[str | None, list[str]]] | None:
 def scan_parquet(
     folder: Path, splits: list[list[str]], class_map: tuple[str, ...] | None
 ) -> tuple[list[tuple[list[str], Rows]], tuple[str, ...]]:
-    """For each split's files, CLASS/name of each sample, sorted by class and then by name, and its row; the classes.
+    """List the samples of each split's files; images are not read.
 
-    Label i is called what the files' ClassLabel says, else as line i of the user's class map, else i with leading
-    zeros. Images are not read. Errors: UserError for files that cannot be read, lack a column, disagree on the
-    classes, or have a row without a label; and without pyarrow.
+    Label i has the name in the files' ClassLabel, else in line i of the user's class map, else i with leading zeros.
+
+    Returns:
+        For each split, CLASS/name of each sample, sorted by class and then by name, with its row; and the classes.
+
+    Raises:
+        UserError: A file cannot be read, lacks a column or has a row without a label; the files disagree on the
+            classes; or pyarrow is not installed.
     """
     tables = [_read_table(folder, files) for files in splits]
     if empty := [files for files, table in zip(splits, tables, strict=True) if not len(table.labels)]:
@@ -93,11 +100,13 @@ def scan_parquet(
 
 @contextmanager
 def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iterator[Spans]:
-    """Copy the images of the rows `chosen` (sample numbers) into one file in `folder`, where the spans find them.
+    """Copy the images of the rows `chosen` (sample numbers) into one file in `folder`, and yield their spans.
 
-    Spans of other samples are negative. The file is removed at the end, and at the start those that this host's killed
-    runs left: a living one holds a lock on its own.
-    Errors: UserError for a row without bytes, a corrupt file, a full disk.
+    Spans of other samples are negative. The file is removed at the end. Files that killed runs on this host left are
+    removed at the start: a running one holds a lock on its file.
+
+    Raises:
+        UserError: A row has no bytes, a file is corrupt, or the disk is full.
     """
     _remove_orphans(folder)
     with ExitStack() as stack:
@@ -106,8 +115,8 @@ def spool_rows(root: Path, rows: Rows, chosen: np.ndarray, folder: Path) -> Iter
             stack.enter_context(file)
             stack.callback(path.unlink)
             spans = _copy_rows(root, rows, chosen, file, path.name)
-        except OSError as error:  # of writing: what reading meets is a UserError already
-            hint = "free as much space as the images of this part take"
+        except OSError as error:  # of writing: errors of reading are UserErrors already
+            hint = "free as much space as the images of this part need"
             got = f"{folder} ({error.strerror})"
             raise UserError("cannot write the images of parquet files", got=got, hint=hint) from None
         yield spans
@@ -145,7 +154,11 @@ def _read_table(folder: Path, files: list[str]) -> _Table:
 
 
 def _check_schema(path: Path, schema: Any) -> bool:
-    """Whether images have a path. Errors: UserError for columns that are missing or of another type."""
+    """Return whether images have a path.
+
+    Raises:
+        UserError: A column is missing or of another type.
+    """
     from pyarrow import types
 
     image, label = ((schema.field(name).type if name in schema.names else None) for name in ("image", "label"))
@@ -159,7 +172,7 @@ def _check_schema(path: Path, schema: Any) -> bool:
 
 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
-    """The names that the datasets library wrote into the metadata, or None; what no folder can be called is _."""
+    """Return the names that the datasets library wrote into the metadata, or None; _ replaces a slash or first dot."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
         names = tuple(re.sub(r"/|^\.", "_", str(name)) for name in names)
@@ -171,7 +184,7 @@ def _class_names(schema: Any) -> tuple[str, ...] | None:
 
 
 def _name_samples(table: _Table, names: tuple[str, ...]) -> tuple[list[str], Rows]:
-    """Samples are called after their images where, in their class, all have a name of their own; else by number."""
+    """Name the samples of a class after their images if these names are unique in it, else by number."""
     files, file, row = table.rows
     digits = len(str(len(row)))
     by_label = np.argsort(table.labels, kind="stable")
@@ -219,7 +232,7 @@ def _copy_rows(root: Path, rows: Rows, chosen: np.ndarray, out: BinaryIO, name: 
 
 
 def _groups(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """The row groups of a file that hold any of the rows `wanted` (sorted): number, first row, wanted[begin:end]."""
+    """Yield the row groups of a file that hold any of the rows `wanted`: number, first row, and range in `wanted`."""
     metadata = _open(path).metadata
     first = 0
     for group in range(metadata.num_row_groups):
@@ -231,7 +244,7 @@ def _groups(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, int, int, int
 
 
 def _spool_name() -> tuple[str, str]:
-    """Begin and end of the name of a spool file: that of a host's own, since locks may not reach other hosts."""
+    """Return begin and end of the name of a spool file, with the host's name, since locks may not reach other hosts."""
     host = re.sub(r"[^a-z0-9.]", "_", socket.gethostname().lower())
     return f".spool-{host}-", ".tmp"
 
@@ -242,20 +255,24 @@ def _create_spool(folder: Path) -> tuple[Path, BinaryIO]:
         descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
         with suppress(OSError):  # a file system without locks; then a killed run's file stays
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.path.exists(name):  # else another process took it for an orphan before it was locked
+        if os.path.exists(name):  # else another process removed it as an orphan before it was locked
             return Path(name), os.fdopen(descriptor, "wb", buffering=1 << 20)
         os.close(descriptor)
 
 
 def _remove_orphans(folder: Path) -> None:
     for path in folder.glob("*".join(_spool_name())):
-        with suppress(OSError), open(path, "r+b") as file:  # its writer lives, or has removed it
+        with suppress(OSError), open(path, "r+b") as file:  # its writer is running, or has removed it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
 def _open(path: Path) -> Any:
-    """A ParquetFile, which reads its file's footer. Errors: UserError for a corrupt file, and without pyarrow."""
+    """Open a ParquetFile, which reads its file's footer.
+
+    Raises:
+        UserError: The file is corrupt, or pyarrow is not installed.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -268,7 +285,7 @@ def _open(path: Path) -> Any:
 
 
 def _read(path: Path, columns: list[str], num_rows: int, group: int | None = None) -> Iterator[Any]:
-    """Batches of `num_rows` at most of a file, or of one of its row groups."""
+    """Yield batches of at most `num_rows` rows of a file, or of one of its row groups."""
     import pyarrow
 
     try:

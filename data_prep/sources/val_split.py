@@ -1,4 +1,4 @@
-"""`--val-fraction`: which samples of a source without a val split go to one."""
+"""Choose a val split for a source without one (`--val-fraction`)."""
 
 import hashlib
 import os
@@ -10,12 +10,17 @@ from gcvit.errors import UserError
 
 
 def choose_val(paths: list[str], val_fraction: float, seed: int) -> np.ndarray:
-    """Whether each of `paths`, CLASS/name sorted by class, goes to val: bool [N].
+    """Choose which of `paths`, CLASS/name sorted by class, go to val.
 
-    It does where a hash of seed and path, uniform in [0, 1), lies below the fraction: the choice does not depend on
-    other samples, so that those added later move none. A class of n samples has about n times the fraction in val,
-    give or take the root of that, and a small one may have none there. One that would have all keeps the sample
-    with the highest hash in train. Errors: UserError for a fraction out of range, or too small for any sample.
+    A sample goes to val if a hash of seed and path, uniform in [0, 1), is below the fraction. The choice does not
+    depend on other samples, so that samples added later move none. The number in val of a class is binomial; a small
+    class may have none there. If all samples of a class would go to val, the one with the highest hash stays in train.
+
+    Returns:
+        Whether each path goes to val: bool [N].
+
+    Raises:
+        UserError: The fraction is out of range, or too small for any sample.
     """
     if not 0 < val_fraction < 1:
         raise UserError("--val-fraction is out of range", got=val_fraction, expected="above 0 and below 1")

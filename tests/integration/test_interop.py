@@ -170,7 +170,7 @@ def test_tars_of_webdataset_writers_are_indexed_and_read(tmp_path, style, checks
         for (data, label), (image, expected_label) in zip(read_split(tmp_path, split), expected, strict=True):
             np.testing.assert_array_equal(pixels(data), image)
             assert label == expected_label
-    assert data_prep("verify", tmp_path, "--workers", 1).count("all sound") == 2
+    assert data_prep("verify", tmp_path, "--workers", 1).count("all valid") == 2
 
 
 def test_tars_of_tar_itself_are_indexed_and_read(tmp_path):

@@ -1,4 +1,4 @@
-"""Formats are told by content, bombs and corruption refused, and only large images are re-encoded."""
+"""Formats follow from the content, bombs and corruption are refused, and only large images are re-encoded."""
 
 import io
 import struct
@@ -167,8 +167,8 @@ def test_a_photograph_is_turned_as_often_as_before(orientation):
         exif[ORIENTATION] = orientation
     data = encode(gradient(120, 80), exif=exif.tobytes(), comment=b"private", icc_profile=b"p" * 200)
     reduced = reduce_image(data, Reduction(40, 95))
-    for look in (lambda image: image, ImageOps.exif_transpose):
-        before, after = look(decode(data)), look(decode(reduced))
+    for orient in (lambda image: image, ImageOps.exif_transpose):
+        before, after = orient(decode(data)), orient(decode(reduced))
         assert (before.width / 2, before.height / 2) == after.size
         difference = np.asarray(before.resize(after.size), float) - np.asarray(after, float)
         assert np.abs(difference).mean() < 3

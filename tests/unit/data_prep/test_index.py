@@ -45,9 +45,9 @@ def images_of(folder: Path) -> list[bytes]:
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, make_image) -> Path:
+def others_tars(tmp_path: Path, make_image) -> Path:
     """A folder with both splits, as timm has them."""
-    folder = tmp_path / "foreign"
+    folder = tmp_path / "others"
     write_tar(folder / "imagenet1k-train-0000.tar", [2, 0, 1], make_image)
     write_tar(folder / "imagenet1k-train-0001.tar", [1, 1], make_image, 3)
     write_tar(folder / "imagenet1k-validation-00.tar", [0, 3], make_image, 5)
@@ -64,67 +64,67 @@ def test_an_absurd_label_is_refused(tmp_path, make_image):
     verify.main([str(tmp_path), "--workers", "1"])
 
 
-def test_both_splits_of_one_folder_are_indexed(foreign, make_image, capsys):
-    run(foreign)
+def test_both_splits_of_one_folder_are_indexed(others_tars, make_image, capsys):
+    run(others_tars)
     said = capsys.readouterr().out
     assert "train: 5 samples in 2 tars" in said
     assert "val: 2 samples in 1 tars" in said
     assert "4 classes" in said
     for split, labels in (("train", [2, 0, 1, 1, 1]), ("val", [0, 3])):
-        folder = find_split(foreign, split)
-        assert folder == foreign / split
+        folder = find_split(others_tars, split)
+        assert folder == others_tars / split
         manifest = read_manifest(folder)
         assert (manifest.split, manifest.classes) == (split, ("0000", "0001", "0002", "0003"))
         assert manifest.label.tolist() == labels
         assert manifest.crc32 is None
         assert {entry.sha256 for entry in manifest.shards} == {None}
-    assert images_of(foreign / "train") == [make_image(i) for i in range(5)]
-    assert os.readlink(foreign / "val/imagenet1k-validation-00.tar") == "../imagenet1k-validation-00.tar"
-    verify.main([str(foreign), "--workers", "1"])
-    moved = foreign.rename(foreign.parent / "moved")  # the links are relative
+    assert images_of(others_tars / "train") == [make_image(i) for i in range(5)]
+    assert os.readlink(others_tars / "val/imagenet1k-validation-00.tar") == "../imagenet1k-validation-00.tar"
+    verify.main([str(others_tars), "--workers", "1"])
+    moved = others_tars.rename(others_tars.parent / "moved")  # the links are relative
     assert images_of(moved / "train") == [make_image(i) for i in range(5)]
 
 
-def test_again_changes_nothing_until_checksums_are_asked_for(foreign, capsys):
+def test_again_changes_nothing_until_checksums_are_asked_for(others_tars, capsys):
     def state() -> dict[str, tuple[int, bytes]]:
-        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in foreign.rglob("*.*")}
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in others_tars.rglob("*.*")}
 
-    run(foreign)
+    run(others_tars)
     before = state()
     capsys.readouterr()
-    run(foreign)
+    run(others_tars)
     assert capsys.readouterr().out.count("are indexed already") == 2
     assert state() == before
-    run(foreign, "--checksums")
+    run(others_tars, "--checksums")
     assert capsys.readouterr().out.count("indexed with checksums") == 2
     after = state()
-    manifest = read_manifest(foreign / "train")
+    manifest = read_manifest(others_tars / "train")
     assert manifest.crc32 is not None
-    assert manifest.crc32.tolist() == [zlib.crc32(image) for image in images_of(foreign / "train")]
+    assert manifest.crc32.tolist() == [zlib.crc32(image) for image in images_of(others_tars / "train")]
     for options in ([], ["--checksums"]):
-        run(foreign, *options)
+        run(others_tars, *options)
         assert capsys.readouterr().out.count("are indexed already") == 2
         assert state() == after
-    verify.main([str(foreign), "--workers", "1"])
+    verify.main([str(others_tars), "--workers", "1"])
 
 
-def test_a_manifest_of_other_tars_is_not_overwritten(foreign, make_image):
-    run(foreign)
-    before = (foreign / "train/manifest.json").read_bytes()
-    write_tar(foreign / "imagenet1k-train-0002.tar", [1], make_image, 9)
+def test_a_manifest_of_other_tars_is_not_overwritten(others_tars, make_image):
+    run(others_tars)
+    before = (others_tars / "train/manifest.json").read_bytes()
+    write_tar(others_tars / "imagenet1k-train-0002.tar", [1], make_image, 9)
     with pytest.raises(UserError, match=r"imagenet1k-train-0002\.tar is only in the folder"):
-        run(foreign)
-    (foreign / "imagenet1k-train-0002.tar").unlink()
-    write_tar(foreign / "imagenet1k-train-0001.tar", [1, 2], make_image, 3)
+        run(others_tars)
+    (others_tars / "imagenet1k-train-0002.tar").unlink()
+    write_tar(others_tars / "imagenet1k-train-0001.tar", [1, 2], make_image, 3)
     with pytest.raises(UserError, match=r"got another label of sample 4.*if it is stale, delete it"):
-        run(foreign)
-    names = foreign.parent / "names"
+        run(others_tars)
+    names = others_tars.parent / "names"
     names.write_text("a\nb\nc\nd\n")
-    write_tar(foreign / "imagenet1k-train-0001.tar", [1, 1], make_image, 3)
+    write_tar(others_tars / "imagenet1k-train-0001.tar", [1, 1], make_image, 3)
     with pytest.raises(UserError, match="other names of classes"):
-        run(foreign, "--classes", names)
-    run(foreign)
-    assert (foreign / "train/manifest.json").read_bytes() == before
+        run(others_tars, "--classes", names)
+    run(others_tars)
+    assert (others_tars / "train/manifest.json").read_bytes() == before
 
 
 def test_the_names_of_tars_and_folders_tell_the_split(tmp_path, make_image):
@@ -178,7 +178,7 @@ def test_classes_have_names_where_somebody_knows_them(tmp_path, make_image):
     with pytest.raises(UserError, match="label 1; expected: 0 to 0"):
         classes_of("few", info={"classes": ["x"]})
     (tmp_path / "few/_info.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read what is said about the tars"):
+    with pytest.raises(UserError, match="cannot read the info file of the tars"):
         run(tmp_path / "few")
 
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_indexed_is_refused_with_the_hint(tmp_path, make_image):
     refuse("no tars of split val here", "--split", "val")
     refuse("--workers is too small", "--workers", 0)
     write_tar(tmp_path / "x/b.tar", [0], make_image)
-    refuse("the names of some tars tell no split")
+    refuse("the names of some tars have no split")
     (tmp_path / "x/b.tar").unlink()
     (tmp_path / "x/c.tar.gz").write_bytes(b"")
     refuse(r"a compressed tar cannot be read at an offset.*hint: gunzip it")
@@ -223,12 +223,12 @@ def test_what_cannot_be_indexed_is_refused_with_the_hint(tmp_path, make_image):
     refuse("no tars of split train or val here")
 
 
-def test_links_do_not_replace_what_is_there(foreign):
-    (foreign / "val").mkdir()
-    (foreign / "val/imagenet1k-validation-00.tar").write_bytes(b"something else")
+def test_links_do_not_replace_what_is_there(others_tars):
+    (others_tars / "val").mkdir()
+    (others_tars / "val/imagenet1k-validation-00.tar").write_bytes(b"something else")
     with pytest.raises(UserError, match="a tar is in the way of a link"):
-        run(foreign)
-    assert (foreign / "val/imagenet1k-validation-00.tar").read_bytes() == b"something else"
+        run(others_tars)
+    assert (others_tars / "val/imagenet1k-validation-00.tar").read_bytes() == b"something else"
 
 
 def test_parts_of_a_sharding_are_merged(tree, tmp_path, capsys):
@@ -254,13 +254,13 @@ def test_parts_of_a_sharding_are_merged(tree, tmp_path, capsys):
     verify.main([str(out), "--workers", "1"])
 
 
-def test_the_number_of_processes_changes_nothing(foreign, make_image, monkeypatch):
-    write_tar(foreign / "imagenet1k-train-0002.tar", [3, 3], make_image, 7)
-    run(foreign)
-    one = read_manifest(foreign / "train")
-    shutil.rmtree(foreign / "train")
+def test_the_number_of_processes_changes_nothing(others_tars, make_image, monkeypatch):
+    write_tar(others_tars / "imagenet1k-train-0002.tar", [3, 3], make_image, 7)
+    run(others_tars)
+    one = read_manifest(others_tars / "train")
+    shutil.rmtree(others_tars / "train")
     monkeypatch.setattr(index, "POOL_SECONDS", 0.0)
-    index.main([str(foreign), "--workers", "2"])
-    two = read_manifest(foreign / "train")
+    index.main([str(others_tars), "--workers", "2"])
+    two = read_manifest(others_tars / "train")
     assert one.digest == two.digest
     assert np.array_equal(one.offset, two.offset)

@@ -132,11 +132,11 @@ def test_a_second_call_says_so_and_writes_nothing(tree, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize("change", ["seed", "content", "new file", "foreign file", "split", "inside", "file"])
+@pytest.mark.parametrize("change", ["seed", "content", "new file", "other file", "split", "inside", "file"])
 def test_nothing_is_overwritten(tree, tmp_path, make_image, change):
     out = tmp_path / "out"
     arguments: list[object] = []
-    if change == "foreign file":
+    if change == "other file":
         out.mkdir()
         (out / "precious.txt").write_text("mine")
     elif change == "inside":
@@ -267,7 +267,7 @@ def test_parts_make_the_same_bytes_in_any_order(tree, tmp_path, parts, capsys):
 
 @given(st.integers(0, 300), st.integers(1, 64))
 def test_every_shard_belongs_to_one_part(num_shards, num_parts):
-    owned = [shard.parse_part(f"{index}/{num_parts}").of(num_shards) for index in range(num_parts)]
+    owned = [shard.parse_part(f"{index}/{num_parts}").shard_numbers(num_shards) for index in range(num_parts)]
     assert sorted(number for numbers in owned for number in numbers) == list(range(num_shards))
     assert max(map(len, owned)) - min(map(len, owned)) <= 1
 

@@ -39,19 +39,19 @@ def test_every_task_has_its_result(num_workers, num_tasks):
     assert results == {number: number**2 for number in range(num_tasks)}
 
 
-def test_tasks_are_taken_a_little_ahead_of_the_workers():
-    taken = 0
+def test_tasks_are_drawn_a_little_ahead_of_the_workers():
+    drawn = 0
 
     def tasks() -> Iterator[int]:
-        nonlocal taken
+        nonlocal drawn
         for number in range(1000):
-            taken += 1
+            drawn += 1
             yield number
 
     running = run_tasks(square, tasks(), 2)
     for num_results in range(1, 6):
         next(running)
-        assert taken <= num_results + 2 * 2
+        assert drawn <= num_results + 2 * 2
     running.close()
 
 

@@ -1,4 +1,4 @@
-"""tar_reader agrees with tarfile on every sound tar, and names the place of corruption in every other."""
+"""tar_reader agrees with tarfile on every valid tar, and names the place of corruption in every other."""
 
 import io
 import tarfile
@@ -70,16 +70,16 @@ def test_every_truncation_and_flipped_header_is_found(tmp_path, tar_format):
     path = tmp_path / "x.tar"
     members = [("a/1.jpg", b"a" * 700), ("b" * 120 + "/2.jpg", b"b" * 512), ("c/3.cls", b"3")]
     write_tar(path, members, tar_format)
-    sound, found = path.read_bytes(), read_tar(path)
+    valid, found = path.read_bytes(), read_tar(path)
     end = found[-1][1] + 512
     for size in range(0, end + 512, 512):
-        path.write_bytes(sound[:size])
+        path.write_bytes(valid[:size])
         with pytest.raises(BrokenTar):
             read_tar(path)
     for place in range(end):
-        if sound[place // 512 * 512 :][257:262] != b"ustar":
+        if valid[place // 512 * 512 :][257:262] != b"ustar":
             continue  # a payload (long names are one too), which has no checksum of its own
-        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        path.write_bytes(valid[:place] + bytes([valid[place] ^ 1]) + valid[place + 1 :])
         try:
             assert read_tar(path) == found  # a byte that says nothing, such as what follows a name's end
         except BrokenTar as error:

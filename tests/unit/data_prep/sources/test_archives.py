@@ -216,17 +216,17 @@ def test_compressed_class_tars_are_refused_with_the_hint(tmp_path, compress):
 
 
 def test_truncated_and_corrupt_tars_are_refused_wherever_it_is(tmp_path):
-    sound = pack(tmp_path / "a.tar", {"1.jpg": b"1" * 700, "2" * 120 + ".jpg": b"2" * 600})
-    end = sound.rindex(b"2" * 600) + 600
+    valid = pack(tmp_path / "a.tar", {"1.jpg": b"1" * 700, "2" * 120 + ".jpg": b"2" * 600})
+    end = valid.rindex(b"2" * 600) + 600
     for length in (*range(1, end, 100), 1536, -(-end // 512) * 512):
-        (tmp_path / "a.tar").write_bytes(sound[:length])
+        (tmp_path / "a.tar").write_bytes(valid[:length])
         with pytest.raises(UserError, match="truncated"):
             find_sources(tmp_path, None)
-    (tmp_path / "a.tar").write_bytes(sound + sound)
+    (tmp_path / "a.tar").write_bytes(valid + valid)
     with pytest.raises(UserError, match="two tars in one file"):
         find_sources(tmp_path, None)
     for place in (0, 100, 124, 150, 156, 300, 1536, 1660):  # in headers
-        data = bytearray(sound)
+        data = bytearray(valid)
         data[place] ^= 0x41
         (tmp_path / "a.tar").write_bytes(data)
         with pytest.raises(UserError, match=r"no tar, or a corrupt one|a corrupt header"):
@@ -238,9 +238,9 @@ def test_truncated_and_corrupt_tars_are_refused_wherever_it_is(tmp_path):
 
 def test_an_inner_tar_is_not_read_beyond_its_end(tmp_path):
     """The header behind a class tar that was cut off belongs to the outer tar."""
-    sound = pack(tmp_path / "a.tar", {"1.jpg": b"1", "2.jpg": b"2" * 600})
+    valid = pack(tmp_path / "a.tar", {"1.jpg": b"1", "2.jpg": b"2" * 600})
     for length in (512, 1024, 1024 + 512, 1024 + 1024):
-        pack(tmp_path / "whole.tar", {"a.tar": sound[:length], "b.tar": sound})
+        pack(tmp_path / "whole.tar", {"a.tar": valid[:length], "b.tar": valid})
         with pytest.raises(UserError, match=r"whole\.tar: a\.tar \(.*truncated"):
             find_sources(tmp_path / "whole.tar", None)
 
@@ -288,7 +288,7 @@ def test_a_missing_or_corrupt_kit_is_refused(ilsvrc):
         find_sources(ilsvrc, None)
 
 
-def test_without_scipy_the_cure_is_named(ilsvrc, monkeypatch):
+def test_without_scipy_the_hint_names_it(ilsvrc, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(UserError, match=r"needs SciPy, which is missing; hint: pip install scipy"):
         find_sources(ilsvrc, None)

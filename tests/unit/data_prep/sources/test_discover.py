@@ -1,4 +1,4 @@
-"""Keys name files uniquely, labels follow the classes, unclear sources are refused, val is taken out by hash."""
+"""Keys name files uniquely, labels follow the classes, ambiguous sources are refused, val is chosen by hash."""
 
 import os
 import re

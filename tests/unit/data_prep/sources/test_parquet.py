@@ -272,7 +272,7 @@ def test_where_locks_are_a_host_s_own_no_other_host_s_spool_is_removed(tmp_path,
         assert set(kept) < set(folder.iterdir())
 
 
-def test_without_pyarrow_the_cure_is_named(tmp_path, monkeypatch):
+def test_without_pyarrow_the_hint_names_it(tmp_path, monkeypatch):
     write(tmp_path / "train.parquet", [(b"1", "1.jpg", 0)])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pyarrow, which is missing; hint: pip install pyarrow"):
