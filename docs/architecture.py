@@ -62,7 +62,7 @@ def describe_layer(module: nn.Module) -> str:
             return "fused block"
         case nn.LayerNorm():
             return "LayerNorm"
-    return {"SqueezeExcite": "gates of channels", "Mlp": "MLP"}[type(module).__name__]
+    return {"SqueezeExcite": "squeeze-excitation", "Mlp": "MLP"}[type(module).__name__]
 
 
 def draw(model: GCViT, name: str) -> Figure:
@@ -139,7 +139,7 @@ def _draw_map(
 
 
 def _draw_blocks(axes: Axes, model: GCViT, stage: int, x: float) -> None:
-    """A bar for each block, and a line from the global queries to each that takes them."""
+    """A bar for each block, and a line from the global queries to each block that uses them."""
     attentions = [module for module in model.stages[stage].modules() if isinstance(module, WindowAttention)]
     width = min(0.2, 1.95 / len(attentions))
     start = x - width * len(attentions) / 2
@@ -312,7 +312,7 @@ def _draw_steps(axes: Axes, x: float, y: float, steps: Steps) -> None:
 
 
 def _draw_example(axes: Axes, left: float, size: Sequence[int], window: int, is_global: bool) -> None:
-    """Windows of a map at the foot of a panel: one attends within itself, or all are asked the same."""
+    """Draw the windows of a map at the bottom of a panel: one attends within itself, or all get the same queries."""
     side, y = 0.72, PANEL_BOTTOM + 0.47
     x = left + (1.95 if is_global else 0.65)
     _draw_map(axes, x, y, side, size, window, 1, LOCAL)
@@ -321,12 +321,12 @@ def _draw_example(axes: Axes, left: float, size: Sequence[int], window: int, is_
         _draw_map(axes, tile, y, 0.3, (window, window), window, 1, GLOBAL)
         for share in (-0.38, 0, 0.38):
             _arrow(axes, (tile + 0.2, y + 0.3 * share), (x - side / 2, y + side * share), GLOBAL, width=0.9)
-        axes.text(left + 0.15, y - 0.3, "all windows alike", size=8.5, va="center", color=FAINT)
+        axes.text(left + 0.15, y - 0.3, "for all windows", size=8.5, va="center", color=FAINT)
         return
     across = side * window / size[1]
     corner = (x - side / 2 + across, y + side / 2 - 2 * across)
     axes.add_patch(Rectangle(corner, across, across, facecolor=LOCAL, edgecolor="none"))
-    axes.text(x + side / 2 + 0.15, y, "each window\nby itself", size=8.5, va="center", color=FAINT)
+    axes.text(x + side / 2 + 0.15, y, "each window\non its own", size=8.5, va="center", color=FAINT)
 
 
 def _box(

@@ -83,34 +83,34 @@ class ModelConfig(Section):
     img_size: Annotated[int, Field(ge=32)] = 224
     """Height and width of the input in pixels."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Stochastic depth of the last block, rising linearly from 0; null takes the variant's published value."""
+    """Stochastic depth of the last block, rising linearly from 0; null uses the variant's published value."""
     drop_path_skips: bool = False
-    """Do not compute what drop path drops, a fixed number of each micro-batch's images: less work, other draws."""
+    """Do not compute the images that drop path drops, a fixed number per micro-batch: less work, other draws."""
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
-    """How windows are attended with: plainly, by PyTorch's fused attention, by our kernel, or the quickest of them."""
+    """Attention path: plain PyTorch, PyTorch's fused attention, our Triton kernel, or auto for the fastest of them."""
     overrides: OverridesConfig | None = None
-    """What of the variant's architecture is replaced; null is nothing."""
+    """Changes to the variant's architecture; null changes nothing."""
 
 
 class DataConfig(Section):
     dir: str | None = None
     """Folder or URL (https, s3, gs, hf) with train/ and val/: shards, or in a folder also class folders of images."""
     cache_dir: str | None = None
-    """Folder on each node for the shards of a URL; null takes ~/.cache/gcvit. Refused where `dir` is a folder."""
+    """Folder on each node for the shards of a URL; null is ~/.cache/gcvit. Refused if `dir` is a folder."""
     cache_bytes: Count | None = None
-    """Most bytes of shards that are kept there, the least recently used go first; null keeps all."""
+    """Largest size of cache_dir in bytes; the least recently used shards are deleted first; null is no limit."""
     num_workers: Annotated[int, Field(ge=0)] = 8
     """Loader processes per rank; 0 loads in the training process."""
     prefetch_batches: Count = 4
-    """Micro-batches that a rank's loader processes keep ready; all of them work on each."""
+    """Micro-batches that a rank's loader processes prefetch; all of them work on each."""
     lanes: Count = 1024
-    """Lanes of the epoch's order: reads are sequential where the world size divides it and it divides the batch."""
+    """Lanes of the epoch's order; reads are sequential if the world size divides it and it divides the batch."""
     chunk_bytes: Count = 2_000_000
-    """Bytes of consecutive samples that are read together, as one chunk, and shuffled as one."""
+    """Bytes of consecutive samples that are read together and shuffled as one chunk."""
     shuffle_chunks: Count = 2
     """Chunks per lane in the shuffle buffer; all ranks together hold lanes * shuffle_chunks * chunk_bytes."""
     max_corrupt_fraction: Share = 1e-4
-    """Training replaces samples that are corrupt, and stops when they exceed this share of its samples."""
+    """Training replaces corrupt samples, and stops when they exceed this share of its samples."""
     exif_orientation: bool = False
     """Turn photographs upright by their EXIF tag; the published models were trained and evaluated without."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
@@ -131,13 +131,13 @@ class DataConfig(Section):
 
 class AffineConfig(Section):
     degrees: NotNegative = 0.0
-    """Largest rotation either way, in degrees."""
+    """Largest rotation in either direction, in degrees."""
     translate: Share = 0.0
-    """Largest shift either way, as a share of the side."""
+    """Largest shift in either direction, as a share of the side."""
     scale: Range = (1.0, 1.0)
     """Range of zoom."""
     shear: NotNegative = 0.0
-    """Largest shear either way, in degrees."""
+    """Largest shear in either direction, in degrees."""
 
 
 class MixConfig(Section):
@@ -169,14 +169,14 @@ class AugmentConfig(Section):
     ratio: Range = (0.75, 4 / 3)
     """Range of the random crop's aspect ratio."""
     interpolation: Literal["random", "bicubic", "bilinear"] = "random"
-    """How crops are resized; random draws bilinear or bicubic for each."""
+    """Resampling of crops; random draws bilinear or bicubic for each."""
     hflip: Share = 0.5
     """Probability of a horizontal flip."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's RandAugment policy; null is off."""
     color_jitter: NotNegative | None = None
     # The published recipe has 0.4, without effect beside its RandAugment.
-    """Strength of brightness, contrast and saturation jitter; without effect beside RandAugment, so refused there."""
+    """Strength of brightness, contrast and saturation jitter; refused with RandAugment, where it has no effect."""
     affine: AffineConfig | None = None
     """Random affine map after the crop; null is off."""
     erase_prob: Share = 0.25
@@ -204,17 +204,17 @@ class OptimConfig(Section):
     warmup_lr: NotNegative = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: NotNegative = 5e-6
-    """Floor of the cosine, held through the cooldown."""
+    """Minimum of the cosine, and the rate of the cooldown."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    """What happens to lr when the command line changes the file's global batch size."""
+    """How lr changes if the command line changes the file's global batch size."""
     weight_decay: NotNegative = 0.05
     """Decoupled weight decay of matrices and convolutions; vectors have none."""
     decay_bias_tables: bool = True
     """Whether relative-position bias tables decay too: the published runs do it, timm does not."""
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fine-tuning: each layer, from the head back to the stem, learns at this share of the next one's rate; null: 1."""
+    """Fine-tuning: ratio of each layer's rate to the next layer's, from the head back to the stem; null is 1."""
     frozen_backbone: Length | None = None
-    """Fine-tuning: the head alone moves for so long at the start, the rest only gathers its moments; null is never."""
+    """Fine-tuning: how long the head trains alone, while the other weights accumulate moments; null is never."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's first and second moment per step."""
     eps: Positive = 1e-8
@@ -240,16 +240,16 @@ class ScheduleConfig(Section):
 
 class EmaConfig(Section):
     half_life: Length = "2.77 epochs"
-    """Time after which a weight counts half in the average (decay .9998 at 1024 samples a step is 2.77 epochs)."""
+    """Time after which a weight counts half in the average; decay .9998 at 1024 samples per step is 2.77 epochs."""
 
 
 class FsdpConfig(Section):
     reshard_after_forward: bool = True
     """Free gathered parameters after forward and gather them again in backward: less memory, more traffic."""
     unit_parameters: Count = 4_000_000
-    """Neighbouring parts of the model are gathered together until they have so many parameters."""
+    """Neighbouring parts of the model are gathered together until they have this many parameters."""
     shard_size: Count | None = None
-    """Neighbouring ranks that share one copy of the model, a replica of the others' (HSDP); null is all ranks."""
+    """Neighbouring ranks that shard one copy of the model; other copies are replicas (HSDP); null is all ranks."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over ranks; bf16 halves the traffic and rounds."""
     cpu_offload: bool = False
@@ -260,11 +260,11 @@ class ZeroConfig(Section):
     stage: Literal[1, 2, 3] = 2
     """1 shards the moments, 2 also the gradients, 3 also the parameters."""
     offload_optimizer: Literal["cpu"] | None = None
-    """Where masters and moments live and are updated; null is the device."""
+    """Where masters and moments are stored and updated; null is the device."""
     offload_parameters: Literal["cpu"] | None = None
-    """Where stage 3 keeps its shards of the parameters between uses; null is the device."""
+    """Where stage 3 stores its shards of the parameters between uses; null is the device."""
     extra: dict[str, Any] | None = None
-    """Further keys of DeepSpeed's own configuration, merged into ours; refused where they contradict it."""
+    """Further keys of DeepSpeed's own configuration, merged into ours; refused if they contradict it."""
 
     @field_validator("stage", mode="before")
     @classmethod
@@ -282,7 +282,7 @@ class ZeroConfig(Section):
 
 class TrainerConfig(Section):
     micro_batch_size: MicroBatch = None
-    """Most samples per device and forward pass; null: a device's share of the global batch; auto: as many as fit."""
+    """Samples per device and forward pass; null is a device's share of the global batch; auto is as many as fit."""
     log_every: Length = "50 steps"
     """Time between rows of metrics."""
     eval_every: Length = "1 epoch"
@@ -290,15 +290,15 @@ class TrainerConfig(Section):
     save_every: Length = "1 epoch"
     """Time between checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that are kept, beside the best one."""
+    """Number of newest checkpoints that are kept, besides the best one."""
     eval_batch_size: Count = 64
     """Samples per device and step in evaluation."""
     max_nonfinite_steps: Count = 10
-    """Stop where so many steps in a row were refused for a loss or gradient that is not finite."""
+    """Stop after this many refused steps in a row; a loss or gradient that is not finite refuses a step."""
     hang_timeout: Positive | None = 1800.0
-    """Seconds without a step, after which a process shows where it hangs and ends; null waits (in a debugger, say)."""
+    """Seconds without a step after which a process logs its stacks and ends; null waits forever, for a debugger."""
     deterministic: bool = False
-    """On a GPU, take kernels that give the same bits in every run, some of them slower; a CPU always does."""
+    """On a GPU, use kernels that give the same bits in every run; some are slower. A CPU always does."""
     profile: Profile | None = None
     """START:STEPS writes traces, memory and the most expensive operations of the steps after START to RUN/profile."""
 
@@ -329,29 +329,29 @@ class Config(Section):
     global_batch_size: Annotated[int, Field(ge=1)]
     """Samples per optimizer step over all devices; their number changes only micro-batch and accumulation."""
     engine: Literal["ddp", "fsdp", "zero"] = "fsdp"
-    """Who shards: nobody (ddp), PyTorch FSDP2 (fsdp) or DeepSpeed (zero)."""
+    """Parallelism: PyTorch DDP without sharding (ddp), PyTorch FSDP2 (fsdp) or DeepSpeed ZeRO (zero)."""
     fsdp: FsdpConfig | None = None
-    """Options of engine fsdp; refused beside another."""
+    """Options of engine fsdp; refused with another engine."""
     zero: ZeroConfig | None = None
-    """Options of engine zero; refused beside another."""
+    """Options of engine zero; refused with another engine."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute precision; master weights, moments and EMA are always fp32. fp16 scales the loss."""
     activation_checkpointing: Literal["none", "selective", "blocks", "full", "budget"] = "none"
-    """What backward computes again: nothing, all but linear layers, blocks, all parts, or as many as a budget asks."""
+    """What backward recomputes: nothing, all but linear layers, blocks, all parts, or the parts that a budget needs."""
     activation_budget_bytes: Count | None = None
-    """With "budget": most bytes that a micro-batch stores for backward on each device; recomputing takes more."""
+    """With "budget": bytes that a micro-batch may store for backward on each device; recomputing needs more."""
     compile: bool = False
-    """Compile each part of the model with torch.compile: faster steps after a start of minutes."""
+    """Compile each part of the model with torch.compile: faster steps after minutes of compilation."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig
     schedule: ScheduleConfig
     ema: EmaConfig | None = None
-    """Moving average of the weights, evaluated beside them and choosing the best checkpoint; null is off."""
+    """Moving average of the weights; it is evaluated too and chooses the best checkpoint; null is off."""
     trainer: TrainerConfig = TrainerConfig()
     wandb: bool = False
-    """Send metrics to Weights & Biases too, where it is installed; who and where say its own environment variables."""
+    """Send metrics to Weights & Biases too; its own environment variables choose account and project."""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
