@@ -257,9 +257,8 @@ def _gather_units(clock: Clock, profile: Profile, setup: Setup, shard: Group, re
     for i, part in enumerate(units):
         start = max(clock.compute, arrived)
         if i + 1 < len(units):
-            following = gather(i + 1, start)
+            arrived = gather(i + 1, start)
         clock.run(unit * part.flops, start)
-        arrived = following
     clock.run(3 * unit * root.flops)
     for i in reversed(range(len(units))):
         start = max(clock.compute, arrived)

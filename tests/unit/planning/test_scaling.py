@@ -70,6 +70,13 @@ def test_what_is_kept_is_not_gathered_again() -> None:
     assert sent == pytest.approx(traffic_in_theory("fsdp", weights, 2, 3, kept=weights), rel=1e-4)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_of_one_unit_can_be_simulated(engine: str) -> None:
+    """A tiny model is gathered in one piece, with no next unit to prefetch."""
+    step = simulate_step(engine, Profile((LAYER, ROOT), (1,), 100), Setup(2, 1.0), LINKS)
+    assert step.seconds > 0
+
+
 def test_the_model_is_counted_whole(xxtiny: Profile) -> None:
     assert xxtiny.num_parameters == 11_995_428
     assert xxtiny.flops == pytest.approx(2 * 2.121e9, rel=1e-3)
