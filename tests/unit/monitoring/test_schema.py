@@ -92,9 +92,9 @@ def table(heading: str) -> list[list[str]]:
 
 
 def test_the_page_names_all_keys_of_all_kinds():
-    named = {kind: words(keys) for kinds, _, keys in table("Rows") for kind in words(kinds)}
+    named = {kind: words(keys) for kinds, _, keys in table("Rows of metrics.jsonl") for kind in words(kinds)}
     assert named == {kind: set(types_of(kind)) - {"step", "kind", "time"} for kind in KINDS}
 
 
 def test_the_page_names_all_stages_in_order():
-    assert [row[0].strip("`") for row in table("What bounds the run")] == list(STAGES)
+    assert [row[0].strip("`") for row in table("What bounds the speed")] == list(STAGES)
