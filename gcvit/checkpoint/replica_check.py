@@ -16,6 +16,8 @@ from gcvit.parallel.engine import Fragments
 from gcvit.runtime.distributed import World
 
 _CHUNK = 1 << 20  # words that are hashed at once: it bounds the memory that hashing takes
+# Odd and large: with small factors, words of two chunks shared a multiplier, and could be swapped unseen.
+_CHUNK_FACTOR = 0x1E3779B97F4A7C15
 _NUM_LISTED = 3  # tensors that the error names
 
 
@@ -60,14 +62,13 @@ def digest_tensors(tensors: list[Tensor]) -> list[int]:
 
 
 def _digest(tensor: Tensor, multipliers: Tensor) -> Tensor:
-    """The sum of (2 i + 1) x_i modulo 2^64 over the tensor's words x_i, chunk by chunk; words of 64 bits are faster.
+    """Sum (2 i + 1) x_i modulo 2^64 over the words x_i of each chunk, and the chunks as a polynomial in _CHUNK_FACTOR.
 
-    An odd number has an inverse modulo 2^64, so no change of one word is lost.
+    An odd number has an inverse modulo 2^64, so no change of one word is lost. Words of 64 bits are faster than of 32.
     """
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for place, words in enumerate(_words(tensor)):
-        # Odd again for every chunk, so that chunks cannot change places unseen.
-        total += (words * multipliers[: words.numel()]).sum() * (2 * place + 1)
+    for words in _words(tensor):
+        total = total * _CHUNK_FACTOR + (words * multipliers[: words.numel()]).sum()
     return total
 
 
