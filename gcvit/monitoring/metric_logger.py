@@ -29,7 +29,7 @@ from gcvit.data.batch import Corruption
 from gcvit.monitoring.schema import KINDS
 from gcvit.monitoring.step_timer import Seconds, find_bottleneck
 from gcvit.monitoring.writers import Events
-from gcvit.optim.adamw import StepResult
+from gcvit.optim.clip_grad import StepResult
 from gcvit.runtime.distributed import World
 from gcvit.runtime.log import LOGGER
 

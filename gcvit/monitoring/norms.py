@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
 from gcvit.monitoring.metric_logger import MetricLogger
-from gcvit.optim.adamw import EXP_AVG, MODEL, StepResult
+from gcvit.optim.adamw import EXP_AVG, MODEL
+from gcvit.optim.clip_grad import StepResult
 from gcvit.parallel.engine import Engine, Fragments
 
 

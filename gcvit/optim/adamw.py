@@ -1,4 +1,4 @@
-"""Build AdamW with groups by weight decay and by layer, clip, and update without waiting for the device."""
+"""Build AdamW with groups by weight decay and by layer, and do an engine's updates with it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,18 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gcvit.config.schema import OptimConfig
+from gcvit.optim.clip_grad import StepResult, clip_and_step, global_norm
 from gcvit.optim.loss_scaler import LossScale
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model", "exp_avg", "exp_avg_sq"
 BIAS_TABLE = "bias_table"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Hold the outcome of an update, on the device."""
-
-    grad_norm: Tensor  # [], before clipping
-    applied: Tensor  # [], 1.0, or 0.0 if the gradient was not finite and the update was refused
 
 
 @dataclass(frozen=True)
@@ -186,38 +179,6 @@ def create_moment(optimizer: torch.optim.AdamW, p: torch.Tensor) -> None:
         "exp_avg": torch.zeros_like(p),
         "exp_avg_sq": torch.zeros_like(p),
     }
-
-
-def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """Compute the L2 norm over all tensors together: [], in fp32 or better, on their device."""
-    norms = torch.stack(torch._foreach_norm([grad.detach() for grad in grads]))
-    return torch.linalg.vector_norm(norms, dtype=torch.promote_types(norms.dtype, torch.float32))
-
-
-def clip_and_step(
-    optimizer: torch.optim.AdamW,
-    grads: list[Tensor],
-    norm: Tensor,
-    clip_norm: float | None,
-    loss_scale: Tensor | None = None,
-) -> StepResult:
-    """Clip `grads` in place to `clip_norm` by their global `norm`, then update, without waiting for the device.
-
-    If `loss_scale` is given, gradients and norm are multiplied by it, and divided here. A non-finite norm reaches the
-    fused AdamW as `found_inf`, the flag of gradient scaling: its kernel then changes no parameter, moment or counter.
-    """
-    found_inf = (~torch.isfinite(norm)).float()
-    factor = None
-    if loss_scale is not None:
-        norm, factor = norm / loss_scale, 1.0 / loss_scale
-    if clip_norm is not None:
-        clip = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
-        factor = clip if factor is None else clip * factor
-    if factor is not None:
-        torch._foreach_mul_(grads, factor)
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-    optimizer.step()
-    return StepResult(norm, 1.0 - found_inf)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, *, head_only: bool = False) -> None:

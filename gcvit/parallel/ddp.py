@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcvit.config.schema import OptimConfig
 from gcvit.model import GCViT
-from gcvit.optim.adamw import Counters, StepResult, Updater
+from gcvit.optim.adamw import Counters, Updater
+from gcvit.optim.clip_grad import StepResult
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World
 

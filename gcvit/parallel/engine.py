@@ -6,8 +6,9 @@ An engine owns the model and the optimizer, and distributes both over the ranks:
 - `backward(loss_sum)` takes the *sum* of the losses of one micro-batch. The engine scales it so that the update is
   the gradient of the mean over the global batch, however many ranks and micro-steps there are. Gradients are
   reduced over ranks in the last of `num_micro_steps` only, if the engine's sharding allows.
-- `step(lr, head_only=...)` clips by the global norm, refuses a non-finite gradient on all ranks alike, updates and
-  zeroes the gradients. Its result stays on the device: the loop reads it at logging steps.
+- `step(lr, head_only=...)` clips by the global norm (`optim/clip_grad.py`; under ZeRO, DeepSpeed itself), refuses a
+  non-finite gradient on all ranks alike, updates and zeroes the gradients. Its result stays on the device: the
+  loop reads it at logging steps.
 - `fragments()` returns what this rank holds of parameters and moments: contiguous ranges of flattened tensors, in
   fp32, views of the live memory. Write into them and call `refresh()` to set the model. Initial weights, checkpoints
   and the EMA use nothing else, so they are the same for every engine and world size.
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from gcvit.model import GCViT
-from gcvit.optim.adamw import Counters, StepResult
+from gcvit.optim.adamw import Counters
+from gcvit.optim.clip_grad import StepResult
 from gcvit.runtime.distributed import World
 
 

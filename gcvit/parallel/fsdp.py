@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from gcvit.config.schema import FsdpConfig, OptimConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
-from gcvit.optim.adamw import Counters, StepResult, Updater
+from gcvit.optim.adamw import Counters, Updater
+from gcvit.optim.clip_grad import StepResult
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime.distributed import World
 

@@ -20,7 +20,8 @@ from gcvit.config.schema import OptimConfig, ZeroConfig
 from gcvit.errors import UserError
 from gcvit.model import GCViT
 from gcvit.model.layers import Stem
-from gcvit.optim.adamw import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, StepResult, build_adamw, create_moment, set_lr
+from gcvit.optim.adamw import EXP_AVG, EXP_AVG_SQ, MODEL, Counters, build_adamw, create_moment, set_lr
+from gcvit.optim.clip_grad import StepResult
 from gcvit.optim.loss_scaler import LossScale
 from gcvit.parallel.deepspeed_config import build_settings
 from gcvit.parallel.deepspeed_patches import (

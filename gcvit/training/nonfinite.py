@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gcvit.data.batch import Batch
 from gcvit.monitoring.metric_logger import MetricLogger
-from gcvit.optim.adamw import StepResult
+from gcvit.optim.clip_grad import StepResult
 from gcvit.runtime.distributed import World
 
 _NUM_NAMED = 20  # samples of a step and rank that are named; more names would not tell more

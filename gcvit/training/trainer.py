@@ -31,7 +31,7 @@ from gcvit.monitoring.norms import Norms
 from gcvit.monitoring.profiler import Profiler
 from gcvit.monitoring.sample_grid import SampleGrid
 from gcvit.monitoring.step_timer import StepTimer, time_waits
-from gcvit.optim.adamw import StepResult
+from gcvit.optim.clip_grad import StepResult
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import Schedule, is_time
 from gcvit.parallel.engine import Engine

@@ -7,7 +7,7 @@ from gcvit.config.load import load_config
 from gcvit.config.schema import Config
 from gcvit.model import GCViT
 from gcvit.model.from_config import build_model
-from gcvit.optim.adamw import StepResult
+from gcvit.optim.clip_grad import StepResult
 from gcvit.optim.loss import soft_target_loss
 from gcvit.parallel.build import build_engine
 from gcvit.parallel.engine import Engine

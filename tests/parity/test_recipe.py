@@ -30,7 +30,8 @@ from gcvit.data.transforms import DeviceAugment, normalize
 from gcvit.model import create_model, weights
 from gcvit.model.gcvit import GCViT
 from gcvit.model.layers import DropPath
-from gcvit.optim.adamw import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
+from gcvit.optim.adamw import build_adamw, create_moments, decays, set_lr
+from gcvit.optim.clip_grad import clip_and_step, global_norm
 from gcvit.optim.loss import soft_target_loss
 from gcvit.optim.lr_schedule import build_schedule
 from gcvit.parallel.engine import Fragment

@@ -15,7 +15,7 @@ from gcvit.monitoring import metric_logger as metrics_module
 from gcvit.monitoring.metric_logger import MetricLogger
 from gcvit.monitoring.schema import STAGES
 from gcvit.monitoring.step_timer import Seconds
-from gcvit.optim.adamw import StepResult
+from gcvit.optim.clip_grad import StepResult
 from gcvit.runtime.distributed import World, join_world
 from tests.helpers.launching import ROOT
 

@@ -10,7 +10,8 @@ from timm.optim import param_groups_layer_decay
 
 from gcvit.config.schema import OptimConfig
 from gcvit.model import create_model
-from gcvit.optim.adamw import build_adamw, clip_and_step, create_moments, decays, global_norm, set_lr
+from gcvit.optim.adamw import build_adamw, create_moments, decays, set_lr
+from gcvit.optim.clip_grad import clip_and_step, global_norm
 
 SHAPES = [(3, 5), (5,), (2, 3, 3, 3), (7,), (1, 9)]
 LAYERS = {f"w{i}": i for i in range(len(SHAPES))}

@@ -17,7 +17,7 @@ from gcvit.config.load import load_config
 from gcvit.data.batch import Corruption
 from gcvit.data.source import open_sources
 from gcvit.errors import UserError
-from gcvit.optim.adamw import StepResult
+from gcvit.optim.clip_grad import StepResult
 from gcvit.optim.loss import soft_target_loss
 from gcvit.runtime.distributed import World, join_world
 from gcvit.training import nonfinite
