@@ -71,7 +71,10 @@ def encode_scan(scan: np.ndarray) -> bytes:
 
 
 def make_tree() -> dict[str, bytes]:
-    """Return the whole tree (2 MB): relative path to JPEG bytes.
+    """Encode all scans as a tree of class folders (2 MB).
+
+    Returns:
+        JPEG bytes by relative path, {train,val}/{0..9}/NNNN.jpg.
 
     Raises:
         UserError: scikit-learn is not installed.

@@ -64,12 +64,12 @@ class Plan:
 
     @cached_property
     def mark(self) -> Mark:
-        """Digest of all that determines the shards, with split, classes and number of shards."""
+        """Compute the digest of everything that determines the shards, with split, classes and number of shards."""
         source, reduction = self.source, self.reduction
         options = [source.split, source.classes, self.seed, self.shard_size]
         options += [] if reduction is None else [reduction.short_side, reduction.quality]
         digest = hashlib.sha256(json.dumps(options).encode())
-        for begin in range(0, len(source.paths), 1 << 16):  # in pieces: there may be 14 million of them
+        for begin in range(0, len(source.paths), 1 << 16):  # in pieces: ImageNet-21K has 14 million paths
             piece = slice(begin, begin + (1 << 16))
             digest.update(json.dumps([source.paths[piece], source.labels[piece]]).encode())
         return Mark(digest.hexdigest(), source.split, source.classes, -(-len(source.paths) // self.shard_size))

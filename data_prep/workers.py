@@ -128,7 +128,7 @@ class Progress:
         self._bar.clear()
 
     def close(self) -> None:
-        """Clear the bar for good."""
+        """Remove the bar permanently."""
         self._bar.close()
 
     @property

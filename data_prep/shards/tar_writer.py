@@ -115,7 +115,7 @@ def tar_header(name: str, size: int) -> bytes:
     info.size = size
     try:
         return info.tobuf(tarfile.USTAR_FORMAT)
-    except ValueError:  # a name beyond USTAR's 100 + 155 bytes; every tar reader knows pax headers too
+    except ValueError:  # a name beyond USTAR's 100 + 155 bytes; every tar reader supports pax headers too
         return info.tobuf(tarfile.PAX_FORMAT)
 
 

@@ -75,10 +75,12 @@ def scan_parquet(
 ) -> tuple[list[tuple[list[str], Rows]], tuple[str, ...]]:
     """List the samples of each split's files; images are not read.
 
-    Label i has the name in the files' ClassLabel, else in line i of the user's class map, else i with leading zeros.
+    The name of label i comes from the files' ClassLabel. If they have none, it is line i of the user's class map. If
+    there is no class map either, it is i with leading zeros.
 
     Returns:
-        For each split, CLASS/name of each sample, sorted by class and then by name, with its row; and the classes.
+        A pair for each split, and the names of the classes. The pair has the names CLASS/name of the samples, sorted
+        by class and then by name, and their rows.
 
     Raises:
         UserError: A file cannot be read, lacks a column or has a row without a label; the files disagree on the

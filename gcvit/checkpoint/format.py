@@ -201,7 +201,7 @@ def _chunks(pieces: Sequence[memoryview]) -> Iterator[memoryview]:
 
 
 def _read_exactly(file: Any, num_bytes: int) -> bytes:
-    """Read so many bytes, or what there is before the end of the file."""
+    """Read `num_bytes` bytes, or fewer if the file ends first."""
     content: bytes = file.read(num_bytes)
     while 0 < len(content) < num_bytes:
         more = file.read(num_bytes - len(content))

@@ -283,7 +283,14 @@ def _open_folder(path: str, attention: str) -> Classifier:
 
 
 def name_classes(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names for people: WordNet's words in the place of its numbers (n02123045), ImageNet-1K's where none are given."""
+    """Return a readable name for each class.
+
+    A WordNet number (n02123045) becomes its words. If `classes` is None, 1000 classes have ImageNet-1K's names, and
+    any other number of classes has "class 0", "class 1" and so on.
+
+    Returns:
+        Names in the order of the labels.
+    """
     imagenet = ImageNetInfo()
     if classes is None:
         if num_classes != imagenet.num_classes():

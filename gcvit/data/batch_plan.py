@@ -87,7 +87,7 @@ class BatchPlan:
         """List the positions in the global batch that `rank` reads.
 
         Shares differ by at most one unit. They are cut lane by lane, so that a rank keeps whole lanes through an
-        epoch where the numbers allow it (see `holds_whole_lanes`).
+        epoch if the world size and the number of lanes allow it (see `holds_whole_lanes`).
 
         Returns:
             Ascending positions, int64 [share].

@@ -104,16 +104,17 @@ def eval_stream(
     skip_corrupt: bool = False,
     five_crop: bool = False,
 ) -> Iterator[EvalBatch]:
-    """Stream each sample once over all ranks, in equally many batches of `batch_size` on each; padding is masked.
+    """Stream each sample to exactly one rank, in the same number of batches on every rank.
 
-    A rank reads consecutive samples.
+    A rank reads consecutive samples. A batch has `batch_size` rows; rows of padding are masked.
 
     Args:
-        skip_corrupt: a corrupt sample becomes a row of padding, not an error.
-        five_crop: each sample has five consecutive images (see `EvalTransform`).
+        skip_corrupt: A corrupt sample becomes a row of padding, not an error.
+        five_crop: Each sample has five consecutive images (see `EvalTransform`).
 
     Raises:
-        UserError: as `train_stream`, and for a corrupt sample unless `skip_corrupt`.
+        UserError: At once, if there are more ranks than samples. Later, if a file cannot be read, or if a sample is
+            corrupt and `skip_corrupt` is False.
     """
     check_world(source.num_samples, world_size)
     low, high = (source.num_samples * end // world_size for end in (rank, rank + 1))

@@ -29,10 +29,13 @@ class ShardPattern:
     names: frozenset[str]
 
     def check_shards(self, names: Iterable[str]) -> None:
-        """Compare the named shards with those of a manifest.
+        """Check that the pattern names exactly the shards of a manifest.
+
+        Args:
+            names: Shard names of the manifest.
 
         Raises:
-            UserError: they differ.
+            UserError: The names differ.
         """
         listed = frozenset(names)
         if differing := self.names ^ listed:

@@ -157,9 +157,17 @@ def evaluate(
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count the classes ranked before the right one, [B] int64; of equal logits the lower index ranks first.
+    """Count the classes that rank before the right one.
 
-    A class whose logit is NaN ranks before all, so that a diverged model counts as wrong, not as right.
+    If logits are equal, the lower index ranks first. A class with a NaN logit ranks before all others, so that a
+    diverged model counts as wrong.
+
+    Args:
+        logits: [B, C].
+        labels: [B], int64.
+
+    Returns:
+        [B], int64; 0 if the right class ranks first.
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)

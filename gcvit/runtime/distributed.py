@@ -76,7 +76,10 @@ class World:
         dist.barrier(group=self.host_group)
 
     def new_host_group(self) -> dist.ProcessGroup:
-        """Create another group like `host_group`, for a thread or a purpose of its own. Every rank calls it."""
+        """Create a group like `host_group` for a thread or component that has its own collectives.
+
+        Every rank must call it.
+        """
         return _new_host_group(self.timeout)
 
 

@@ -16,12 +16,12 @@ LOGGER = logging.getLogger("gcvit")
 
 @contextmanager
 def log_to(folder: Path | None, rank: int) -> Iterator[None]:
-    """Log to stderr (rank 0 only) and to FOLDER/rank_00000.log while inside.
+    """Log to stderr (rank 0 only) and to FOLDER/rank_<rank>.log inside the block.
 
     The file keeps the lines of earlier starts. An error that ends the block is logged to the file alone.
 
     Args:
-        folder: None writes no file.
+        folder: Folder of the log file; if None, no file is written.
 
     Raises:
         UserError: The file cannot be written.

@@ -38,9 +38,13 @@ class TooManyNonfiniteSteps(Exception):
 
 
 def poison_nonfinite(losses: Tensor) -> Tensor:
-    """Return the same losses, [b], and make the gradient of each non-finite loss NaN.
+    """Make each non-finite loss and its gradient NaN.
 
-    Without this an update could be applied whose loss is not finite (a class of target 0 and logit -inf, say).
+    Otherwise an update could be applied although a loss is not finite, for example if a class has target 0 and logit
+    -inf.
+
+    Returns:
+        Losses, [b]; finite ones are unchanged.
     """
     return losses * torch.where(torch.isfinite(losses.detach()), 1.0, math.nan)
 

@@ -127,7 +127,11 @@ def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: in
 
 
 def check_alike(path: str | Path, world: World) -> None:
-    """Errors: UserError, on all ranks alike, where the ranks find other content under the same path."""
+    """Check that all ranks find the same content under a path.
+
+    Raises:
+        UserError: The contents differ; raised on all ranks.
+    """
     with open(path, "rb") as file:
         digests = world.gather(hashlib.file_digest(file, "sha256").hexdigest())
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]

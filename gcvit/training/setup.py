@@ -162,8 +162,11 @@ def end_saves(checkpoints: CheckpointManager, metrics: MetricLogger, *, after_er
 def check_weights(optim: OptimConfig, found: Checkpoint | None, init_from: str | None, reset_head: bool) -> None:
     """Check that weights are given if a flag or option needs them.
 
+    Args:
+        found: The checkpoint to resume, if there is one.
+
     Raises:
-        UserError: They are not.
+        UserError: A flag or option needs weights, and none are given.
     """
     if reset_head and not init_from:
         raise UserError("--reset-head without weights", hint="add --init-from, or leave it out: heads begin anew")

@@ -136,10 +136,10 @@ class Problem:
 
     @cached_property
     def kernels(self) -> ModuleType:
-        """Load window_kernels: the model runs without Triton.
+        """Import `window_kernels` on first use, because the model must run without Triton.
 
         Raises:
-            UserError: if the kernels do not support this call.
+            UserError: The kernels do not support the dtype, head dimension or device, or Triton is missing.
         """
         dtype, device = self.parts.dtype, self.parts.device
         if dtype not in DTYPES:
@@ -308,6 +308,7 @@ def allocate_gradients(
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the tensors and numbers that `differentiate` needs."""
     parts, queries, bias_table, ctx.window, ctx.num_heads, ctx.scale = inputs
     ctx.save_for_backward(parts, queries, bias_table, *output)
 
