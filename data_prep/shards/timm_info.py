@@ -38,6 +38,16 @@ def write_timm_info(out: Path) -> None:
     text = json.dumps({"splits": splits}, indent=1) + "\n"
     try:
         if splits and not ((out / NAME).exists() and (out / NAME).read_text() == text):
-            write_text(out / NAME, text)
+            _write(out / NAME, text)
     except OSError as error:
         raise UserError("cannot write timm's list of shards", got=f"{out / NAME} ({error.strerror})") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the file, again if a process that completes the same shards removes the temporary file meanwhile."""
+    for is_last in (False, False, True):
+        try:
+            return write_text(path, text)
+        except FileNotFoundError:
+            if is_last or not path.parent.is_dir():
+                raise

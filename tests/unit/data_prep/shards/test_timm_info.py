@@ -1,12 +1,14 @@
 """timm's reader of tars finds the splits by `_info.json`."""
 
 import json
+import os
 
 import pytest
 
 from data_prep import shard
 from data_prep.shards.timm_info import NAME, write_timm_info
 from gcvit.errors import UserError
+from gcvit.runtime import atomic_write
 
 
 @pytest.mark.parametrize("has_splits", [True, False])
@@ -59,3 +61,28 @@ def test_a_malformed_manifest_of_a_split_is_refused(tmp_path):
     (tmp_path / "val/manifest.json").write_text('{"name": "a web application"}')
     with pytest.raises(UserError, match=r"the manifest is malformed: .*val/manifest\.json"):
         write_timm_info(tmp_path)
+
+
+def test_a_process_that_removes_temporary_files_at_the_same_time_does_no_harm(tree, tmp_path, monkeypatch):
+    """Two processes that complete the same shards: each removes what a killed one may have left."""
+    out = tmp_path / "out"
+    shard.main([str(tree), str(out), "--workers", "1"])
+    text = (out / NAME).read_text()
+    (out / NAME).unlink()
+    fsync, num_removed = os.fsync, 0
+
+    def remove_and_flush(descriptor: int) -> None:
+        nonlocal num_removed
+        for path in out.glob(f"{NAME}.*.tmp"):
+            if num_removed < 2:
+                path.unlink()
+                num_removed += 1
+        fsync(descriptor)
+
+    monkeypatch.setattr(atomic_write.os, "fsync", remove_and_flush)
+    write_timm_info(out)
+    assert (num_removed, (out / NAME).read_text()) == (2, text)
+    num_removed = -1  # once more than is tried
+    (out / NAME).unlink()
+    with pytest.raises(UserError, match="cannot write timm's list of shards"):
+        write_timm_info(out)
