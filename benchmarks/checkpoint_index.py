@@ -44,7 +44,7 @@ NUM_RANKS, OTHER_NUM_RANKS = 512, 384
 
 
 def cut(shape: tuple[int, ...], rank: int, num_ranks: int) -> tuple[int, int]:
-    """Cut the first dimension as FSDP2 does; returns start and length of a rank's range of the flattened tensor."""
+    """Cut the first dimension as FSDP2 does, and return start and length of a rank's range of the flattened tensor."""
     rows, row_size = (shape[0], torch.Size(shape[1:]).numel()) if shape else (1, 1)
     per_rank = -(-rows // num_ranks)
     first, last = min(rank * per_rank, rows), min((rank + 1) * per_rank, rows)
@@ -59,7 +59,7 @@ def list_ranges(shapes: dict[str, tuple[int, ...]], rank: int, num_ranks: int) -
 
 
 def measure(num_ranks: int, repeats: int) -> dict[str, Any]:
-    """The medians of the seconds of each part, with the size of what they work on."""
+    """Measure each part, and return the medians of its seconds with the size of its data."""
     with torch.device("meta"):
         model = create_model("gc_vit_large", num_classes=1000, img_size=224)
     shapes = {f"{kind}.{name}": tuple(p.shape) for kind in KINDS for name, p in model.named_parameters()}
@@ -95,7 +95,7 @@ def measure(num_ranks: int, repeats: int) -> dict[str, Any]:
 
 
 def measure_one(act: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The last result and the median of the seconds."""
+    """Call a function repeatedly, and return its last result and the median of the seconds."""
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()

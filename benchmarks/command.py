@@ -1,4 +1,4 @@
-"""The flags that every benchmark has, and how it ends."""
+"""Define the flags of every benchmark and its exit."""
 
 import argparse
 import json

@@ -66,7 +66,7 @@ BARS = {  # measurement: at least, or at most
 
 
 def make_photos(root: Path, num_images: int) -> int:
-    """A tree of class folders of JPEGs, cut from two photographs; returns their bytes."""
+    """Make a tree of class folders of JPEGs, cut from two photographs, and return their bytes."""
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     rng = np.random.default_rng(0)
     num_bytes = 0
@@ -89,7 +89,7 @@ def make_photos(root: Path, num_images: int) -> int:
 
 
 def make_config(batch_size: int, overrides: list[str]) -> Config:
-    """The recipe of GC ViT-T with a small batch."""
+    """Make the recipe of GC ViT-T with a small batch."""
     fixed = [f"global_batch_size={batch_size}", f"model.img_size={IMG_SIZE}", f"model.num_classes={NUM_CLASSES}"]
     few_lanes = "data.lanes=4"  # which suit a set of a few shards, as 1024 do ImageNet's
     return load_config(CONFIG, [*fixed, few_lanes, *overrides])[0]
@@ -110,7 +110,7 @@ def our_batches(shards: Path, batch_size: int, rand_augment: str | None) -> Iter
 
 
 def timm_batches(name: str, root: Path, batch_size: int, rand_augment: str | None) -> Iterator[torch.Tensor]:
-    """timm's loader over a `name` of its readers; its batches before they go to the device and are normalised."""
+    """Yield the batches of timm's loader over the reader `name`, before they go to the device and are normalised."""
     dataset = create_dataset(name, root=str(root), split="train", is_training=True, batch_size=batch_size)
     loader = create_loader(
         dataset,
@@ -130,7 +130,7 @@ def timm_batches(name: str, root: Path, batch_size: int, rand_augment: str | Non
 
 
 def make_transform(rand_augment: str | None) -> Any:
-    """timm's transform to uint8, which the loaders that are not timm's use."""
+    """Make timm's transform to uint8, which the loaders other than timm's use."""
     return create_transform(
         IMG_SIZE,
         is_training=True,
@@ -158,7 +158,7 @@ def torchvision_batches(tree: Path, batch_size: int, rand_augment: str | None) -
 
 
 def measure_rate(batches: Iterator[torch.Tensor], num_batches: int) -> float:
-    """Images per CPU second over the next batches."""
+    """Measure the images per CPU second over the next batches."""
     num_images, start = 0, time.process_time()
     for _ in range(num_batches):
         images = next(batches)
@@ -174,7 +174,7 @@ def compare_rates(
     num_batches: int,
     num_rounds: int,
 ) -> dict[str, list[float]]:
-    """Images per CPU second of each loader, one number a round."""
+    """Measure the images per CPU second of each loader, one number a round."""
     loaders = {name: make(rand_augment) for name, make in makers.items()}
     for batches in loaders.values():  # the first batch opens files and fills shuffle buffers
         next(batches)
@@ -197,7 +197,7 @@ def median_ratio(ours: list[float], others: list[float]) -> float:
 
 
 def find_misses(results: dict[str, Any]) -> list[str]:
-    """The bars that the results miss, in words."""
+    """Describe the bars that the results miss."""
     misses = []
     for name, (sense, bar) in BARS.items():
         value = results[name]

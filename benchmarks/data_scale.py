@@ -1,4 +1,4 @@
-"""What a large data set asks of the loader: memory, epochs' ends, deep resumes, planning. Used by `benchmarks.data`."""
+"""Measure the loader on a large data set: memory, epochs' ends, deep resumes, planning. Used by `benchmarks.data`."""
 
 import json
 import os
@@ -26,13 +26,13 @@ STEP_SECONDS = 0.25  # of a training step, between batches: more than two loader
 
 
 def resident_mb(pid: int | str = "self", field: str = "VmRSS") -> float:
-    """Resident memory of a process in MB; `VmHWM` is its highest so far."""
+    """Read the resident memory of a process in MB; the field `VmHWM` is its highest so far."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field))
 
 
 def tree_mb(pid: int) -> float:
-    """Resident memory of a process and all below it in MB; pages they share count for each."""
+    """Sum the resident memory of a process and all below it in MB; shared pages count for each."""
     children = [
         child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
@@ -40,7 +40,10 @@ def tree_mb(pid: int) -> float:
 
 
 def measure_memory(source: Source, config: Config, num_epochs: int) -> dict[str, Any]:
-    """RSS of this process and its loader processes after each epoch; growth from epochs 2-6 to the last 5."""
+    """Measure the RSS of this process and its loader processes after each epoch, and its growth.
+
+    The growth is from the median of epochs 2-6 to that of the last 5.
+    """
     batch_plan = BatchPlan.from_config(config, world_size=1, micro_batch_size=None)
     stream = train_stream(source, config, batch_plan, start_step=0, rank=0, pin_memory=False)
     sizes = []
@@ -54,7 +57,7 @@ def measure_memory(source: Source, config: Config, num_epochs: int) -> dict[str,
 
 
 def make_large(split: Path, folder: Path) -> None:
-    """A manifest of as many samples as ImageNet has: one shard of `split` under many names."""
+    """Write a manifest of as many samples as ImageNet has: one shard of `split` under many names."""
     manifest = read_manifest(split)
     shard = manifest.shards[0]
     num_shards = -(-IMAGENET // shard.num_samples)
@@ -72,9 +75,9 @@ def make_large(split: Path, folder: Path) -> None:
 
 
 def measure_resume(folder: Path, config: Config) -> dict[str, float]:
-    """Seconds from opening a set of ImageNet's size to the first batch of a step far inside.
+    """Measure the seconds from opening a set of ImageNet's size to the first batch of a step far inside.
 
-    Without loader processes: how long those take to start does not depend on the step.
+    There are no loader processes, since the time of their start does not depend on the step.
     """
     config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     seconds = []
@@ -96,9 +99,9 @@ def measure_resume(folder: Path, config: Config) -> dict[str, float]:
 
 
 def measure_reads(folder: Path, config: Config) -> dict[str, float]:
-    """Bytes that a rank of two reads in an epoch, beside its share of the tars' bytes, and MB of a read.
+    """Measure the bytes that a rank of two reads in an epoch, its share of the tars' bytes, and the MB of a read.
 
-    By this process alone: what is counted is `os.preadv`, by which runs of samples are read.
+    Only this process reads, and calls of `os.preadv` are counted, by which chunks of samples are read.
     """
     config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     sizes: list[int] = []
@@ -119,8 +122,9 @@ def measure_reads(folder: Path, config: Config) -> dict[str, float]:
 
 
 def measure_boundary(folder: Path, config: Config) -> dict[str, float]:
-    """Milliseconds that the first batch of an epoch is waited for, and the longest wait around it, by a rank that
-    trains for `STEP_SECONDS` between batches.
+    """Measure the milliseconds that a rank waits for the first batch of an epoch, and its longest wait around that.
+
+    The rank trains for `STEP_SECONDS` between batches.
     """
     source = open_source(folder, "train")
     last_step = source.num_samples // config.global_batch_size  # the first that holds samples of the second epoch
@@ -145,9 +149,9 @@ def measure_boundary(folder: Path, config: Config) -> dict[str, float]:
 
 
 def measure_planning() -> dict[str, float]:
-    """Seconds and MB of one epoch's order of ImageNet-21K's size, in a process of its own.
+    """Measure the seconds and MB of planning one epoch of ImageNet-21K's size, in a process of its own.
 
-    It plans all lanes, as a single rank would; of several, each plans its share.
+    It plans all lanes, as a single rank would; each of several ranks plans its share.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "length.npy"

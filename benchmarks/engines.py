@@ -43,7 +43,7 @@ HOW: dict[str, tuple[Callable[..., Any], Callable[[Any], None], Callable[[Any], 
 
 
 def choose_world_size(wanted: int) -> int:
-    """As many processes as wanted, or as there are GPUs, where there are any."""
+    """Choose the number of processes: as many as wanted, or as there are GPUs if there are any."""
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
 

@@ -1,12 +1,11 @@
-"""What an engine holds and what it sends, measured beside the theory of its kind. Used by `benchmarks.engines`.
+"""Measure the bytes that an engine holds and sends, beside the theory of its kind. Used by `benchmarks.engines`.
 
-What it holds is what is there: every distinct storage behind the tensors of a process, found through the garbage
-collector and through the engine's attributes, each counted once, under the first category that claims it.
+The bytes held are those of every distinct storage behind the tensors of a process. The storages are found through the
+garbage collector and through the engine's attributes. Each counts once, under the first category that claims it.
 
-What it sends is every collective that reaches PyTorch's dispatcher, whoever calls it, as bytes that a rank sends if
-the collective goes around in a ring of N: of what it is given (n bytes in all, of all ranks together), an all-gather
-and a reduce-scatter send (N-1)/N n, as do a broadcast and a reduce on average over the ranks, and an all-reduce sends
-twice as much.
+The bytes sent are those of every collective that reaches PyTorch's dispatcher, whoever calls it, if the collective goes
+around in a ring of N ranks. For an input of n bytes of all ranks together, an all-gather and a reduce-scatter send
+(N-1)/N n. A broadcast and a reduce send as much on average over the ranks, and an all-reduce twice as much.
 """
 
 import gc
@@ -36,10 +35,10 @@ CATEGORIES = ("parameters", "masters", "gradients", "moments", "EMA", "buckets",
 
 
 def resident_in_theory(name: str, weights: int, world_size: int) -> dict[str, float]:
-    """Bytes by category of a rank that has done its backward passes, in fp32; what is not named is 0.
+    """Compute the bytes by category of a rank after its backward passes, in fp32; a category that is absent has 0.
 
-    ddp's gradients are views of its buckets, which so take no memory of their own. ZeRO has masters beside the
-    parameters in fp32 too. Stage 1 has whole gradients while it computes them, and its share when they are summed.
+    ddp's gradients are views of its buckets, so they take no memory of their own. ZeRO has masters beside the
+    parameters in fp32 too. Stage 1 has whole gradients while it computes them, and its share after they are summed.
     """
     share = weights / (SHARDS_OF_HSDP if name == "hsdp" else world_size)
     match name:
@@ -57,7 +56,7 @@ def resident_in_theory(name: str, weights: int, world_size: int) -> dict[str, fl
 
 
 def count_resident(training: Training) -> dict[str, Any]:
-    """Bytes by category between backward and step, of this rank; the names of what is in "other"."""
+    """Count the bytes of this rank by category between backward and step; list the names of tensors in "other"."""
     training.step()  # some memory is taken at the first
     training.backward()
     training.synchronize()
@@ -99,7 +98,7 @@ def count_resident(training: Training) -> dict[str, Any]:
 
 
 def _held(p: Tensor) -> Tensor:
-    """What this rank keeps of a parameter between uses."""
+    """Return the part of a parameter that this rank holds between uses."""
     shard: Tensor = getattr(p, "ds_tensor", _local(p))
     return shard
 
@@ -121,7 +120,7 @@ def _fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _walk(root: object) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that can be reached from an object by attributes, keys and places, and its path."""
+    """Yield every tensor that can be reached from an object by attributes, keys and places, with its path."""
     seen, waiting = {id(root)}, [("", root)]
     while waiting:
         path, thing = waiting.pop()
@@ -142,7 +141,7 @@ def _walk(root: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def measure_bytes(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
-    """By engine: bytes by category, of each rank, and of the theory."""
+    """Measure the bytes by category of each rank, beside those of the theory, by engine."""
     sizes, world_size = tensor_bytes(quick), len(next(iter(crews.values())))
     rows = {}
     for name, crew in crews.items():
@@ -153,14 +152,14 @@ def measure_bytes(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
 
 
 def tensor_bytes(quick: bool) -> list[int]:
-    """Of each parameter of the crews' model, in fp32."""
+    """Compute the bytes of each parameter of the crews' model, in fp32."""
     with torch.device("meta"):
         model = build_model(make_config("ddp", 1, quick).model)
     return [4 * p.numel() for p in model.parameters()]
 
 
 def find_missed_bytes(result: dict[str, Any]) -> list[str]:
-    """In total, and of each category that the theory knows."""
+    """Describe the misses of the theory, in total and of each of its categories."""
     missed = []
     for name, row in result["engines"].items():
         for rank, found in enumerate(row["ranks"]):
@@ -175,7 +174,10 @@ def find_missed_bytes(result: dict[str, Any]) -> list[str]:
 
 
 def _border(name: str, category: str, result: dict[str, Any]) -> float:
-    """Stages 1 and 2 cut the gradients in the midst of a tensor, of which a rank then keeps all."""
+    """Return the bytes of the largest tensor for gradients of stages 1 and 2, else 0.
+
+    These stages cut the gradients inside a tensor, all of which a rank then holds.
+    """
     held_whole: float = result["largest_bytes"]
     return held_whole if name in ("zero1", "zero2") and category == "gradients" else 0
 
@@ -200,13 +202,13 @@ def _cells(held: dict[str, float]) -> str:
 
 
 def traffic_in_theory(name: str, weights: int, world_size: int, num_micro_steps: int, kept: int = 0) -> float:
-    """Bytes that a rank sends in a step.
+    """Compute the bytes that a rank sends in a step.
 
     ddp: gradients once, by all-reduce. fsdp and zero3: a gathering for forward and one for backward in each
-    micro-step; fsdp gathers once what it has `kept` from forward for backward, of the weights' bytes. fsdp scatters
+    micro-step; fsdp gathers once the `kept` bytes of weights that stay from forward to backward. fsdp scatters
     the sum of gradients once, zero3 in each micro-step. zero1 reduces gradients once, zero2 in each micro-step, and
     both gather the updated parameters. By the paper (https://arxiv.org/abs/1910.02054, section 7) they would scatter
-    the gradients, for half of what the all-reduce of DeepSpeed 0.19.8 sends: counted here is what it can do.
+    the gradients, for half the bytes of the all-reduce that DeepSpeed 0.19.8 does; the theory here follows DeepSpeed.
     """
     once = weights * (world_size - 1) / world_size
     match name:
@@ -228,7 +230,7 @@ def traffic_in_theory(name: str, weights: int, world_size: int, num_micro_steps:
 
 
 class Traffic(TorchDispatchMode):
-    """While entered, counts collectives and what they send, and what is copied from tensor to tensor."""
+    """Count collectives, the bytes they send, and the bytes copied from tensor to tensor, while entered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +271,7 @@ def _num_bytes(tensors: Any) -> int:
 
 
 def count_traffic(training: Training, num_micro_steps: int) -> dict[str, Any]:
-    """Calls and bytes of a rank's collectives in one step, by kind; bytes of weights that forward leaves gathered."""
+    """Count a rank's collectives and their bytes in one step, by kind, and the bytes that forward leaves gathered."""
     if num_micro_steps > 1:
         training = Training(training.config, training.world, num_micro_steps)
     training.step()  # engines learn the order of things in the first steps, with collectives of their own
@@ -283,7 +285,7 @@ def count_traffic(training: Training, num_micro_steps: int) -> dict[str, Any]:
 
 
 def measure_traffic(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
-    """By engine and number of micro-steps: what its first rank sends, by kind of collective, and the theory."""
+    """Measure the bytes that the first rank sends by kind of collective, and the theory, by engine and micro-steps."""
     weights, world_size = sum(tensor_bytes(quick)), len(next(iter(crews.values())))
     rows: dict[str, Any] = {}
     for name, crew in crews.items():

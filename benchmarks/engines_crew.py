@@ -1,4 +1,4 @@
-"""Engines side by side: each has its own processes, which train when they are told to and sleep else.
+"""Run engines side by side: each has its own processes, which train on request and sleep otherwise.
 
 Used by `benchmarks.engines`.
 """
@@ -36,12 +36,12 @@ NUM_CLASSES = 1000
 
 
 def engine_names(world_size: int) -> list[str]:
-    """What there is to compare on so many processes; the first is what the others are compared with."""
+    """List the engines for so many processes; the others are compared with the first."""
     return ["ddp", "fsdp", *(["hsdp"] if world_size == 2 * SHARDS_OF_HSDP else []), "zero1", "zero2", "zero3"]
 
 
 def make_config(name: str, world_size: int, quick: bool) -> Config:
-    """gc_vit_xxtiny at 224, 8 images a rank, fp32; quick: a tiny one at 32."""
+    """Make the config of gc_vit_xxtiny at 224, 8 images a rank, fp32; if `quick`, of a tiny model at 32."""
     tiny = OverridesConfig(width=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), windows=(4, 2, 2, 1))
     return Config(
         tag=name,
@@ -62,7 +62,7 @@ def make_config(name: str, world_size: int, quick: bool) -> Config:
 
 
 class Training:
-    """An engine, its EMA, and a batch that is the same at every step: the trainer's calls without the loader's."""
+    """Call an engine and its EMA as the trainer does, without a loader: the batch is the same at every step."""
 
     def __init__(self, config: Config, world: World, num_micro_steps: int = 1):
         self.config, self.world = config, world
@@ -77,7 +77,7 @@ class Training:
         self._num_micro_steps, self._num_steps = num_micro_steps, 0
 
     def backward(self) -> None:
-        """Everything of a step that comes before the update."""
+        """Do the part of a step before the update."""
         self.engine.module.train()
         parts = zip(self.images.chunk(self._num_micro_steps), self.targets.chunk(self._num_micro_steps), strict=True)
         for micro_step, (images, targets) in enumerate(parts):
@@ -99,7 +99,7 @@ class Training:
 
 
 class Crew:
-    """The processes of one engine."""
+    """Control the processes of one engine."""
 
     def __init__(self, name: str, world_size: int, quick: bool):
         with socket.socket() as probe:
@@ -127,13 +127,13 @@ class Crew:
         return len(self._processes)
 
     def call(self, act: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `act(training, *arguments)` gives on each rank, all at once. Other crews sleep meanwhile."""
+        """Call `act(training, *arguments)` on each rank at once, and return the results. Other crews are asleep."""
         for connection in self._connections:
             connection.send((act, arguments))
         return self._receive()
 
     def close(self) -> None:
-        """End the processes, in the midst of what they do if need be."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -147,7 +147,7 @@ class Crew:
 
 @contextmanager
 def crews(names: list[str], world_size: int, quick: bool) -> Iterator[dict[str, Crew]]:
-    """All processes that are measured, each engine built."""
+    """Start all processes to measure, with each engine built, and close them at the end."""
     with ExitStack() as stack:
         found = {}
         for name in names:
@@ -157,7 +157,7 @@ def crews(names: list[str], world_size: int, quick: bool) -> Iterator[dict[str, 
 
 
 def _serve(connection: Connection, environment: dict[str, str], config: Config) -> None:
-    """A process of a crew: do what comes, wait without using the processor."""
+    """Serve the requests to a process of a crew, and wait without using the processor."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     with join_world() as world:

@@ -46,7 +46,7 @@ MARGIN = 0.1  # beyond the theory and one block (and what gloo takes), as a shar
 
 
 def measure_activations(quick: bool) -> dict[str, Any]:
-    """By mode: bytes, seconds, `less` and `time` as multiples of "none", and the mode that is better in both."""
+    """Measure bytes and seconds by mode, with `less` and `time` as multiples of "none"; name a mode better in both."""
     from gcvit.model import create_model
     from gcvit.parallel.activation_checkpointing import recompute_parts
 
@@ -82,7 +82,7 @@ def measure_activations(quick: bool) -> dict[str, Any]:
 
 
 def time_step(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """Seconds of forward and backward, on a CPU of its one thread's work; the gradients are dropped."""
+    """Measure the seconds of forward and backward, on a CPU of its one thread's work; drop the gradients."""
     clock = time.perf_counter if images.device.type == "cuda" else time.process_time
     synchronize(images.device)
     start = clock()
@@ -145,13 +145,13 @@ def print_activations(result: dict[str, Any]) -> None:
 
 
 def measure_startup(quick: bool, model: str | None = None) -> dict[str, Any]:
-    """By engine: bytes that it holds when it is built and at most while it is being built, and their theory."""
+    """Measure the bytes that an engine holds after its build and at most during it, beside the theory, by engine."""
     name = model or ("gc_vit_small" if quick else "gc_vit_large")
     return {"model": name, "world_size": WORLD_SIZE, "engines": {engine: start(engine, name) for engine in ENGINES}}
 
 
 def start(engine: str, model: str) -> dict[str, Any]:
-    """Build an engine in processes of its own; the most of all ranks."""
+    """Build an engine in processes of its own, and return the largest growth of a rank, the theory and the bound."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
     command += ["-m", "benchmarks.engines_memory", "--start-of", engine, "--model", model]
     # Beyond a threshold glibc gives memory back at once, and by default it raises that threshold as it goes.
@@ -170,7 +170,7 @@ def start(engine: str, model: str) -> dict[str, Any]:
 
 
 def held_in_theory(engine: str, weights_bytes: int) -> float:
-    """Bytes of an engine that is built, in fp32; gradients where their memory is made before the first step."""
+    """Compute the bytes of a built engine in fp32, with the gradients that are allocated before the first step."""
     share = weights_bytes / WORLD_SIZE
     match engine:
         case "ddp":
@@ -185,7 +185,7 @@ def held_in_theory(engine: str, weights_bytes: int) -> float:
 
 
 def start_here(engine: str, model: str) -> None:
-    """In a process of `start`: build, and print from rank 0 what it took."""
+    """Build the engine in a process of `start`, and print its memory from rank 0."""
     from gcvit.config.schema import Config, ModelConfig, OptimConfig, OverridesConfig, ScheduleConfig, ZeroConfig
     from gcvit.model.from_config import build_model
     from gcvit.parallel.build import build_engine
@@ -229,7 +229,7 @@ def start_here(engine: str, model: str) -> None:
 
 
 def memory_of_process(name: str) -> int:
-    """Bytes, from Linux: VmRSS is what is resident, VmHWM the most that was."""
+    """Read the memory of this process in bytes from Linux: VmRSS is resident now, VmHWM was the most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

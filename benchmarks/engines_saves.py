@@ -38,7 +38,7 @@ STEPS_PER_CYCLE = 3
 
 
 def make_images(root: Path) -> None:
-    """A data set that a run can be started on; its images are not what is measured."""
+    """Write a data set that a run can start on; its images do not matter."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for label in range(4):
@@ -49,7 +49,7 @@ def make_images(root: Path) -> None:
 
 
 def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] | None:
-    """The results of one engine, from rank 0 of its processes, each of which calls it."""
+    """Measure one engine; each of its processes calls this, and rank 0 gets the results."""
     from gcvit.config.load import load_config
     from gcvit.data.source import open_sources
     from gcvit.optim.loss import soft_target_loss
@@ -115,7 +115,7 @@ def measure_engine(name: str, num_cycles: int, folder: Path) -> dict[str, Any] |
 
 
 def measure_engines(module: str, engines: Sequence[str], *words: str) -> dict[str, Any]:
-    """What the worker of a benchmark's module writes of each engine, in processes and with images of its own."""
+    """Run the worker of a benchmark's module for each engine, in processes with their own images; return results."""
     results = {}
     for name in engines:
         with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +131,7 @@ def measure_engines(module: str, engines: Sequence[str], *words: str) -> dict[st
 
 
 def measure_saves(quick: bool) -> dict[str, Any]:
-    """The results of each engine: "saving_step" and "whole_cost" in steps, and the medians behind them."""
+    """Measure "saving_step" and "whole_cost" of each engine in steps, with the medians behind them."""
     return measure_engines("benchmarks.engines_saves", ENGINES, "--cycles", "2" if quick else "15")
 
 

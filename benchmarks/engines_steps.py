@@ -1,4 +1,4 @@
-"""How long an engine's step takes beside ddp's. Used by `benchmarks.engines`."""
+"""Measure an engine's step beside ddp's. Used by `benchmarks.engines`."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ WARM_UP = 2
 
 
 def time_step(training: Training) -> tuple[float, float]:
-    """Seconds of a step: by the clock, and of the processor."""
+    """Measure the seconds of a step: wall time, and processor time."""
     training.synchronize()
     start, start_of_cpu = time.perf_counter(), time.process_time()
     training.step()
@@ -20,7 +20,7 @@ def time_step(training: Training) -> tuple[float, float]:
 
 
 def measure_steps(crews: dict[str, Crew], quick: bool) -> dict[str, Any]:
-    """Per engine the seconds of each round's step, of the slowest rank, and the ratios to ddp's of the same round."""
+    """Measure each round's step of each engine: seconds of the slowest rank, and the ratio to ddp's in that round."""
     seconds: dict[str, list[float]] = {name: [] for name in crews}
     of_cpu: dict[str, list[float]] = {name: [] for name in crews}
     names = list(crews)

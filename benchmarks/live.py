@@ -53,7 +53,7 @@ def unwatched() -> Iterator[None]:
 
 
 def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | None:
-    """The results of one engine, from rank 0 of its processes, each of which calls it."""
+    """Measure one engine; each of its processes calls this, and rank 0 gets the results."""
     from gcvit.config.load import load_config
     from gcvit.data.source import open_sources
     from gcvit.monitoring.step_timer import time_waits
@@ -112,7 +112,7 @@ def measure_engine(name: str, num_pairs: int, folder: Path) -> dict[str, Any] | 
 
 
 def measure_live(quick: bool) -> dict[str, Any]:
-    """The results by engine."""
+    """Measure each engine, and return the results by engine."""
     return measure_engines("benchmarks.live", ENGINES, *(["--quick"] if quick else []))
 
 

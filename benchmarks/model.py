@@ -41,7 +41,7 @@ def find_auto_path(device: torch.device) -> str:
 
 
 def list_paths(device: torch.device) -> list[str]:
-    """Our attention paths that this device can take, the one of attention=auto first."""
+    """List our attention paths that this device supports, that of attention=auto first."""
     paths = [path for path in OURS if path != "triton" or (HAS_TRITON and device.type == "cuda")]
     return sorted(paths, key=lambda path: path != find_auto_path(device))
 
@@ -59,7 +59,7 @@ def list_entries(device: torch.device, *, is_compiling: bool, is_capturing: bool
 
 
 def run_contest(variant: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The contest of a variant, at half the batch as long as the device's memory does not do."""
+    """Run the contest of a variant, and halve the batch as long as the device's memory is too small."""
     entries = list_entries(device, is_compiling=arguments.compile, is_capturing=arguments.graphs)
     batch_size = arguments.batch_size
     while True:
@@ -110,7 +110,7 @@ def print_contest(result: dict[str, Any]) -> None:
 
 
 def find_misses(result: dict[str, Any], device: torch.device) -> list[str]:
-    """The bars that a contest missed, in words. One that was not measured was not met."""
+    """Describe the bars that a contest missed. A bar that was not measured counts as missed."""
     variant, auto, rows = result["variant"], result["auto"], result["modes"]["training"]
     was_compiled = any(name.endswith("compiled") for name in [*rows, *result["failed"]])
     checks: list[tuple[str, float | None, str, float]] = []

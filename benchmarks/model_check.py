@@ -1,4 +1,4 @@
-"""Is each attention path right where it is going to be timed? Used by `benchmarks.model`."""
+"""Check that each attention path is right on the device where it is timed. Used by `benchmarks.model`."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ MAPS = {7: (14, 14), 14: (14, 14), 12: (20, 27)}
 
 @dataclass
 class Verdict:
-    """The largest relative L2 error of a path in a precision, or why there is none."""
+    """Hold the largest relative L2 error of a path in a precision, or the reason why there is none."""
 
     path: str
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def check_paths(paths: list[str], device: torch.device) -> list[Verdict]:
-    """Each path in fp32 and bf16, local and global, outputs and all gradients, beside the reference in float64."""
+    """Compare each path in fp32 and bf16, local and global, outputs and all gradients, with a float64 reference."""
     verdicts = []
     for path in paths:
         for dtype in TOLERANCES:
@@ -81,7 +81,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def differentiate(attention: WindowAttention, x: Tensor, queries: Tensor) -> list[Tensor]:
-    """The output, and its gradients by the map, the global queries where they matter, and all parameters."""
+    """Compute the output, and its gradients by the map, the global queries if they matter, and all parameters."""
     wanted = [x.requires_grad_(), *([queries.requires_grad_()] if attention.uses_global_queries else [])]
     out = attention(x, queries)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Models that take turns on one device: how fast, how large, how many kernels. Used by `benchmarks.model`."""
+"""Measure models that take turns on one device: speed, memory, number of kernels. Used by `benchmarks.model`."""
 
 import gc
 import statistics
@@ -26,7 +26,7 @@ IMG_SIZE = 224
 
 
 class Entry(NamedTuple):
-    """What takes part: "timm", one of our attention paths or "skipping"; compiled or not; captured in CUDA graphs."""
+    """Name a contender: "timm", one of our attention paths or "skipping"; compiled or not; captured in CUDA graphs."""
 
     kind: str
     is_compiled: bool = False
@@ -38,11 +38,11 @@ class Entry(NamedTuple):
 
 
 class Contender:
-    """A model of a variant that runs as its entry says.
+    """Run a model of a variant as its entry says.
 
-    A training step is forward, cross-entropy, backward and AdamW; forward is evaluation without gradients. In fp32 on
-    a CPU, under bf16 autocast on a GPU. Compiled, ours is in parts, as the trainer does it, and timm's whole. Captured,
-    a whole run is one CUDA graph.
+    A training step is forward, cross-entropy, backward and AdamW; forward is evaluation without gradients. The
+    precision is fp32 on a CPU and bf16 autocast on a GPU. Our model is compiled in parts, as by the trainer, and timm's
+    whole. A captured contender runs as one CUDA graph.
     """
 
     def __init__(self, variant: str, entry: Entry, device: torch.device):
@@ -93,7 +93,7 @@ class Contender:
         self.run(mode, images, labels)
 
     def measure_peak(self, mode: str, images: Tensor, labels: Tensor) -> int | None:
-        """Most bytes at once in a run: weights, moments and activations of this contender alone; None on a CPU."""
+        """Measure the peak bytes of a run: weights, moments and activations of this contender alone; None on a CPU."""
         if self.device.type != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats()
@@ -113,7 +113,7 @@ def build_model(variant: str, kind: str) -> nn.Module:
 
 
 def build_timm(variant: str) -> nn.Module:
-    """timm's model of our variant, which it may have no name for."""
+    """Build timm's model of our variant, for which timm may have no name."""
     row = VARIANTS[variant]
     model = GlobalContextVit(
         embed_dim=row.width,
@@ -130,7 +130,7 @@ def build_timm(variant: str) -> nn.Module:
 
 
 def count_flops(variant: str) -> int:
-    """FLOPs of an image's forward pass, of matrix products and convolutions: twice the multiply-adds."""
+    """Count the FLOPs of an image's forward pass, of matrix products and convolutions: twice the multiply-adds."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         create_model(variant, attention="reference").eval()(torch.empty(1, 3, IMG_SIZE, IMG_SIZE))
     return counter.get_total_flops()
@@ -142,7 +142,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_calls(call: Callable[[], object], num_calls: int, device: torch.device) -> float:
-    """Seconds of a call."""
+    """Measure the seconds of a call."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(num_calls):
@@ -152,7 +152,7 @@ def time_calls(call: Callable[[], object], num_calls: int, device: torch.device)
 
 
 def measure_product_rate(device: torch.device, num_calls: int) -> float:
-    """FLOP/s of a large square matrix product, in the precision of the contest: bf16 on a GPU, fp32 on a CPU."""
+    """Measure the FLOP/s of a large square matrix product, in the contest's precision: bf16 on a GPU, fp32 on a CPU."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind(0)
     return 2 * side**3 / time_calls(lambda: a @ b, num_calls, device)
@@ -173,7 +173,7 @@ def profile_run(contender: Contender, mode: str, images: Tensor, labels: Tensor)
 def prepare(
     variant: str, entry: Entry, device: torch.device, images: Tensor, labels: Tensor
 ) -> tuple[Contender, dict[str, dict[str, Any]]]:
-    """A contender that is warm, and per mode what needs no rounds: its peak memory and its kernels."""
+    """Build and warm up a contender, and measure its peak memory and number of kernels per mode."""
     contender, rows = Contender(variant, entry, device), {}
     for mode in reversed(MODES):  # training first, so that both find the moments there
         contender.warm_up(mode, images, labels)
@@ -196,8 +196,11 @@ def hold_contest(
 ) -> dict[str, Any]:
     """Measure the contenders in rounds in which they take turns.
 
-    Returns the medians per mode and name, the ratios to timm's being medians of the rounds' ratios. A contender that
-    fails stays out of the rounds, with its error in the result. With `trace` the first is profiled into that file.
+    A contender that fails leaves the rounds, with its error in the result. With `trace` the first is profiled into that
+    file.
+
+    Returns:
+        The medians per mode and name; the ratios to timm's are medians of the rounds' ratios.
     """
     torch.manual_seed(0)
     torch.compiler.reset()  # graphs of an earlier contest count against the compiler's limits
@@ -252,7 +255,7 @@ def hold_contest(
 
 
 def find_most_expensive(profile: Any, device: torch.device) -> list[tuple[str, float, int]]:
-    """The ten operations that took longest themselves: name, milliseconds, calls."""
+    """Find the ten operations with the longest own time: name, milliseconds, calls."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     ops = sorted(profile.key_averages(), key=lambda op: getattr(op, attribute), reverse=True)
     return [(op.key, getattr(op, attribute) / 1000, op.count) for op in ops[:10]]

@@ -38,7 +38,7 @@ NUM_STEPS = 2  # ZeRO-3 sends ahead from the second one on
 
 @dataclass(frozen=True)
 class Case:
-    """One training: a point of the grid."""
+    """Describe one training: a point of the grid."""
 
     variant: str
     img_size: int
@@ -109,7 +109,7 @@ def predict(cases: list[Case], on_gpu: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(cases: list[Case]) -> dict[str, int]:
-    """The peak of the fullest rank by case, each group of cases in processes of its own."""
+    """Measure the peak of the fullest rank by case, each group of cases in processes of its own."""
     found: dict[str, int] = {}
     groups = defaultdict(list)
     for case in cases:
@@ -126,7 +126,7 @@ def measure(cases: list[Case]) -> dict[str, int]:
 
 
 def measure_here(cases: list[Case]) -> None:
-    """In a process of `measure`: train, and print from rank 0 what it took."""
+    """Train in a process of `measure`, and print the peak from rank 0."""
     from gcvit.runtime.distributed import join_world
 
     torch.set_num_threads(1)
@@ -169,7 +169,7 @@ def peak_on_cpu(case: Case, world: Any) -> int:
 
 
 def train(case: Case, world: Any) -> None:
-    """What a run does with its memory: build, and per update the micro-steps, the update and the EMA's."""
+    """Use memory as a run does: build, and per update do the micro-steps, the update and the EMA's."""
     from gcvit.optim.adamw import MODEL
     from gcvit.optim.loss import soft_target_loss
     from gcvit.parallel.build import build_engine

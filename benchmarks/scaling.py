@@ -65,7 +65,7 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one GPU that trains alone."""
+    """Describe the speed of one GPU that trains alone."""
 
     images_per_s: float  # at a batch that fills it
     num_operations: int  # of a step, each of which takes the host --operation-us

@@ -44,7 +44,7 @@ NUM_VIEWS = 250  # that differ; every file lies on disk for itself
 
 
 def make_photos(num_views: int) -> list[bytes]:
-    """Turned, cropped, resized and noisy views of real photographs, as JPEGs."""
+    """Make turned, cropped, resized and noisy views of real photographs, as JPEGs."""
     from sklearn.datasets import load_sample_images
 
     random = np.random.RandomState(0)
@@ -66,7 +66,7 @@ def make_photos(num_views: int) -> list[bytes]:
 
 
 def write_tree(tree: Path, num_files: int, num_classes: int = 100) -> int:
-    """Class folders with `num_files` photographs; return their bytes."""
+    """Write class folders with `num_files` photographs, and return their bytes."""
     views = make_photos(min(NUM_VIEWS, num_files))
     for label in range(num_classes):
         (tree / f"class{label:03d}").mkdir(parents=True)
@@ -101,7 +101,7 @@ def list_tars(folder: Path) -> None:
 
 
 class Contest(NamedTuple):
-    """Ours on many files and on few, where only the start counts, and theirs; `reset` prepares each of ours."""
+    """Describe a contest of our command, on many files and on few, with theirs; `reset` prepares each of ours."""
 
     num_bytes: int
     reset: Callable[[], object]
@@ -111,7 +111,7 @@ class Contest(NamedTuple):
 
 
 def compare(contest: Contest, tree: Path, rounds: int) -> dict[str, float]:
-    """Medians of rates in MB/s, of ratios, of the start in seconds; one round before the others only warms up."""
+    """Compute medians of rates in MB/s, of ratios, and of the start in seconds, after a round that only warms up."""
     seconds: list[tuple[float, float, float]] = []
     for _ in range(rounds + 1):
         contest.reset()
@@ -138,7 +138,7 @@ def read_files(tree: Path) -> None:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system that holds `folder`, as Linux names it."""
+    """Return the type of the file system that holds `folder`, as Linux names it."""
     done = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -154,7 +154,7 @@ def remove_manifest(folder: Path) -> None:
 
 
 def measure(folder: Path, num_files: int, rounds: int, num_workers: int) -> dict[str, dict[str, float]]:
-    """Results by name of the bar, in a `folder` to which this writes twice the bytes of the files."""
+    """Measure the results by name of the bar, in a `folder` to which this writes twice the bytes of the files."""
     tree, out, few, few_out = (folder / name for name in ("tree", "out", "few", "few_out"))
     num_bytes = write_tree(tree, num_files)
     write_tree(few, 2 * num_workers, num_classes=1)

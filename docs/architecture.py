@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read_shapes(model: GCViT) -> Shapes:
-    """What each module returns for one image, without the batch, by name in the order of the calls."""
+    """Read the shape that each module returns for one image, without the batch, by name in the order of the calls."""
     shapes: Shapes = {}
 
     def keep(name: str, output: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ def describe_shape(shape: Sequence[int]) -> str:
 
 
 def describe_layer(module: nn.Module) -> str:
-    """A layer in the words of the figure, its sizes read from it."""
+    """Describe a layer in the words of the figure, with its sizes."""
     match module:
         case nn.Conv2d():
             depthwise = ", depthwise" if module.groups > 1 else ""
@@ -66,7 +66,7 @@ def describe_layer(module: nn.Module) -> str:
 
 
 def draw(model: GCViT, name: str) -> Figure:
-    """The whole figure, of a model that lies on meta."""
+    """Draw the whole figure of a model on meta."""
     rows = summarize(model)
     shapes = read_shapes(model)
     figure = Figure((WIDTH, HEIGHT), facecolor="white")
@@ -111,7 +111,7 @@ def _draw_stages(axes: Axes, model: GCViT, rows: Sequence[Row], shapes: Shapes) 
 
 
 def _map_side(rows: Sequence[Row], stage: int) -> float:
-    """Inches; squares of the sides would leave the last map a dot."""
+    """Compute the side of a map in inches, by a root: in true proportion the last map would be a dot."""
     sides = [max(row.map_size or (1,)) for row in rows]
     return MAX_SIDE * (sides[stage] / sides[0]) ** 0.45
 
@@ -119,7 +119,7 @@ def _map_side(rows: Sequence[Row], stage: int) -> float:
 def _draw_map(
     axes: Axes, x: float, y: float, side: float, size: Sequence[int], window: int, num_sheets: int, colour: str = LOCAL
 ) -> None:
-    """A map around (x, y) with a line around each window, on a sheet for each multiple of the first width."""
+    """Draw a map around (x, y) with a line around each window, on a sheet for each multiple of the first width."""
     for sheet in range(num_sheets - 1, -1, -1):
         shift = 0.045 * (sheet - (num_sheets - 1) / 2)
         left, bottom = x - side / 2 + shift, y - side / 2 + shift
@@ -139,7 +139,7 @@ def _draw_map(
 
 
 def _draw_blocks(axes: Axes, model: GCViT, stage: int, x: float) -> None:
-    """A bar for each block, and a line from the global queries to each block that uses them."""
+    """Draw a bar for each block, and a line from the global queries to each block that uses them."""
     attentions = [module for module in model.stages[stage].modules() if isinstance(module, WindowAttention)]
     width = min(0.2, 1.95 / len(attentions))
     start = x - width * len(attentions) / 2
@@ -213,7 +213,7 @@ def _draw_panels(axes: Axes, model: GCViT, shapes: Shapes, rows: Sequence[Row]) 
 
 
 def _list_children(model: GCViT, shapes: Shapes, prefix: str) -> Steps:
-    """The layers of a module in the order of their calls, with the map's shape where it changes."""
+    """List the layers of a module in the order of their calls, with the map's shape if it changes."""
     steps, last = [], None
     for name, shape in shapes.items():
         if name.rpartition(".")[0] == prefix:

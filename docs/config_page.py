@@ -40,7 +40,7 @@ An unknown option is refused with the nearest valid name. A wrong type and an op
 `python -m docs.config_page` writes this page from `gcvit/config/schema.py`, and a test compares the two.
 """
 MAX_VALUES = 6
-# Kinds that are said better than by their bounds, by the check that makes them.
+# Descriptions of kinds that are clearer than their bounds, by the check that makes them.
 KINDS = {
     options.Duration: "duration",
     options.Length: "duration above 0",
@@ -52,7 +52,7 @@ PLAIN = {int: "whole number", float: "number", str: "text", bool: "`true` or `fa
 
 
 def write_page() -> str:
-    """The whole page, as Markdown."""
+    """Write the whole page as Markdown."""
     files = sorted((ROOT / "configs").glob("*.yaml"))
     shipped = {path.stem: _flatten(load_config(path)[0].model_dump(mode="json")) for path in files}
     return INTRODUCTION + "".join(
@@ -61,7 +61,7 @@ def write_page() -> str:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; a section that is null is its own value, and has no options."""
+    """Flatten a tree to values by dotted key; a section that is null is its own value, and has no options."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -69,7 +69,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _find_sections(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """All sections with their dotted names, each before those inside it."""
+    """Yield all sections with their dotted names, each before those inside it."""
     yield prefix, section
     for name, field in section.model_fields.items():
         inner = _inner_section(field)
@@ -103,7 +103,7 @@ def _write_section(name: str, section: type[BaseModel], shipped: dict[str, dict[
 
 
 def describe_values(annotation: Any) -> str:
-    """What an option of this type may be, in words."""
+    """Describe the values that an option of this type may have."""
     for kind, words in KINDS.items():
         if annotation == kind:
             return words
@@ -127,7 +127,7 @@ def describe_values(annotation: Any) -> str:
 
 
 def _describe_bounds(checks: Iterable[Any]) -> str:
-    """What `annotated_types` say, alone or in pydantic's Field."""
+    """Describe the bounds of `annotated_types`, alone or in pydantic's Field."""
     words = []
     for check in checks:
         match check:
@@ -155,7 +155,7 @@ def _describe_default(option: str, field: FieldInfo, section: type[BaseModel]) -
 
 
 def _describe_shipped(key: str, shipped: dict[str, dict[str, Any]]) -> str:
-    """The values in the files, the commonest first; of the others, who has them."""
+    """Describe the values in the files: the most common first, and the others with their files."""
     who: dict[str, list[str]] = {}
     for name, values in shipped.items():
         if key in values:

@@ -73,7 +73,7 @@ def _read_image(path: Path, transform: EvalTransform) -> Tensor:
 
 
 def describe(path: Path, probabilities: Tensor, classes: Sequence[str], top: int, as_json: bool) -> str:
-    """The likeliest classes of an image: lines for people, or a line of JSON."""
+    """Describe the likeliest classes of an image: as lines for people, or as a line of JSON."""
     likeliest = probabilities.topk(min(top, len(classes)))
     rows = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
     if as_json:

@@ -1,6 +1,6 @@
-"""What a checkpoint is on disk (format 3): names, the files of the ranks, the index, hashes.
+"""Define the files of a checkpoint (format 3): their names, the tensors of the ranks, the index and the hashes.
 
-A checkpoint is a folder `step_00000012`. In it each rank has written one safetensors file, `rank_00000.safetensors`:
+A checkpoint is a folder `step_00000012`. Each rank has written one safetensors file in it, `rank_00000.safetensors`:
 the ranges of flattened tensors that it holds, one 1-D fp32 tensor for each, named by kind and parameter
 ("model.head.weight", "exp_avg...", "exp_avg_sq...", "ema..."). `state.json` holds everything else:
 
@@ -11,9 +11,9 @@ the ranges of flattened tensors that it holds, one 1-D fp32 tensor for each, nam
     tensors     {name: {"shape": [...], "ranges": [[rank, start, length, count, step], ...]}}: the index
     sha256      of the bytes of `state.json` before this member
 
-A row of `ranges`, which are sorted by `start`, stands for `count` ranges of equal length that follow each other: the
-i-th is that of rank `rank + i * step`, and holds the elements from `start + i * length` on. So the index of 512 ranks
-is hardly larger than that of two. `examples/read_checkpoint.py` reads a checkpoint without this package.
+A row of `ranges` stands for `count` ranges of equal length that follow each other. The i-th is that of rank
+`rank + i * step`, and holds the elements from `start + i * length` on. The rows are sorted by `start`. So the index of
+512 ranks is hardly larger than that of two. `examples/read_checkpoint.py` reads a checkpoint without this package.
 
 The module imports the standard library alone: the process that writes checkpoints (`writer_process.py`) loads nothing
 else.
@@ -41,7 +41,7 @@ _SHA256_MEMBER = b',\n"sha256": "'
 
 
 class ReadBackError(Exception):
-    """The disk does not give back what was written to it; `path` is the file."""
+    """Report a file that does not read back as it was written; `path` is the file."""
 
     def __init__(self, path: Path):
         super().__init__(str(path))
@@ -65,15 +65,15 @@ def rank_file(rank: int) -> str:
 
 
 def find_pieces(ranges: Sequence[Sequence[int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Find where the elements [start, stop) of a flattened tensor are stored.
+    """Find the pieces that store the elements [start, stop) of a flattened tensor.
 
     Args:
-        ranges: As in the index.
+        ranges: The tensor's rows of the index.
         start: The first element.
-        stop: The one after the last.
+        stop: The first element after the last.
 
     Yields:
-        In order, (rank, begin, end): the elements [begin, end) of what the rank's file holds of the tensor.
+        (rank, begin, end) in order: the elements [begin, end) of the tensor's part in the rank's file.
 
     Raises:
         ValueError: The ranges do not hold all of these elements.
@@ -99,7 +99,7 @@ def encode_index(index: Index) -> str:
 
 
 def encode_state(content: Mapping[str, Any], index: str) -> bytes:
-    """Encode `state.json`: `content` has all but the index, which is encoded, and the hash."""
+    """Encode `state.json` and its hash. `content` has all other members but the index, which is encoded already."""
     members = [
         f'"{name}": {_encode_lines(value) if name == "files" else json.dumps(value, indent=1)}'
         for name, value in content.items()
@@ -109,11 +109,14 @@ def encode_state(content: Mapping[str, Any], index: str) -> bytes:
 
 
 def decode_state(encoded: bytes) -> tuple[dict[str, Any], bool]:
-    """Decode `state.json`; returns its content without the hash, and whether the hash is right.
+    """Decode `state.json` and check its hash.
+
+    Returns:
+        The content without the hash, and whether the hash is right.
 
     Raises:
-        ValueError: It is no JSON.
-        TypeError, KeyError: It is no object with a hash.
+        ValueError: The bytes are no JSON.
+        TypeError, KeyError: The JSON is no object with a hash.
     """
     content = json.loads(encoded)
     del content["sha256"]
@@ -150,9 +153,12 @@ def write_file(path: Path, pieces: Sequence[memoryview], on_progress: Callable[[
         pieces: Views of single bytes.
         on_progress: Called after each chunk of the work.
 
+    Returns:
+        The size in bytes and the SHA-256 of the file.
+
     Raises:
-        OSError: It cannot be written; the error has the file's name.
-        ReadBackError: The disk gives back something else.
+        OSError: The file cannot be written; the error has its name.
+        ReadBackError: The file reads back differently.
     """
     sha256, num_bytes = hashlib.sha256(), 0
     try:
@@ -179,14 +185,22 @@ def write_file(path: Path, pieces: Sequence[memoryview], on_progress: Callable[[
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Hash a file as the disk holds it. Raises: OSError."""
+    """Hash a file as the disk holds it.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with open(path, "rb") as file:
         _drop_cache(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk. Raises: OSError."""
+    """Flush a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: The disk reports an error.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -212,5 +226,5 @@ def _read_exactly(file: Any, num_bytes: int) -> bytes:
 
 
 def _drop_cache(handle: int) -> None:
-    """Read from the disk, not from the memory that the system keeps of the file."""
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""The index of a run's checkpoints: the ranges of all ranks are merged once in a run, not at every save."""
+"""Build the index of a run's checkpoints: the ranges of all ranks are merged once in a run, not at every save."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from gcvit.runtime.distributed import World
 
 
 class Ranges(NamedTuple):
-    """The ranges that one rank writes, packed to be sent: `tensors`, which many ranks share, is parsed once."""
+    """Pack the ranges that one rank writes, to send them. Many ranks share `tensors`, which is parsed once."""
 
     tensors: bytes  # JSON: [[name, shape], ...]
     starts: bytes  # int64
@@ -27,16 +27,17 @@ class Ranges(NamedTuple):
 
 
 class IndexCache:
-    """The encoded index, which stays the same as long as each rank holds the same ranges."""
+    """Cache the encoded index, which stays the same as long as each rank holds the same ranges."""
 
     def __init__(self) -> None:
         self._ranges: Ranges | None = None
         self._encoded = ""
 
     def encode(self, own: Mapping[str, Fragment], world: World) -> str:
-        """Merge what all ranks write on rank 0, unless it is the same as in the call before.
+        """Merge the ranges of all ranks on rank 0, unless they are the same as in the call before.
 
-        Returns the encoded index on rank 0, and an empty text elsewhere.
+        Returns:
+            The encoded index on rank 0, and an empty text elsewhere.
         """
         parts = own.values()
         ranges = Ranges.pack(

@@ -1,8 +1,8 @@
-"""Checkpoints beside the training: a snapshot to host memory stops it shortly, then another process writes it.
+"""Save checkpoints beside the training: a snapshot to host memory stops it briefly, then another process writes it.
 
-The trainer's thread of a write only waits: for the writer's process (`writer_process.py`), which reads the snapshot
-from shared memory, and for the other ranks, over a group of its own, since messages of two threads on one group would
-mix. At most one write is under way. Its failure is raised on all ranks alike, at the next call.
+A thread of the trainer waits for the writer's process (`writer_process.py`), which reads the snapshot from shared
+memory. It also waits for the other ranks, over a process group of its own, since messages of two threads on one group
+would mix. At most one write is under way. Its failure is raised on all ranks, at the next call.
 """
 
 import mmap
@@ -34,25 +34,25 @@ from gcvit.runtime.distributed import World
 
 @dataclass(frozen=True)
 class FinishedSave:
-    """A checkpoint that is complete on disk."""
+    """Describe a checkpoint that is complete on disk."""
 
     step: int
     stall_seconds: float
-    """For which the save stopped the training."""
+    """Time for which the save stopped the training."""
     write_seconds: float
-    """That the write took beside the training."""
+    """Time of the write beside the training."""
     bytes: int
-    """Of all files; 0 on other ranks than 0."""
+    """Size of all files; 0 on other ranks than 0."""
     messages: tuple[str, ...] = ()
-    """What the user should know of it."""
+    """Messages for the user."""
 
 
 @dataclass
 class _Write:
-    """A write under way, or done when its thread has ended."""
+    """Track a write, which is under way until its thread has ended."""
 
     step: int
-    prunes: bool  # the ones before it
+    prunes: bool  # older checkpoints
     stall_seconds: float
     num_bytes: int = 0
     seconds: float = 0.0
@@ -62,7 +62,7 @@ class _Write:
 
 
 class CheckpointManager:
-    """Writes and prunes the checkpoints of one run in `folder`. Every rank has one and makes the same calls.
+    """Write and prune the checkpoints of one run in `folder`. Every rank has a manager and makes the same calls.
 
     Create it in the main thread, and end it with `close`, or with `abandon` after an error. `check_lock` is called on
     rank 0 before files are touched and before a checkpoint gets its name.
@@ -79,10 +79,13 @@ class CheckpointManager:
         self._write: _Write | None = None
 
     def begin(self, state: RunState, tensors: Mapping[str, Fragments]) -> str:
-        """Delete what a killed run left; returns in words what disk the checkpoints of these tensors need.
+        """Delete the files that a killed run left, and compare the size of checkpoints with the free disk space.
+
+        Returns:
+            A message about the disk space that the checkpoints of these tensors need.
 
         Raises:
-            UserError: On all ranks alike, where the folder cannot be written.
+            UserError: The folder cannot be written; raised on all ranks.
         """
         here = sum(own_part(part).data.nbytes for named in tensors.values() for part in named.values())
         num_bytes = sum(self._world.gather(here))
@@ -97,13 +100,14 @@ class CheckpointManager:
     def save(
         self, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], *, prunes: bool = True
     ) -> list[FinishedSave]:
-        """Copy a snapshot and begin to write it, once the write before it has ended; then prune, if it `prunes`.
+        """Copy a snapshot and begin to write it, after the write before it has ended. With `prunes`, prune after it.
 
-        Returns the save before, if it was not returned yet.
+        Returns:
+            The save before, if it was not returned yet.
 
         Raises:
-            UserError: On all ranks alike, where that write failed or replicas differ; then nothing is begun.
-            RuntimeError: As `poll`.
+            UserError: The write before failed, or replicas differ; raised on all ranks, and no write is begun.
+            RuntimeError: As in `poll`.
         """
         begin = time.perf_counter()
         must_wait = self._thread is not None and self._thread.is_alive()
@@ -127,8 +131,8 @@ class CheckpointManager:
         """Return the save that has ended on all ranks since the last call, without waiting.
 
         Raises:
-            UserError: On all ranks alike, where it failed by something that a user can change.
-            RuntimeError: On all ranks alike, where it failed otherwise.
+            UserError: The save failed for a reason that a user can change; raised on all ranks.
+            RuntimeError: The save failed otherwise; raised on all ranks.
         """
         if not self._thread or not self._write:
             return []
@@ -137,7 +141,11 @@ class CheckpointManager:
         return self.wait() if all(has_ended for has_ended, _ in of_ranks) else []
 
     def wait(self) -> list[FinishedSave]:
-        """Wait for the write under way on all ranks and return it. Raises: as `poll`."""
+        """Wait for the write under way on all ranks and return it.
+
+        Raises:
+            UserError, RuntimeError: As in `poll`.
+        """
         if not self._thread or not self._write:
             return []
         self._thread.join()
@@ -150,7 +158,14 @@ class CheckpointManager:
         return [FinishedSave(write.step, write.stall_seconds, write.seconds, write.num_bytes, write.messages)]
 
     def close(self) -> list[FinishedSave]:
-        """Wait for the write under way, and end the writer's process. Raises: as `poll`."""
+        """Wait for the write under way, and end the writer's process.
+
+        Returns:
+            The save, if it was not returned yet.
+
+        Raises:
+            UserError, RuntimeError: As in `poll`.
+        """
         finished = self.wait()
         dist.destroy_process_group(self._writers.host_group)
         self._process.close()
@@ -158,10 +173,12 @@ class CheckpointManager:
         return finished
 
     def abandon(self) -> list[str]:
-        """Let the write under way end after an error of the training, and end the writer's process.
+        """Wait for the write under way after an error of the training, and end the writer's process.
 
-        Returns what went wrong in it, in words. The other ranks' main threads may be inside a collective, but their
-        writers still take part.
+        The other ranks' main threads may be inside a collective, but their writers still take part.
+
+        Returns:
+            A message if the write failed.
         """
         messages = []
         if self._thread and self._write:
@@ -174,7 +191,7 @@ class CheckpointManager:
         return messages
 
     def _describe_disk(self, num_bytes: int) -> str:
-        """In words, for checkpoints of so many bytes each."""
+        """Describe the disk space that checkpoints of `num_bytes` bytes each need."""
         most = self._keep + 2  # the best, and the one that is being written
         there = len(store.list_checkpoints(self._folder))
         free = shutil.disk_usage(self._folder).free
@@ -212,7 +229,7 @@ class CheckpointManager:
         write.seconds = time.perf_counter() - begin
 
     def _write_shared(self, path: Path, header: bytes, tensors: Sequence[Tensor]) -> FileRecord:
-        """Have the snapshot written by the process: the tensors follow each other in its memory."""
+        """Let the writer's process write the snapshot, in whose memory the tensors follow each other."""
         return self._process.write(path, header, sum(tensor.nbytes for tensor in tensors), heartbeat.mark)
 
 
@@ -226,10 +243,10 @@ def _raise_bug(step: int, bug: str | None) -> None:
 
 
 class Snapshot:
-    """This rank's part of each fragment, one after the other in host memory that is allocated once.
+    """Hold this rank's part of each fragment, one after the other, in host memory that is allocated once.
 
-    The memory is shared with the writer's process by the file descriptor `fd`. It is no file of /dev/shm, whose size
-    containers limit. Where the system does not give it, it is private memory, and `is_shared` is false.
+    The writer's process shares the memory by the file descriptor `fd`. The memory is no file of /dev/shm, whose size
+    containers limit. If the system gives no shared memory, the memory is private, and `is_shared` is false.
     """
 
     def __init__(self) -> None:
@@ -240,7 +257,7 @@ class Snapshot:
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Fragments]) -> dict[str, Fragments]:
-        """Copy the parts that this rank writes; the result holds until the next call."""
+        """Copy the parts that this rank writes; the result is valid until the next call."""
         parts = {kind: {name: own_part(part) for name, part in named.items()} for kind, named in tensors.items()}
         everything = [part.data for named in parts.values() for part in named.values()]
         on_cuda = any(data.is_cuda for data in everything)
@@ -258,16 +275,16 @@ class Snapshot:
         return copied
 
     def pop_messages(self) -> tuple[str, ...]:
-        """Return what the user should know of the memory, once."""
+        """Return the messages for the user about the memory, and clear them."""
         messages, self._messages = tuple(self._messages), []
         return messages
 
     def close(self) -> None:
-        """Let go of the descriptor; the memory is freed with the last copy."""
+        """Close the descriptor; the memory is freed with the last copy."""
         os.close(self.fd)
 
     def _allocate(self, num_elements: int, on_cuda: bool) -> Tensor:
-        """Allocate memory, shared if the system gives it, that a GPU copies to at full speed if there is one."""
+        """Allocate fp32 memory, shared if the system gives it, and pinned if a GPU copies to it."""
         if not num_elements:
             return torch.empty(0)
         try:

@@ -1,8 +1,8 @@
-"""Whether ranks that hold the same tensors still hold the same bits.
+"""Check that ranks with the same tensors hold the same bits.
 
 Replicas (every rank under ddp, the replicas of a shard under HSDP) make the same update from the same gradient and are
-never compared again: what once differs, by a faulty device or a bug, differs for good, and a checkpoint would be
-stitched together from parts of different models. So they are compared at every checkpoint.
+never compared again. A difference, by a faulty device or a bug, would stay for good, and a checkpoint would combine
+parts of different models. So replicas are compared at every checkpoint.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ _NUM_LISTED = 3  # tensors that the error names
 def check_replicas(tensors: Mapping[str, Fragments], world: World) -> None:
     """Compare the fragments of all ranks that hold the same ranges, without copying a tensor to the host.
 
-    Errors: UserError, on all ranks alike, naming tensors and ranks.
+    Raises:
+        UserError: Replicas differ; raised on all ranks, with the names of the tensors and the ranks.
     """
     replicated = {
         f"{kind}.{name}": part
@@ -54,7 +55,7 @@ def check_replicas(tensors: Mapping[str, Fragments], world: World) -> None:
 
 
 def digest_tensors(tensors: list[Tensor]) -> list[int]:
-    """A number for each fp32 tensor [n] that any change of a single element changes; waits for the device once."""
+    """Compute a digest of each fp32 tensor [n]: any change of a single element changes it. Wait for the device once."""
     if not tensors:
         return []
     multipliers = torch.arange(1, 2 * _CHUNK, 2, device=tensors[0].device)
@@ -73,7 +74,7 @@ def _digest(tensor: Tensor, multipliers: Tensor) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Iterator[Tensor]:
-    """The bits of an fp32 tensor in chunks of integers: pairs as 64-bit words, then what is left."""
+    """Yield the bits of an fp32 tensor in chunks of integers: pairs as 64-bit words, then a last 32-bit word if any."""
     bits = tensor.detach().view(torch.int32)
     num_paired = bits.numel() // 2 * 2
     for pairs in bits[:num_paired].split(2 * _CHUNK):

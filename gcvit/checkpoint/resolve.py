@@ -1,4 +1,4 @@
-"""The folder of a run: `runs/TAG` with config.yaml, checkpoints/, metrics and a lock (`run_lock.py`)."""
+"""Find checkpoints in a run's folder. `runs/TAG` has config.yaml, checkpoints/, metrics and a lock (`run_lock.py`)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +17,13 @@ def checkpoints_of(run_dir: Path) -> Path:
 
 
 def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """What `--resume auto|none|PATH` means: the checkpoint to go on from, or None for a fresh start.
+    """Choose the checkpoint that `--resume auto|none|PATH` names; `open_latest_valid` checks its content.
 
-    Whether it is sound is asked by `open_latest_valid`.
+    Returns:
+        The checkpoint to resume from, or None for a fresh start.
 
-    Errors: UserError for a fresh start over an old run, or a path that holds no checkpoint.
+    Raises:
+        UserError: The folder has a run that a fresh start or another checkpoint would mix with, or the path holds none.
     """
     newest = store.latest(checkpoints_of(run_dir))
     if resume == "auto":
@@ -48,10 +50,16 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
 def open_latest_valid(
     run_dir: Path, resume: str, world: World
 ) -> tuple[Checkpoint | None, list[CorruptCheckpointError]]:
-    """The checkpoint to go on from, checked to the last byte, and the newer ones that are corrupt; all ranks together.
+    """Open the checkpoint to resume from and check it to the last byte, by all ranks together.
 
-    Only with "auto" are corrupt ones passed over. Errors, on all ranks alike: as `choose_checkpoint`, and UserError
-    naming the corrupt file of the newest where none is sound.
+    Only with "auto" are corrupt checkpoints skipped.
+
+    Returns:
+        The checkpoint, or None for a fresh start; and the errors of the newer checkpoints, which are corrupt.
+
+    Raises:
+        UserError: As in `choose_checkpoint`; raised on all ranks.
+        CorruptCheckpointError: No checkpoint is valid; raised on all ranks, with the corrupt file of the newest.
     """
     chosen = world.on_rank0(lambda: choose_checkpoint(run_dir, resume))
     if chosen is None:
@@ -68,9 +76,13 @@ def open_latest_valid(
 
 
 def quarantine(corrupt: Iterable[CorruptCheckpointError]) -> list[str]:
-    """Rename corrupt checkpoints to `step_N.corrupt`, so that the run can save these steps again; by one rank.
+    """Rename corrupt checkpoints to `step_N.corrupt`, so that the run can save these steps again. Called by one rank.
 
-    Returns what the user must hear. Errors: UserError.
+    Returns:
+        Messages for the user.
+
+    Raises:
+        UserError: A checkpoint cannot be renamed.
     """
     notices = []
     for error in corrupt:
@@ -88,9 +100,10 @@ def quarantine(corrupt: Iterable[CorruptCheckpointError]) -> list[str]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path names: itself, or of a run folder the best one, else the newest.
+    """Find the checkpoint that a path names: a checkpoint itself, or the best one of a run folder, else its newest.
 
-    Errors: UserError where there is none.
+    Raises:
+        UserError: The path has no checkpoint.
     """
     if (path / STATE_FILE).exists():
         return path
@@ -108,7 +121,11 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def write_config(config: Config) -> None:
-    """Leave the resolved config beside the run. Errors: UserError; a config that is there is then left as it was."""
+    """Write the resolved config to the run folder.
+
+    Raises:
+        UserError: The file cannot be written; an older config then stays as it was.
+    """
     path = config.run_dir / "config.yaml"
     part = path.with_name("config.yaml.tmp")
     try:

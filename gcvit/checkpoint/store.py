@@ -1,15 +1,11 @@
-"""Checkpoints of all engines and world sizes: write, read, list, prune. `format.py` says what is on disk.
+"""Write, read, list and prune checkpoints of all engines and world sizes. `format.py` defines the files.
 
-Stored flat, what a rank holds under any engine is a contiguous range of each tensor: rows under FSDP2, a cut through a
-matrix under ZeRO, a whole replica under DDP, which then writes its part of it. So any rank of any engine can read what
-it needs from the ranges of any other.
+Under any engine a rank holds a contiguous range of each flattened tensor: rows under FSDP2, a cut through a matrix
+under ZeRO, a whole replica under DDP, of which it writes a part. So any rank of any engine can read what it needs.
 
-A checkpoint is complete or absent: the ranks write their files to `step_N.tmp`, flush them, and compare what the disk
-gives back. `state.json`, with their sizes and hashes and one of itself, comes last; then rank 0 renames the folder, and
-only then deletes old ones. So a folder under its final name is complete, whenever a process is killed. What a killed
-one leaves is named `.tmp`, which the next run or save removes. `manager.py` does this beside the training.
-
-Sizes and hashes are checked before a tensor is read. Nothing in a checkpoint is executed.
+A checkpoint is complete or absent. The ranks write their files to `step_N.tmp`, flush them and read them back. Then
+rank 0 writes `state.json` with all sizes and hashes, renames the folder, and only then deletes old ones. The next save
+deletes the `.tmp` folder of a killed one. Hashes are checked before a tensor is read. Nothing is executed.
 """
 
 import os
@@ -53,26 +49,26 @@ from gcvit.runtime.distributed import World
 
 T = TypeVar("T")
 WriteFile = Callable[[Path, bytes, Sequence[Tensor]], FileRecord]
-"""Writes a file of a header and tensors, raises as `format.write_file` does, or `WriterError`."""
+"""Writes a file of a header and tensors; raises as `format.write_file` does, or a `WriterError`."""
 
 
 @dataclass
 class RunState:
-    """Everything about a run that changes while it runs, beside its tensors: what is not here does not survive."""
+    """Hold everything about a run that changes while it runs, beside its tensors; nothing else survives a restart."""
 
     step: int = 0
     samples: int = 0  # consumed; with the seed, the place in the order
     counters: Counters = field(default_factory=Counters)
     ema_updates: int = 0
-    best_top1: float = -1.0  # percent; the EMA's where there is one
+    best_top1: float = -1.0  # percent; the EMA's if there is one
     best_step: int = -1
-    evaluation_due: bool = False  # of this step: it was preempted before that, or meanwhile
-    initial_weights: str | None = None  # where --init-from had them from, in words; None: drawn from the seed
+    evaluation_due: bool = False  # of this step: the run was preempted before or during it
+    initial_weights: str | None = None  # their origin by --init-from, in words; None: drawn from the seed
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk: its folder and what `state.json` says."""
+    """Describe a complete checkpoint on disk: its folder and the content of `state.json`."""
 
     path: Path
     state: RunState
@@ -83,12 +79,12 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every stored tensor, by name."""
+        """Return the shape of every stored tensor, by name."""
         return {name: torch.Size(stored["shape"]) for name, stored in self.index.items()}
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint is not what was written; `path` is the corrupt file in it."""
+    """Report a checkpoint that is not as it was written; `path` is the corrupt file in it."""
 
     HINT = "move the corrupt checkpoint away and use another, or start afresh with another --tag"
 
@@ -98,7 +94,7 @@ class CorruptCheckpointError(UserError):
         self._arguments = path, got, expected
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # ranks tell each other, by pickle
+        return type(self), self._arguments  # ranks send it to each other by pickle
 
 
 def own_part(fragment: Fragment) -> Fragment:
@@ -109,7 +105,7 @@ def own_part(fragment: Fragment) -> Fragment:
 
 
 def write_here(path: Path, header: bytes, tensors: Sequence[Tensor]) -> FileRecord:
-    """Write a rank's file in this process. Raises: as `write_file`."""
+    """Write a rank's file in this process; raises as `write_file` does."""
     pieces = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data for tensor in tensors]
     return write_file(path, [memoryview(header), *pieces], heartbeat.mark)
 
@@ -128,18 +124,14 @@ def save(
     """Write the checkpoint of a step by all ranks together, and return its folder once it is complete and on disk.
 
     Args:
-        folder: The run's folder of checkpoints.
-        state: Names the step.
-        tensors: What this rank holds, by kind and parameter.
-        info: Further members of `state.json`.
+        tensors: The fragments of this rank, by kind and parameter.
         world: All ranks; its host group must be used by nobody else meanwhile.
-        check_lock: Raises a UserError where the folder has become another run's; nothing there is touched then.
-        write: Writes this rank's file.
-        index: The same in each save of a run, so that the index is merged once.
+        check_lock: Raises a UserError if the folder has become another run's, of which no file is touched then.
+        index: The same cache in each save of a run, so that the index is merged once.
 
     Raises:
-        UserError: On all ranks alike, naming the file that cannot be written or does not read back the same.
-        WriterError: On all ranks alike, where the writer of one has failed.
+        UserError: A file cannot be written or reads back differently; raised on all ranks, with the file's name.
+        WriterError: The writer of a rank has failed; raised on all ranks.
     """
     final = folder / step_dir(state.step)
     part = final.with_name(final.name + ".tmp")
@@ -157,9 +149,9 @@ def save(
             return write(part / rank_file(world.rank), header, [held.data for held in own.values()])
 
     def clear() -> None:
-        with suppress(OSError):  # of the lock's file, where the whole disk is gone
-            check_lock()  # whoever takes a run over clears what this one writes: then that is the reason
-            shutil.rmtree(part, ignore_errors=True)  # on a full disk others want the room
+        with suppress(OSError):  # of the lock's file, if the whole disk is gone
+            check_lock()  # a process that takes the run over deletes this folder: then that is the reason
+            shutil.rmtree(part, ignore_errors=True)  # other users of a full disk need the room
 
     world.on_rank0(begin)
     try:
@@ -175,7 +167,7 @@ def save(
 
 
 def restate(path: Path, state: RunState) -> None:
-    """Replace the run's state in a complete checkpoint, and nothing else. Called by one rank. Raises: UserError."""
+    """Replace the run's state in a complete checkpoint, by one rank; raises a UserError if the disk refuses it."""
     with _naming(path):
         content, _ = decode_state((path / STATE_FILE).read_bytes())
         index = encode_index(content.pop("tensors"))
@@ -186,22 +178,26 @@ def restate(path: Path, state: RunState) -> None:
 
 
 def prune(folder: Path, *, keep: int, best_step: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one. Called by one rank. Errors: UserError."""
+    """Delete all but the newest `keep` checkpoints and the best one. Called by one rank.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
     with _naming(folder):
         for path in list_checkpoints(folder)[:-keep]:
             if step_of(path) != best_step:
-                # Renamed first: a deletion that is cut off must not leave half a checkpoint under a complete name.
                 doomed = path.with_name(path.name + ".tmp")
-                path.rename(doomed)
+                path.rename(doomed)  # first, so that a deletion that is cut off leaves no half under a complete name
                 _delete(doomed)
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder of checkpoints, see that it can be written, and delete what killed saves and deletions left.
+    """Make the folder of checkpoints, check that it is writable, and delete the `.tmp` folders of killed saves.
 
-    Called by one rank, which holds the run's lock. Errors: UserError.
+    Raises:
+        UserError: The folder cannot be written.
     """
-    with _naming(folder):
+    with _naming(folder):  # called by one rank, which holds the run's lock
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "written.tmp").mkdir(exist_ok=True)
         for stale in folder.glob("*.tmp"):
@@ -210,12 +206,12 @@ def prepare(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete what no one needs, as far as the file system lets: NFS keeps files that somebody reads."""
-    shutil.rmtree(folder, ignore_errors=True)  # what is left is tried again before the next save
+    """Delete a folder that no one needs, as far as the file system lets: NFS keeps files that somebody reads."""
+    shutil.rmtree(folder, ignore_errors=True)  # the next save deletes the rest
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder of checkpoints, oldest first."""
+    """List the complete checkpoints in a folder of checkpoints, oldest first."""
     return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
 
@@ -224,12 +220,16 @@ def step_of(path: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints, or None."""
+    """Return the newest complete checkpoint in a folder of checkpoints, or None."""
     return next(reversed(list_checkpoints(folder)), None)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read `state.json` and check that all files have their sizes. Raises: UserError naming the file."""
+    """Read `state.json` and check that all files have their sizes.
+
+    Raises:
+        UserError: The checkpoint is absent, has another format or is corrupt; the error names the file.
+    """
     hint = "use another checkpoint, or start afresh with another --tag"
     try:
         content, is_intact = decode_state((path / STATE_FILE).read_bytes())
@@ -263,9 +263,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
-    """The same checkpoint once its content is found to be what was written; the ranks divide the work.
+    """Check the hashes of all files, which the ranks divide, and return the checkpoint marked as checked.
 
-    Errors, on all ranks alike: UserError naming the corrupt file.
+    Raises:
+        CorruptCheckpointError: A file differs or cannot be read; raised on all ranks.
     """
     names = sorted(checkpoint.files)
     _together(world, lambda: _check_files(checkpoint, names[world.rank :: world.size]))
@@ -273,19 +274,18 @@ def check(checkpoint: Checkpoint, world: World) -> Checkpoint:
 
 
 def has_kind(checkpoint: Checkpoint, kind: str) -> bool:
-    """Whether the checkpoint holds tensors of a kind ("model", "exp_avg", "exp_avg_sq", "ema")."""
+    """Return whether the checkpoint holds tensors of a kind ("model", "exp_avg", "exp_avg_sq", "ema")."""
     return any(name.startswith(f"{kind}.") for name in checkpoint.index)
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World) -> None:
-    """Fill the fragments from a checkpoint that any engine at any world size wrote; all ranks together.
+    """Fill the fragments from a checkpoint that any engine at any world size wrote; by all ranks together.
 
-    Errors, on all ranks alike: UserError for a corrupt file, and where the stored tensors of these kinds are not
-    exactly those of the model.
+    Raises:
+        UserError: A file is corrupt, or the stored tensors of these kinds are not the model's; raised on all ranks.
     """
     wanted = {f"{kind}.{name}": part for kind, parts in tensors.items() for name, part in parts.items()}
-    # A rank may hold nothing of a small tensor, so that only all ranks together know what the model has.
-    of_ranks = world.gather({name: part.shape for name, part in wanted.items()})
+    of_ranks = world.gather({name: part.shape for name, part in wanted.items()})  # one may lack a small tensor
     of_model = {name: shape for shapes in of_ranks for name, shape in shapes.items()}
     stored = {name: shape for name, shape in checkpoint.shapes.items() if name.split(".")[0] in tensors}
     wrong = sorted(name for name in of_model.keys() | stored.keys() if of_model.get(name) != stored.get(name))
@@ -302,7 +302,7 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Fragments], world: World)
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
-    """Read all tensors of one kind ("model" or "ema"), whole, on the host, by one process. Raises: as `load`."""
+    """Read all tensors of one kind ("model" or "ema") to the host, whole, by one process; raises as `load` does."""
     if not checkpoint.is_checked:
         _check_files(checkpoint, checkpoint.files)
     prefix = f"{kind}."
@@ -314,10 +314,10 @@ def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _read(checkpoint: Checkpoint, fragments: Mapping[str, Fragment]) -> None:
-    """Fill the fragments, file by file, with the ranges that they need. Raises: UserError."""
+    """Fill the fragments, file by file, with the ranges that they need; raise a UserError if one cannot be read."""
     path = checkpoint.path
     try:
-        pieces: dict[int, list[tuple[str, int, int, Tensor]]] = {}  # by rank: what of its tensors goes where
+        pieces: dict[int, list[tuple[str, int, int, Tensor]]] = {}  # by rank: tensor, its range, its destination
         for name, part in fragments.items():
             place, stop = 0, part.start + part.data.numel()
             for rank, begin, end in find_pieces(checkpoint.index[name]["ranges"], part.start, stop):
@@ -342,7 +342,7 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Errors: UserError for the first of these files whose content is not what was written."""
+    """Check the hashes of these files; raise a CorruptCheckpointError for the first that differs or cannot be read."""
     for name in names:
         try:
             record = hash_file(checkpoint.path / name)
@@ -354,7 +354,7 @@ def _check_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 
 def _complete(part: Path, final: Path, encoded_state: bytes, check_lock: Callable[[], None]) -> None:
-    """Write `state.json` as the last file, and give the folder its name."""
+    """Write `state.json` as the last file, and rename the folder to its final name."""
     assert not final.exists(), f"{final} is there: a run goes on from its newest checkpoint"
     with _naming(part):
         _write_state(part / STATE_FILE, encoded_state)
@@ -370,7 +370,7 @@ def _write_state(path: Path, encoded: bytes) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into a UserError that names the file, or this folder."""
+    """Convert an error of the disk to a UserError that names the file, or this folder."""
     try:
         yield
     except OSError as error:

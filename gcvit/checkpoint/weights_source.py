@@ -1,4 +1,4 @@
-"""What is evaluated: the weights of a run, a checkpoint, an export or a file, or the average of several."""
+"""Find and load weights to evaluate: those of a run, a checkpoint, an export or a file, or the average of several."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from gcvit.runtime.distributed import World
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights that are known to be there; `read` brings them, whole and on the CPU, on all ranks together."""
+    """Describe weights that exist; `read` loads them, whole and on the CPU, on all ranks together."""
 
     path: str
     weights: str
@@ -34,19 +34,23 @@ class Candidate:
     step: int | None
     model: ModelConfig
     data: DataConfig
-    """How its images are prepared."""
+    """The preparation of its images."""
     classes: tuple[str, ...] | None
-    """Names of its classes in the order of its outputs, where they are known."""
+    """Names of its classes in the order of its outputs, if they are known."""
     run_dir: Path | None
-    """The run folder that it lies in."""
+    """The run folder that contains it."""
     read: Callable[[World | None], StateDict]
-    """Every rank calls it; a process without others passes None."""
+    """Every rank calls it; a single process passes None."""
 
 
 def find_candidate(path: str, kind: str | None = None) -> Candidate:
-    """Of a run folder (its best checkpoint), a checkpoint or an export; `kind` is "ema" or "model".
+    """Find the weights of a run folder (its best checkpoint), a checkpoint or an export.
 
-    None takes the EMA where there is one; an export has one kind. Errors: UserError where there is none.
+    Args:
+        kind: "ema" or "model"; None is the EMA if there is one. An export has one kind.
+
+    Raises:
+        UserError: The path has no such weights.
     """
     if (Path(path) / WEIGHTS_FILE).exists():
         if kind is not None:
@@ -71,10 +75,13 @@ def find_candidate(path: str, kind: str | None = None) -> Candidate:
 
 
 def find_file(variant: str, path: str, *, resample: bool = False) -> Candidate:
-    """Of a file of any layout; how images are prepared is said by the variant's card.
+    """Find the weights of a file of any layout. The variant's card defines how images are prepared.
 
-    With `resample` its bias tables may be of other windows than the variant's; `load` brings them to those of its
-    size. Errors: UserError for a file that is not of that variant.
+    Args:
+        resample: Allow bias tables of other windows than the variant's; `load` resamples them to its size.
+
+    Raises:
+        UserError: The file is not of that variant.
     """
     row = find_variant(variant)
     content, _ = weights.read(path)
@@ -85,15 +92,18 @@ def find_file(variant: str, path: str, *, resample: bool = False) -> Candidate:
     with torch.device("meta"):
         module = build_model(model)
     state = weights.to_ours(content, module)
-    fit(state, module, path, resample=resample)  # told before a GPU is touched; resampled once, by `load`
+    fit(state, module, path, resample=resample)  # only to check, before a GPU is touched: `load` resamples
     data = DataConfig(crop_pct=row.crop_pct, eval_resize="squash" if row.crop_mode == "squash" else "crop")
     return Candidate(path, "file", None, model, data, None, None, lambda world: state)
 
 
 def average(candidates: Sequence[Candidate]) -> Candidate:
-    """The mean of the weights of several, a model soup (Wortsman et al., ICML 2022); of one, itself.
+    """Average the weights of several candidates, a model soup (Wortsman et al., ICML 2022); return a single one itself.
 
-    Images are prepared as for the first. Errors: UserError where they are not of one architecture.
+    Images are prepared as for the first.
+
+    Raises:
+        UserError: The candidates are not of one architecture.
     """
     first, *others = candidates
     for other in others:
@@ -121,9 +131,12 @@ def average(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def load(candidate: Candidate, state: StateDict, img_size: int) -> GCViT:
-    """Its model in evaluation mode at a size, on the CPU; bias tables of other windows are resampled.
+    """Build the candidate's model in evaluation mode on the CPU, for images of `img_size` pixels.
 
-    Errors: UserError for a size at which the model would be another.
+    Bias tables of other windows are resampled.
+
+    Raises:
+        UserError: The weights do not fit the model of that size.
     """
     with torch.device("meta"):
         model = build_model(_resized(candidate.model, img_size))
@@ -133,7 +146,7 @@ def load(candidate: Candidate, state: StateDict, img_size: int) -> GCViT:
 
 
 def _resized(model: ModelConfig, img_size: int) -> ModelConfig:
-    """The same model for another size: windows that a config names grow with it, as a variant's do."""
+    """Return the same model for another size: windows that a config names grow with it, as a variant's do."""
     overrides = model.overrides
     if overrides and overrides.windows:
         windows = tuple(math.ceil(window * img_size / model.img_size) for window in overrides.windows)
@@ -142,7 +155,7 @@ def _resized(model: ModelConfig, img_size: int) -> ModelConfig:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 in hex of the weights: names in order, shapes, types and bytes."""
+    """Compute the SHA-256 of the weights in hex: names in order, shapes, types and bytes."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         sha256.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
@@ -163,12 +176,16 @@ def _tuple(names: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-# The names that timm and the hub look for.
+# The names that timm and the hub expect.
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 
 
 def choose_kind(found: Checkpoint, kind: str | None) -> str:
-    """Which weights of a checkpoint are meant: None is the EMA where there is one. Errors: UserError for no EMA."""
+    """Choose "ema" or "model" of a checkpoint: `kind`, or if it is None the EMA if there is one.
+
+    Raises:
+        UserError: `kind` is "ema" and the checkpoint has no EMA.
+    """
     has_ema = store.has_kind(found, "ema")
     if kind == "ema" and not has_ema:
         raise UserError("this run has no EMA", got=found.path, hint="take --weights model")
@@ -205,7 +222,11 @@ def load_export(folder: Path) -> tuple[GCViT, Config]:
 
 
 def read_label_names(folder: Path) -> list[str] | None:
-    """The classes in label order, as an export's config.json has them. Errors: UserError for a file that is corrupt."""
+    """Read the classes in label order from an export's config.json.
+
+    Raises:
+        UserError: The file is corrupt.
+    """
     path = folder / CONFIG_FILE
     try:
         names: list[str] | None = json.loads(path.read_text()).get("label_names")
@@ -218,9 +239,12 @@ PUBLISHED = "the published weights of"
 
 
 def describe_origin(source: str) -> str:
-    """Where the weights that `--init-from` names come from, in words without folders of this machine.
+    """Describe the origin of the weights that `--init-from` names, without folders of this machine.
 
-    `source` is as in `gcvit.training.resume.load_weights`. Errors: as `find_checkpoint`.
+    `source` is as in `gcvit.training.resume.load_weights`.
+
+    Raises:
+        UserError: As in `find_checkpoint`.
     """
     path = Path(source)
     if path.is_dir():
@@ -242,19 +266,23 @@ def _tell(now: str, earlier: str | None) -> str:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model in evaluation mode, how its images are prepared, and the names of its classes in label order."""
+    """Hold a model in evaluation mode, the preparation of its images, and the names of its classes in label order."""
 
     model: GCViT
     data: DataConfig
     classes: tuple[str, ...]
-    origin: str  # where it is from, in words
+    origin: str  # of the weights, in words
 
 
 def open_classifier(source: str, variant: str | None = None, attention: str = "auto") -> Classifier:
-    """The classifier that `--checkpoint` names, on the CPU in fp32.
+    """Open the classifier that `--checkpoint` names, on the CPU in fp32.
 
-    `variant` is of a weights file, None reads it from the shapes; `attention` is a path of `WindowAttention`.
-    Errors: UserError for what is none of these, corrupt, or has no head.
+    Args:
+        variant: The variant of a weights file; None reads it from the shapes.
+        attention: A path of `WindowAttention`.
+
+    Raises:
+        UserError: The source is no classifier, is corrupt, or has no head.
     """
     if Path(source).is_dir():
         if variant is not None:
@@ -285,8 +313,8 @@ def _open_folder(path: str, attention: str) -> Classifier:
 def name_classes(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     """Return a readable name for each class.
 
-    A WordNet number (n02123045) becomes its words. If `classes` is None, 1000 classes have ImageNet-1K's names, and
-    any other number of classes has "class 0", "class 1" and so on.
+    A WordNet number (n02123045) becomes its words. If `classes` is None, 1000 classes have ImageNet-1K's names, and any
+    other number of classes has "class 0", "class 1" and so on.
 
     Returns:
         Names in the order of the labels.

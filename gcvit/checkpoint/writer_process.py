@@ -1,10 +1,10 @@
-"""The process that writes a rank's file of a checkpoint, so that hashing and fsync take nothing from the trainer's GIL.
+"""Write a rank's file of a checkpoint in a process, so that hashing and fsync take no time of the trainer's GIL.
 
-A trainer has one of these for the whole run. It inherits the memory of the snapshot by a file descriptor, gets a line
-of JSON for each file to write, and answers with lines of JSON. It never outlives the trainer: the kernel kills it
-with its parent, and its input ends. Signals that are sent to the whole job, of preemption or Ctrl-C, are the
-trainer's to answer and are blocked here. The module imports the standard library alone, so that it starts in
-milliseconds and takes little memory.
+A trainer has one of these processes for the whole run. The process inherits the memory of the snapshot by a file
+descriptor, reads a line of JSON for each file to write, and answers with lines of JSON. It never outlives the trainer:
+the kernel kills it with its parent, and its input ends. It blocks the signals that are sent to the whole job, of
+preemption or Ctrl-C, since the trainer answers them. The module imports the standard library alone, so that the process
+starts in milliseconds and needs little memory.
 """
 
 import ctypes
@@ -26,17 +26,17 @@ _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 class WriterError(RuntimeError):
-    """The process that writes the checkpoint has died, or has met a bug."""
+    """Report that the process that writes the checkpoint has died, or has met a bug."""
 
 
 class WriterProcess:
-    """The process, as the trainer sees it. Create it in the main thread: the kernel ties its life to that thread."""
+    """Control the process from the trainer. Create it in the main thread: the kernel ties its life to that thread."""
 
     def __init__(self, memory_fd: int):
         package = str(Path(__file__).parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         command = [sys.executable, "-S", "-m", __name__, str(memory_fd), str(os.getpid())]
-        # A child inherits the mask, so that no signal of the job can strike it before it is ready.
+        # A child inherits the mask, so that no signal of the job can kill it before it is ready.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             self._process = subprocess.Popen(
@@ -54,10 +54,10 @@ class WriterProcess:
         return self._process.pid
 
     def write(self, path: Path, header: bytes, num_bytes: int, on_progress: Callable[[], None]) -> FileRecord:
-        """Write a file of this header and so many bytes of the shared memory, as `write_file` does.
+        """Write a file of this header and `num_bytes` bytes of the shared memory, as `write_file` does.
 
         Raises:
-            OSError, ReadBackError: As `write_file`.
+            OSError, ReadBackError: As in `write_file`.
             WriterError: The process has died, or has met a bug.
         """
         request = {"path": str(path), "header": header.hex(), "num_bytes": num_bytes}
@@ -82,7 +82,7 @@ class WriterProcess:
         raise WriterError(self._describe_death())
 
     def close(self) -> None:
-        """End the process once it has written what it was given."""
+        """End the process after it has written the files that were requested."""
         assert self._process.stdin
         assert self._process.stdout
         try:

@@ -1,4 +1,4 @@
-"""The command line of `evaluate.py`."""
+"""Parse the command line of `evaluate.py`."""
 
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 
@@ -6,7 +6,11 @@ from gcvit.errors import UserError
 
 
 def parse_arguments(description: str | None) -> Namespace:
-    """Its flags. Leaves with exit code 2 for what is no flag; `check` tells which do not go together."""
+    """Parse the flags; `check` refuses those that do not go together.
+
+    Raises:
+        SystemExit: The command line has an unknown flag; the exit code is 2.
+    """
     parser = ArgumentParser(
         usage="%(prog)s RUN... --data_dir DIR [flags]",
         description=description,
@@ -54,7 +58,11 @@ def parse_arguments(description: str | None) -> Namespace:
 
 
 def check(arguments: Namespace) -> None:
-    """Errors: UserError for flags that do not go together, and numbers that cannot be."""
+    """Check that the flags go together and that their numbers are possible.
+
+    Raises:
+        UserError: Flags contradict each other, or a number is impossible.
+    """
     has_file = arguments.model is not None or arguments.checkpoint is not None
     if bool(arguments.runs) == has_file or (arguments.model is None) != (arguments.checkpoint is None):
         raise UserError("what to evaluate?", expected="RUN, or --model NAME --checkpoint FILE")

@@ -1,6 +1,6 @@
-"""Reads a config from YAML, the command line and flags, explains what is wrong with it, and writes it again.
+"""Read a config from YAML, the command line and flags, explain its errors, and write it.
 
-What the options are is said in `gcvit.config.schema`.
+`gcvit.config.schema` defines the options.
 """
 
 import difflib
@@ -20,22 +20,22 @@ _PATTERNS = {
     "tag": "letters, digits and . _ -, of which a letter or digit comes first",
     "trainer.profile": "START:STEPS, two whole numbers, as 20:3",
 }
-"""Patterns of options in words."""
+"""Descriptions of the patterns of options."""
 RENAMED = {
     "data.run_bytes": "data.chunk_bytes",
     "data.open_runs": "data.shuffle_chunks",
     "data.max_damaged_fraction": "data.max_corrupt_fraction",
     "trainer.max_bad_steps": "trainer.max_nonfinite_steps",
 }
-"""Options by their former names, which are refused with the present one."""
+"""New names of renamed options, by their former names, which are refused."""
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML 1.2: `5e-6` is a number, though it has no dot, and `10:20` is a text, not 620 by sixties."""
+    """Read YAML as version 1.2 does: `5e-6` is a number, though it has no dot; `10:20` is a text, not 620."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers, such as a tag "1e5"."""
+    """Quote the texts that `_Loader` would read as numbers, such as a tag "1e5"."""
 
 
 for _class in (_Loader, _Dumper):
@@ -48,17 +48,29 @@ for _class in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """Safe YAML in which `5e-6` is a number and `10:20` a text. Errors: `yaml.YAMLError`."""
+    """Parse safe YAML, in which `5e-6` is a number and `10:20` a text.
+
+    Raises:
+        yaml.YAMLError: The text is no YAML.
+    """
     return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
 
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
-    """Read `path`, apply `flags` (plain values by dotted key, None is absent) and `dotted.key=value` overrides.
+    """Load the config file `path`, with `flags` and then `overrides` applied to it.
 
-    Returns the config and notices for the user. Errors: UserError for a missing or malformed file, an unknown key
-    (with the nearest valid name), a wrong type, a value out of range, or an option without effect.
+    Args:
+        overrides: Texts `dotted.key=value`.
+        flags: Plain values by dotted key; None is absent.
+
+    Returns:
+        The config, and notices for the user.
+
+    Raises:
+        UserError: The file is missing or malformed, a key is unknown (the hint has the nearest valid name), a value has
+            a wrong type or is out of range, or an option has no effect.
     """
     path = Path(path)
     try:
@@ -85,9 +97,13 @@ def load_config(
 
 
 def _guard_recipe(config: Config, file_batch: int, is_asked: bool) -> tuple[Config, list[str]]:
-    """Scale the learning rate where the global batch is not the file's, and say what else that changes.
+    """Scale the learning rate if the global batch is not the file's, and describe the other changes.
 
-    `is_asked` is whether the command line gives optim.lr_scaling. Errors: UserError where nothing of the rate is left.
+    Args:
+        is_asked: Whether the command line gives optim.lr_scaling.
+
+    Raises:
+        UserError: The scaled rate is below optim.min_lr.
     """
     batch, optim = config.global_batch_size, config.optim
     if batch == file_batch:
@@ -117,9 +133,10 @@ def _guard_recipe(config: Config, file_batch: int, is_asked: bool) -> tuple[Conf
 
 
 def parse_config(tree: dict[str, Any], source: str, typed: Collection[str] = ()) -> Config:
-    """Check a tree of plain values, as read from YAML or JSON.
+    """Parse a tree of plain values, as read from YAML or JSON, to a config.
 
-    Errors: UserError that names the `source`, or the command line for the keys that were `typed` there.
+    Raises:
+        UserError: The tree is no valid config. The error names `source`, or the command line for `typed` keys.
     """
     try:
         # Strict JSON mode: lists become tuples and 1 becomes 1.0, but "1" is no number and 1 is no bool.
@@ -131,12 +148,12 @@ def parse_config(tree: dict[str, Any], source: str, typed: Collection[str] = ())
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, which `load_config` reads back to an equal config."""
+    """Write the resolved config as YAML, which `load_config` reads back to an equal config."""
     return dump_yaml(json.loads(config.model_dump_json()))
 
 
 def dump_yaml(tree: Any) -> str:
-    """Plain values as YAML that `parse_yaml` reads back."""
+    """Write plain values as YAML that `parse_yaml` reads back."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
@@ -153,7 +170,7 @@ def _read_override(override: str) -> tuple[str, Any]:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        # A section that is absent or null springs up with its first option: `ema.half_life=...` switches EMA on.
+        # The first option of an absent or null section creates it: `ema.half_life=...` switches EMA on.
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]

@@ -1,8 +1,8 @@
-"""Every option of a run, typed, with a sentence under each; defaults < file < command line.
+"""Define every option of a run, typed, with a sentence under each; defaults < file < command line.
 
 A config is one YAML file without inheritance. Unknown keys, wrong types and options that would have no effect in the
-chosen mode are refused. Absent is `None`: a section such as `ema` or `zero` that is not there is off. Durations are
-texts, "20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.optim.lr_schedule`. `load.py` reads it.
+chosen mode are refused. `None` is absent: a section such as `ema` or `zero` that is absent is off. Durations are texts,
+"20 epochs", "500 steps" or "1e6 samples", resolved once by `gcvit.optim.lr_schedule`. `load.py` reads the file.
 """
 
 import math
@@ -52,7 +52,7 @@ Range = Annotated[tuple[Positive, Positive], AfterValidator(_check_range)]
 
 
 class Section(BaseModel):
-    """A node of the config tree: frozen, no unknown keys, the sentence under each option is its description."""
+    """Define a node of the config tree: frozen, no unknown keys, the sentence under each option is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -194,7 +194,7 @@ class AugmentConfig(Section):
 
     @property
     def is_paired(self) -> bool:
-        """Whether samples 2k and 2k+1 of a batch are mixed with each other."""
+        """Return whether samples 2k and 2k+1 of a batch are mixed with each other."""
         return self.mix is not None
 
 
@@ -304,7 +304,7 @@ class TrainerConfig(Section):
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
-        """Finished steps at which `profile` begins and ends."""
+        """Return the finished steps at which `profile` begins and ends."""
         if self.profile is None:
             return None
         start, steps = map(int, self.profile.split(":"))
@@ -312,13 +312,13 @@ class TrainerConfig(Section):
 
     @property
     def resolved_micro_batch_size(self) -> int | None:
-        """`micro_batch_size` where "auto" has become a number, see `gcvit.planning.micro_batch_finder`."""
+        """Return `micro_batch_size` after "auto" has become a number, see `gcvit.planning.micro_batch_finder`."""
         assert not isinstance(self.micro_batch_size, str), "auto is not resolved yet"
         return self.micro_batch_size
 
 
 class Config(Section):
-    """One run."""
+    """Define one run."""
 
     tag: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is output_dir/tag."""

@@ -1,4 +1,4 @@
-"""The command line of `train.py`."""
+"""Parse the command line of `train.py`."""
 
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 
@@ -11,7 +11,11 @@ _ABSENT = {"resume": "auto"}  # what a flag that is not given reads as, beside N
 
 
 def parse_arguments(description: str | None) -> Namespace:
-    """Its flags, and `overrides` of options. Leaves with exit code 2 for what is no flag; for `check` see there."""
+    """Parse the flags, and the `overrides` of options; `check` refuses those that do not go together.
+
+    Raises:
+        SystemExit: The command line has an unknown flag; the exit code is 2.
+    """
     parser = ArgumentParser(
         usage="%(prog)s --config FILE [flags] [dotted.key=value ...]",
         description=description,
@@ -50,7 +54,11 @@ def parse_arguments(description: str | None) -> Namespace:
 
 
 def check(arguments: Namespace) -> None:
-    """Errors: UserError for flags that would have no effect beside others, and an empty folder."""
+    """Check that no flag is without effect beside others, and that no folder is empty.
+
+    Raises:
+        UserError: A flag has no effect, or the folder's name is empty.
+    """
     if arguments.data_dir == "":
         raise UserError("--data_dir is empty", hint="give a folder or a URL")
     _refuse(arguments, _OF_A_PLAN, arguments.plan, "belongs to a plan", "add --plan")

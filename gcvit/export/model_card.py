@@ -1,8 +1,7 @@
-"""The model card of an export, README.md as Hugging Face's hub reads it, and the words on where weights come from.
+"""Write the model card of an export, README.md as Hugging Face's hub reads it, with the origin of the weights.
 
-A card says what is known and no more: numbers are counted on the model, read from the checkpoint or from what
-`evaluate.py` has kept beside the run. Under which licence weights are is for their owner to say; only the published
-ones bring theirs with them.
+A card states only known facts: numbers are counted on the model, or read from the checkpoint or from the records of
+`evaluate.py` beside the run. The owner of the weights chooses their licence; only the published weights have one.
 """
 
 import json
@@ -22,14 +21,14 @@ from gcvit.model.summary import summarize
 
 PAPER = "https://arxiv.org/abs/2206.09959"
 LICENCE = "cc-by-nc-sa-4.0"
-"""Of the published weights, and so of what is made from them."""
+"""The licence of the published weights, and of all weights that are made from them."""
 
 Record = Mapping[str, Any]
-"""What `evaluate.py` kept of an evaluation, see docs/evaluation.md."""
+"""A record of `evaluate.py` about an evaluation, see docs/evaluation.md."""
 
 
 def read_records(run: Path, kind: str, state: RunState) -> list[Record]:
-    """What `evaluate.py` has kept of the weights of one kind at one step of a run; a file that is none is left out."""
+    """Read the records of `evaluate.py` for the weights of one kind at one step of a run; skip files without one."""
     records = []
     for path in sorted((run / "evaluations").glob("*.json")):
         try:
@@ -46,7 +45,7 @@ def read_records(run: Path, kind: str, state: RunState) -> list[Record]:
 def write_card(
     config: Config, name: str, kind: str, state: RunState, records: Sequence[Record], classes: Sequence[str] | None
 ) -> str:
-    """The card of the weights of one kind ("ema" or "model") at a step; `name` is the architecture's, as exported."""
+    """Write the card of the weights of one kind ("ema" or "model") at a step; `name` is the exported architecture's."""
     sections = {
         "The model": _describe_model(config),
         "Use": _describe_use(config, name, classes),
@@ -85,7 +84,7 @@ def _write_head(config: Config, state: RunState, records: Sequence[Record]) -> s
 
 
 def is_published(state: RunState) -> bool:
-    """Whether a run began with published weights, or with what was made from them."""
+    """Return whether a run began with published weights, or with weights that were made from them."""
     return state.initial_weights is not None and PUBLISHED in state.initial_weights
 
 

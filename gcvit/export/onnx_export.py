@@ -26,15 +26,20 @@ from gcvit.runtime.entrypoint import run_main
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED_BATCHES = (1, 3)
 MAX_DIFFERENCE = 1e-4
-"""Of logits from torch's, relative to the largest of these where it exceeds one: fp32 kernels of another make."""
+"""Bound of the difference from torch's logits, relative to the largest of them if that exceeds 1: fp32 rounding."""
 
 
 def export_onnx(classifier: Classifier, target: Path) -> str:
-    """Write the model to one ONNX file; says what was written and how it was checked.
+    """Write the model to one ONNX file, and check its logits in onnxruntime.
 
     The classifier must have been opened with attention="reference", which is made of plain operators. The file is
-    complete and checked, or not there at all. Errors: UserError for packages that are missing, for a target that is
-    there already or cannot be written, and for logits in onnxruntime that are not torch's.
+    complete and checked, or absent.
+
+    Returns:
+        A message about the file and the check.
+
+    Raises:
+        UserError: A package is missing, the target exists or cannot be written, or onnxruntime computes other logits.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
@@ -46,7 +51,7 @@ def export_onnx(classifier: Classifier, target: Path) -> str:
     part = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()  # a place that cannot be written is told before the minutes that the export takes
+        part.touch()  # a place that cannot be written fails here, before the minutes of the export
         num_bytes = _write(classifier, part)
         difference = compare(classifier, part)
         part.rename(target)
@@ -87,7 +92,11 @@ def _write(classifier: Classifier, path: Path) -> int:
 
 @torch.no_grad()
 def compare(classifier: Classifier, path: Path) -> float:
-    """The largest difference of onnxruntime's logits from torch's, on drawn images. Errors: UserError beyond bounds."""
+    """Compute the largest difference of onnxruntime's logits from torch's, on random images.
+
+    Raises:
+        UserError: The difference exceeds `MAX_DIFFERENCE`.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -33,11 +33,21 @@ from gcvit.model.from_config import build_model
 
 
 def export(run: Path, out: Path | None = None, kind: str | None = None, layout: str | None = None) -> str:
-    """Write the weights of a run folder (its best checkpoint) or of a checkpoint to `out`; says what and how to load.
+    """Export the weights of a run folder (its best checkpoint) or of a checkpoint to the folder `out`.
 
-    `out` is by default RUN/export, or beside a checkpoint. `kind` is "ema" or "model", by default the EMA where there
-    is one; `layout` "timm" or "own", by default timm's where timm has the architecture. Complete or not there at all.
-    Errors: UserError for what cannot be, before anything is written, and for a disk that does not take it.
+    The folder is complete or absent.
+
+    Args:
+        run: The run folder or the checkpoint.
+        out: By default RUN/export, or CHECKPOINT-export beside a checkpoint.
+        kind: "ema" or "model"; by default the EMA if there is one.
+        layout: "timm" or "own"; by default timm's if timm has the architecture.
+
+    Returns:
+        A message about the export and the call that loads it.
+
+    Raises:
+        UserError: An argument is impossible, and nothing is written; or the disk refuses the files.
     """
     found = store.open_checkpoint(resolve.find_checkpoint(run))
     config = parse_config(found.info["config"], source=str(found.path))
@@ -77,16 +87,16 @@ def export(run: Path, out: Path | None = None, kind: str | None = None, layout: 
 
 
 def name_in_timm(model: ModelConfig) -> str | None:
-    """timm's own name of the architecture, None where timm has no such.
+    """Return timm's own name of the architecture, or None if timm does not have it.
 
-    Its functions cannot be given another width or depth, and its model takes no image whose windows are not whole.
+    timm's functions accept no other width or depth, and its model accepts no image whose windows are not whole.
     """
     is_alike = model.overrides is None and model.img_size % 32 == 0
     return _to_timm(model.name) if is_alike and _has_timm(model.name) else None
 
 
 def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, Any]:
-    """The content of config.json for the architecture `name`, as timm's hub has it; `classes` in label order."""
+    """Describe the architecture `name` as config.json for timm's hub; `classes` are in label order."""
     with torch.device("meta"):
         model = build_model(config.model)
     side, data = config.model.img_size, config.data
@@ -118,7 +128,7 @@ def describe(config: Config, name: str, classes: list[str] | None) -> dict[str, 
 
 
 def _without_places(config: Config) -> dict[str, Any]:
-    """The config as plain values, without folders of the machine it ran on."""
+    """Convert the config to plain values, without folders of the machine it ran on."""
     data = config.data.model_copy(update={"dir": None, "cache_dir": None})
     return config.model_copy(update={"data": data, "output_dir": "runs"}).model_dump(mode="json")
 

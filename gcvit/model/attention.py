@@ -1,7 +1,7 @@
 """Define window attention, local and global: each window of a map attends within itself.
 
-Windows of w x w lie from the map's top left, ceil(H / w) x ceil(W / w) of them. Where the last ones end beyond the map,
-the positions there do not exist: no query sees them as keys, and nothing comes out of them.
+Windows of w x w lie from the map's top left, ceil(H / w) x ceil(W / w) of them. The last ones may end beyond the map.
+The positions beyond the map do not exist: no query has them as keys, and they have no output.
 
 Shape letters: B images, H and W map sides, C channels, w window side, n windows of an image, N = w*w tokens
 of a window, h heads, d channels of a head. Windows are image-major: the n windows of image 0 come first.
@@ -23,13 +23,19 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Compute softmax(scale * q k^T + bias) v.
+    """Compute softmax(scale * q k^T + bias) v by plain PyTorch, the reference of every faster attention.
 
-    q (B, n or 1, h, N, d), k and v (B, n, h, N, d), bias (h, N, N) or (n, h, N, N); returns (B, n, h, N, d) in v's
-    dtype. Written to be obviously right: this is what every faster attention is compared with.
+    Args:
+        q: (B, n or 1, h, N, d).
+        k: (B, n, h, N, d).
+        v: (B, n, h, N, d).
+        bias: (h, N, N) or (n, h, N, N).
+
+    Returns:
+        (B, n, h, N, d) in v's dtype.
     """
     scores = (q * scale) @ k.transpose(-2, -1)
-    # In place where that rounds nothing: the scores are the largest tensor of a block, and memory is what takes time.
+    # In place where that rounds nothing: the scores are the largest tensor of a block, and memory traffic costs time.
     scores = scores.add_(bias) if bias.dtype == scores.dtype else scores + bias
     # In bf16 the sum over N weights would lose the small ones, so the softmax never runs below fp32.
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -74,7 +80,7 @@ def _pairs_of(table_lh: Tensor, window: int) -> Tensor:
 def expand_apart(table_lh: Tensor, window: int) -> Tensor:
     """Wrap `expand_bias_table` as one operator that a compiler does not decompose.
 
-    It would look up the pairs anew for every window of every image, inside of the softmax.
+    A compiler would otherwise compute the pairs again for every window of every image, inside of the softmax.
     """
     bias = table_lh.new_empty(table_lh.shape[1], window**2, window**2)
     bias.view(-1, window, window, window, window).copy_(_pairs_of(table_lh, window))
@@ -140,12 +146,10 @@ def mask_missing(missing_yx: tuple[int, int], height: int, width: int, window: i
 
 
 def share_queries(queries_bwwc: Tensor, num_heads: int) -> Tensor:
-    """Global queries (B, w, w, C) as (B, 1, h, N, d): the axis of size 1 gives all windows of an image its
-    own.
+    """Reshape global queries (B, w, w, C) to (B, 1, h, N, d): the axis of size 1 gives all windows of an image its own.
 
-    Broadcasting over that axis cannot mix images. Tiling the queries along the batch can: repeated
-    image-minor (0,1,0,1) against image-major windows (0,0,1,1), they attend with a neighbour's queries from
-    two images on.
+    Broadcasting over that axis cannot mix images. Tiling the queries along the batch can: repeated image-minor
+    (0,1,0,1) against image-major windows (0,0,1,1), windows attend with a neighbour's queries from two images on.
     """
     num_images, window, _, num_channels = queries_bwwc.shape
     queries = queries_bwwc.reshape(num_images, 1, window**2, num_heads, num_channels // num_heads)
@@ -161,10 +165,16 @@ def attend_windows(
     scale: float,
     attend_within: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
 ) -> Tensor:
-    """Attend within the windows of a map: (B, H, W, C).
+    """Attend within the windows of a map.
 
-    The parts of (B, H, W, parts*C) are queries, keys and values; keys and values alone where the queries are given,
-    (B, w, w, C), for all windows of an image. `attend_within` is `attend` or what equals it.
+    Args:
+        parts_bhwc: (B, H, W, parts*C): queries, keys and values; without `queries_bwwc` keys and values alone.
+        queries_bwwc: Queries (B, w, w, C) for all windows of an image, or None.
+        bias_table: ((2w-1)^2, h).
+        attend_within: `attend` or an equivalent.
+
+    Returns:
+        (B, H, W, C).
     """
     height, width = parts_bhwc.shape[1:3]
     missing_yx = (-height % window, -width % window)
@@ -185,10 +195,15 @@ def attend_windows(
 class WindowAttention(nn.Module):
     """Apply multi-head attention within windows, with local queries or with the stage's global queries.
 
-    `qkv` makes queries, keys and values for local attention, keys and values alone for global attention. `path` is
-    how they are attended with: "reference" (`attend`), "sdpa" (`attend_fused`), "triton" (our kernel) or "auto", the
-    quickest where the map lies. All give the same but for rounding. Raises UserError for another path, or one that
-    this machine lacks.
+    `qkv` computes queries, keys and values for local attention, keys and values alone for global attention. All paths
+    give the same results but for rounding.
+
+    Args:
+        path: "reference" (`attend`), "sdpa" (`attend_fused`), "triton" (our kernel) or "auto", the fastest one on the
+            map's device.
+
+    Raises:
+        UserError: The path is unknown, or this machine lacks it.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, uses_global_queries: bool, path: str = "auto"):
@@ -198,7 +213,7 @@ class WindowAttention(nn.Module):
         if path == "triton":
             if not HAS_TRITON:
                 raise UserError("attention without its package", got=path, hint="install triton, or choose auto")
-            # Who counts FLOPs must know the operators before it begins.
+            # A FLOP counter must know the operators before it begins.
             import gcvit.model.kernels.window_attention  # noqa: F401
         self.num_heads, self.window, self.path = num_heads, window, path
         self.uses_global_queries = uses_global_queries
@@ -211,7 +226,10 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-        """Map (B, H, W, C) to the same shape, for any H and W. Local attention ignores the queries."""
+        """Attend within the windows of a map (B, H, W, C), to the same shape, for any H and W.
+
+        Local attention ignores the queries.
+        """
         parts = self.qkv(x_bhwc)
         queries = queries_bwwc if self.uses_global_queries else None
         settings = (self.bias_table, self.window, self.num_heads, self.scale)

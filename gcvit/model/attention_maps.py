@@ -25,7 +25,7 @@ from gcvit.model.weights import read_model
 TILE, GAP, LINE = 224, 12, 22  # pixels; LINE is a line of text
 MOST = 4.0
 """The multiple of an equal share that has the brightest colour."""
-# From nothing over red to bright yellow: as dark as light to an eye that sees no colours.
+# From black over red to bright yellow: the lightness rises too, for readers who see no colours.
 COLORS = np.array([[0, 0, 8], [60, 10, 90], [150, 30, 80], [225, 80, 30], [250, 170, 20], [255, 250, 170]], np.float32)
 
 
@@ -40,14 +40,18 @@ class AttentionMaps:
 def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
     """Draw the attention of an image file into a PNG, and return a line about it.
 
-    `checkpoint` is a weights file of the variant `name`, or another variant's name; None are its published weights.
-    Errors: UserError for a file that is no image, weights that do not fit, and a place that cannot be written.
+    Args:
+        checkpoint: A weights file of the variant `name`, or another variant's name; None is the variant's published
+            weights.
+
+    Raises:
+        UserError: The file is no image, the weights do not fit, or the PNG cannot be written.
     """
     variant, source, path = find_variant(name), checkpoint or name, checkpoint or name
     if source in VARIANTS:
         variant, path = VARIANTS[source], fetch_weights(source)
     model, _, found = read_model(path, name, attention="reference")
-    model.float()  # weights may lie in half precision; pixels do not
+    model.float()  # the weights may be in half precision; the pixels are not
     picture = open_image(image, model, variant)
     drawing = draw(picture, find_attention(model, picture), f"{name}: {image.name}")
     try:
@@ -62,7 +66,8 @@ def draw_file(image: Path, name: str, checkpoint: str | None, out: Path) -> str:
 def open_image(path: Path, model: GCViT, variant: Variant) -> Image.Image:
     """Load an image file in RGB at the model's input size, squashed or cropped at the centre, as in the evaluation.
 
-    Errors: UserError for a file that is no image.
+    Raises:
+        UserError: The file is no image.
     """
     _, height, width = model.input_size
     try:
@@ -115,10 +120,12 @@ def _watched(attentions: list[WindowAttention]) -> Iterator[dict[WindowAttention
 
 
 def receive(attention: WindowAttention, x_bhwc: Tensor, queries_bwwc: Tensor) -> Tensor:
-    """Compute the attention that each position receives, (B, H, W), averaged over heads and queries; 1 is an equal
-    share.
+    """Compute the attention that each position receives, averaged over heads and queries; 1 is an equal share.
 
-    Positions that a window has beyond the map receive nothing and, as local queries, are not asked.
+    Positions of a window beyond the map receive nothing. As local queries they are not counted.
+
+    Returns:
+        (B, H, W).
     """
     height, width = x_bhwc.shape[1:3]
     window = attention.window
@@ -129,7 +136,7 @@ def receive(attention: WindowAttention, x_bhwc: Tensor, queries_bwwc: Tensor) ->
     attend_windows(parts, queries, table, window, heads, attention.scale, partial(_attend_and_keep, kept))
     (weights_bnhqk,) = kept
     exist_n11k = (mask_missing(missing_yx, height, width, window, weights_bnhqk) == 0).to(weights_bnhqk.dtype)
-    # Global queries are a whole window's wherever they look.
+    # Global queries are those of a whole window, also at the map's end.
     asked_n1q1 = torch.ones_like(exist_n11k) if attention.uses_global_queries else exist_n11k
     asked_n1q1 = (asked_n1q1 / asked_n1q1.sum(-1, keepdim=True)).transpose(-2, -1)
     shares_bn1qk = weights_bnhqk.mean(2, keepdim=True) * asked_n1q1 * exist_n11k.sum(-1, keepdim=True)

@@ -38,11 +38,22 @@ def fit(
     reset_head: bool = False,
     resample: bool = False,
 ) -> tuple[StateDict, list[str]]:
-    """Return whole tensors under our names that fit `model`, and a description of what was changed.
+    """Rename and resample whole tensors so that they fit `model`, and describe the changes.
 
-    With `strict` they must be every parameter and nothing else; `reset_head` leaves the head out; `resample` brings
-    the bias tables of other windows to the model's. The model may be on meta or sharded. Raises UserError, which
-    names `source`, for another model's tensors, other windows or poolings, and another class count.
+    The model may be on meta or sharded.
+
+    Args:
+        state: Whole tensors under our names.
+        source: The origin of the tensors, for messages.
+        strict: The tensors must be every parameter and nothing else.
+        reset_head: Leave the head out.
+        resample: Resample bias tables of other windows to the model's.
+
+    Returns:
+        The tensors that fit, and the changes in words.
+
+    Raises:
+        UserError: The tensors are of another model, of other windows or poolings, or of another number of classes.
     """
     state, changes = dict(state), []
     shapes = {name: law.shape for name, law in model.initial_laws.items()}
@@ -73,7 +84,7 @@ def resample_bias_table(table_lh: Tensor, window: int) -> Tensor:
     """Resample a relative-position bias table ((2v-1)^2, h) to windows of another side, ((2w-1)^2, h), in its dtype.
 
     Bicubic over the square of offsets, as Swin (Liu et al., ICCV 2021) goes from 224 to 384 pixels: a window
-    then shows the same share of a picture in finer positions, so offsets keep their place in it.
+    then shows the same share of an image in finer positions, so offsets stay at the same place in it.
     """
     side, old_side = 2 * window - 1, 2 * window_of(table_lh.shape) - 1
     dtype = torch.promote_types(table_lh.dtype, torch.float32)
@@ -100,7 +111,7 @@ def has_other_window(name: str, shape: torch.Size, shapes: Mapping[str, torch.Si
 
 
 def count_query_blocks(names: Iterable[str]) -> list[int]:
-    """Find the fused blocks of each stage's query generator."""
+    """Count the fused blocks of each stage's query generator."""
     blocks = {match.groups() for name in names if (match := QUERY_BLOCK.match(name))}
     return list(Counter(stage for stage, _ in sorted(blocks)).values())
 
@@ -109,7 +120,7 @@ def check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], sou
     """Check that the tensors have these shapes and, with `strict`, exactly these names.
 
     Raises:
-        UserError: if they do not.
+        UserError: They do not.
     """
     problems = {
         name: f"{name} is {tuple(tensor.shape)} and not {tuple(shapes[name])}"

@@ -22,6 +22,9 @@ def count_forward_flops(model: nn.Module, img_size: int | Sequence[int]) -> int:
 
     Args:
         img_size: In pixels: one number, or height and width.
+
+    Returns:
+        FLOPs, a whole number.
     """
     weights = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

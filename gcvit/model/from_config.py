@@ -8,7 +8,7 @@ def build_model(model: ModelConfig) -> GCViT:
     """Build the bare model that a config names.
 
     Raises:
-        UserError: for an unknown name or override.
+        UserError: The name or an override is unknown.
     """
     return create_model(
         model.name,

@@ -36,7 +36,7 @@ MIN_SIDE = 32
 
 
 class Stage(nn.Module):
-    """Downsample (None in the first stage), generate the global queries, run the blocks."""
+    """Downsample the map (not in the first stage), generate the global queries, and run the blocks."""
 
     def __init__(self, downsample: Downsample | None, query_generator: QueryGenerator, blocks: list[Block]):
         super().__init__()
@@ -55,21 +55,30 @@ class Stage(nn.Module):
 
 
 def run(module: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
-    """Call a module; with `recompute` drop its activations and compute them again in the backward pass."""
+    """Call a module; with `recompute`, drop its activations and compute them again in the backward pass."""
     return checkpoint(module, *inputs, use_reentrant=False) if recompute else module(*inputs)
 
 
 class GCViT(nn.Module):
     """Classify images (B, in_chans, height, width) of `img_size`, in pixels, into logits (B, num_classes).
 
-    `img_size` is one number, or (height, width), of 32 or more. `depths`, `num_heads` and `windows` have an
-    entry per stage; a window is a side in positions of the stage's map, which has 1 / (4 * 2**i) of the image's
-    on each side, rounded up, and `width * 2**i` channels. Where windows do not divide a map, the last ones end
-    beyond it. With `dynamic_img_size` the model takes images of any size: `img_size` is then only what the
-    number of poolings, a property of the weights as the windows are, is taken from. `drop_path_rate` is the last
-    block's, rising linearly from 0 over all blocks; with `drop_path_skips` training does not compute what is dropped,
-    a fixed share of each batch. `attention` is a path of `WindowAttention`. Weights are set by
-    `init_weights(seed=0)`, except on the meta device. Raises UserError for sizes that do not fit each other.
+    Weights are set by `init_weights(seed=0)`, except on the meta device.
+
+    Args:
+        width: Channels of the first stage; stage i has `width * 2**i`.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage.
+        windows: Side of each stage's windows, in positions of its map. The map has 1 / (4 * 2**i) of the image's on
+            each side, rounded up. Where windows do not divide a map, the last ones end beyond it.
+        img_size: One number, or (height, width), of 32 or more.
+        drop_path_rate: The last block's, rising linearly from 0 over all blocks.
+        drop_path_skips: Do not compute the images that drop path drops in training, a fixed share of each batch.
+        dynamic_img_size: Accept images of any size. Then `img_size` only determines the number of poolings, which
+            belongs to the weights as the windows do.
+        attention: A path of `WindowAttention`.
+
+    Raises:
+        UserError: The sizes do not fit each other.
     """
 
     def __init__(
@@ -186,7 +195,7 @@ class GCViT(nn.Module):
             )
         return run(self.stem, images_bchw, recompute=self.grad_checkpointing and self.training)
 
-    # What an engine needs: where to cut, and how to start.
+    # For engines: cut points and initial values.
 
     def cut_points(self) -> list[str]:
         """Return the names of the modules, in forward order, that may be sharded or recomputed.
@@ -204,7 +213,7 @@ class GCViT(nn.Module):
     def initial_value(self, name: str, seed: int) -> Tensor:
         """Return the initial value of the whole parameter `name`, fp32 on the CPU, drawn from a generator of its own.
 
-        Works whatever has become of the parameters: on meta, sharded or partitioned.
+        This works for parameters on meta, sharded or partitioned.
         """
         return draw_initial(self.initial_laws[name], name, seed)
 
@@ -238,7 +247,7 @@ class GCViT(nn.Module):
     def find_layers(self) -> dict[str, int]:
         """Return the layer of each parameter, by `group_matcher`: the stem is 0, the head comes last.
 
-        Works whatever has become of the parameters: on meta, sharded or partitioned.
+        This works for parameters on meta, sharded or partitioned.
         """
         shapes = [(name, law.shape) for name, law in self.initial_laws.items()]
         layers = group_with_matcher(shapes, self.group_matcher(), reverse=True)
@@ -269,7 +278,7 @@ class GCViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps of these stages do not need, and return the stages' numbers."""
+        """Remove the modules that the maps of these stages do not need, and return the stages' numbers."""
         taken, last_taken = feature_take_indices(len(self.stages), indices)
         is_shortened = last_taken < len(self.stages) - 1
         self.stages = self.stages[: last_taken + 1]
@@ -286,7 +295,7 @@ def read_sides(img_size: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width) of an image size: one number for both, or two.
 
     Raises:
-        UserError: for anything else, and for a side below MIN_SIDE.
+        UserError: The size is anything else, or a side is below MIN_SIDE.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2 or min(sides) < MIN_SIDE:
@@ -310,7 +319,7 @@ def check_stages(windows: Sequence[int], width: int, depths: Sequence[int], num_
     """Check that the arguments of GCViT fit each other.
 
     Raises:
-        UserError: if they do not.
+        UserError: They do not.
     """
     for name, value in (("depths", depths), ("num_heads", num_heads), ("windows", windows)):
         if len(value) != NUM_STAGES or min(value) < 1:

@@ -1,6 +1,6 @@
 """Define the parts of GC ViT, stem, downsampler, global query generator and block, and their initial values.
 
-All maps are (B, H, W, C), contiguous: what attention and LayerNorm want, and what convolutions call
+All maps are (B, H, W, C), contiguous, as attention and LayerNorm need them. Convolutions call this layout
 channels_last, so that the permutations around them are views.
 """
 
@@ -34,7 +34,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Linear(dim // 4, dim, bias=False)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        # Not `mean`, which makes a map of its gradient; a sum's is a view. Like `mean` it adds in fp32 or above.
+        # Not `mean`, whose gradient is a whole map; a sum's is a view. Like `mean`, it adds in fp32 or above.
         total = x_bhwc.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x_bhwc.dtype, torch.float32))
         mean = (total / (x_bhwc.shape[1] * x_bhwc.shape[2])).to(x_bhwc.dtype)
         return self.fc2(F.gelu(self.fc1(mean))).sigmoid()
@@ -100,12 +100,11 @@ class Stem(nn.Module):
 class QueryGenerator(nn.Module):
     """Compute a stage's global queries: its map (B, H, W, C), pooled to the size of a window (B, w, w, C).
 
-    One fused block a pooling; where `num_poolings` is 0 one remains, without pooling. The published maps land on
-    the window, each of their sides being w * 2**num_poolings. A map of another shape is pooled as long as a window
-    still fits into it. A side that is then longer than w is averaged down, so that all of the map is heard, and each
-    query speaks for an equal share of it. A side can be shorter only where the map's own is: it is one window, which
-    ends beyond the map, so its positions keep the queries made of them, and zeros stand in for those that do not
-    exist.
+    Each pooling has one fused block; if `num_poolings` is 0, one block remains, without pooling. The published maps
+    have sides of w * 2**num_poolings, which become exactly w. A map of another shape is pooled as long as a window
+    still fits into it. A side that is then longer than w is averaged down, so that each query covers an equal share of
+    the map. A side is shorter only if the map's own side is. Then one window covers it and ends beyond the map: its
+    positions have their queries, and zeros stand for the positions that do not exist.
     """
 
     def __init__(self, dim: int, num_poolings: int, window: int):
@@ -135,10 +134,10 @@ def is_poolable(height: int, width: int, window: int) -> bool:
 
 
 def average_sides(x_bhwc: Tensor, size: int) -> Tensor:
-    """Shorten the sides of a map that exceed `size` to `size`, by means over equal shares; keep the other sides.
+    """Shorten the sides of a map that exceed `size` to `size`, by means over equal shares; leave the other sides.
 
-    A position that two shares meet in counts for each by its part. Products with small matrices, since the
-    framework's adaptive pooling rounds the shares and adds its gradients in any order.
+    A position on the border of two shares counts for each by its part. The means are products with small matrices,
+    since PyTorch's adaptive pooling rounds the shares and adds its gradients in any order.
     """
     height, width = x_bhwc.shape[1:3]
     if height > size:
@@ -164,8 +163,8 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
         self.drops = drop_prob > 0
-        # Read as a tensor, and `drop_prob` not at all, blocks that differ in their rate share what is compiled. No
-        # buffer: on the CPU wherever the map is, it is passed to kernels as a number.
+        # `forward` reads this tensor and not `drop_prob`, so that blocks of different rates share compiled code. It is
+        # no buffer: it stays on the CPU and is passed to kernels as a number.
         self.share_kept = torch.tensor(1 - drop_prob, dtype=torch.float32, device="cpu")
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
@@ -178,7 +177,7 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Apply pre-norm attention and MLP with residuals, layer scale and drop path to a map (B, H, W, C).
 
-    With `drop_path_skips` what drop path drops in training is not computed, see `add_to_some`.
+    With `drop_path_skips`, the images that drop path drops in training are not computed, see `add_to_some`.
     """
 
     def __init__(
@@ -221,11 +220,11 @@ class Block(nn.Module):
 
 
 def add_to_some(branch: Callable[..., Tensor], drop_rate: float, x: Tensor, *others: Tensor) -> Tensor:
-    """Compute x + branch(x, *others) for images that drop path keeps, and x for the others, at no cost.
+    """Compute x + branch(x, *others) for images that drop path keeps, and return x for the others, at no cost.
 
-    The kept are a fixed number, the nearest to their share of the batch and at least one, so that shapes never change.
-    What is added to them is scaled by the inverse of what that number is of the batch, and the mean over many draws is
-    exactly x + branch(x, *others). In a batch too small for the rate to drop one image, none is. After DINOv2.
+    The number of kept images is fixed, so that shapes never change: it is nearest to their share of the batch, and at
+    least one. The branch is scaled by the inverse of the kept fraction, so the mean over many draws is exactly
+    x + branch(x, *others). In a batch too small for the rate to drop one image, none is dropped. After DINOv2.
     """
     num_images = len(x)
     num_kept = max(1, round(num_images * (1 - drop_rate)))

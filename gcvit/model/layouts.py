@@ -1,8 +1,8 @@
 """Read weights files of three layouts, the official, timm's and ours, for a model.
 
-Ours is a GCViT's `state_dict`. `to_official` and `to_timm` say what a parameter of ours is called there;
-that one direction is enough, since a model lists its own names. The squeeze-excitation weights are matrices
-here and in the official layout, 1x1 convolutions in timm's.
+Our layout is a GCViT's `state_dict`. `to_official` and `to_timm` convert one of our names to the name there. That one
+direction is enough, since a model lists its own names. The squeeze-excitation weights are matrices here and in the
+official layout, and 1x1 convolutions in timm's.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from gcvit.model.fitting import BIAS_TABLE, HEAD, StateDict, fit, resample_bias_
 if TYPE_CHECKING:
     from gcvit.model.gcvit import GCViT
 
-# Where trainers keep the tensors inside a checkpoint, the average first: it is the one that was published.
+# The keys of the tensors in trainers' checkpoints. The average comes first, since it is the one that was published.
 CONTAINERS = ("state_dict_ema", "state_dict", "model")
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")
 
@@ -108,9 +108,10 @@ def relative_position_index(window: int) -> Tensor:
 def load(
     model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
 ) -> str:
-    """Load weights from a checkpoint or safetensors file into a whole model, and return what was found.
+    """Load weights from a checkpoint or safetensors file into a whole model, and describe them.
 
-    See `read_fitting` for what is accepted and refused.
+    Raises:
+        UserError: As in `read_fitting`.
     """
     assert not any(parameter.is_meta for parameter in model.parameters()), "nothing can be loaded on meta"
     state, description = read_fitting(model, path, strict, reset_head, resample)
@@ -121,10 +122,15 @@ def load(
 def read_fitting(
     model: "GCViT", path: str | Path, strict: bool = True, reset_head: bool = False, resample: bool = False
 ) -> tuple[StateDict, str]:
-    """Read a file's whole tensors to the CPU, under the names of `model`, with a line about what was found.
+    """Read a file's whole tensors, in any of the three layouts, to the CPU under the names of `model`.
 
-    The file may have any of the three layouts. See `fit` for the rest; raises UserError also for a file that is
-    missing or no checkpoint.
+    The arguments are those of `fit`.
+
+    Returns:
+        The tensors, and a line about them.
+
+    Raises:
+        UserError: The file is missing or no checkpoint, or its tensors do not fit; see `fit`.
     """
     checkpoint, container = read(path)
     layout = find_layout(checkpoint, model)
@@ -151,7 +157,14 @@ def to_fitting(checkpoint: Mapping[str, Any], model: "GCViT") -> StateDict:
 
 
 def read(path: str | Path) -> tuple[StateDict, str]:
-    """Read the tensors of a file under its own names, and their place in it. No code of the file is run."""
+    """Read the tensors of a file under its own names, without running any code of the file.
+
+    Returns:
+        The tensors, and their place in the file in words.
+
+    Raises:
+        UserError: The file is missing, cannot be read safely, or has no named tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError("no such weights file", got=path, expected="a .pth, .pt, .pth.tar or .safetensors file")

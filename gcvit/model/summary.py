@@ -109,13 +109,13 @@ def _describe_map(model: GCViT, stage: int) -> tuple[tuple[int, int], int]:
 
 @contextmanager
 def count_activations(parts: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Count what autograd stores of forward passes in the block, by part; "" is outside all parts.
+    """Count the values that autograd stores for backward in the block, by part; "" is outside all parts.
 
-    A tensor that several keep counts once, where it is kept first; parameters do not count.
+    A tensor that several operations store counts once, for the part that stores it first. Parameters do not count.
     """
     counts = dict.fromkeys([*parts, ""], 0)
     inside = [""]
-    # A storage is known by its address, which lives as long as what was kept does.
+    # The address of a storage identifies it, as long as the storage is in `kept`.
     seen = {p.untyped_storage()._cdata for part in parts.values() for p in part.parameters()}
     kept = []
 

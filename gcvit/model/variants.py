@@ -22,11 +22,11 @@ HUB_REPOSITORY = "nvidia/GCViT"  # on Hugging Face; its weights are under CC-BY-
 
 @dataclass(frozen=True)
 class Variant:
-    """Describe one published model: its architecture, how it is evaluated, and its published numbers.
+    """Describe one published model: its architecture, its evaluation, and its published numbers.
 
-    `num_params` and `counted_gmacs` (10^9 multiply-adds an image) are counted on the model, `published_*`
-    are the authors' figures; where they differ the code stands. `top1` is ImageNet-1K validation accuracy in
-    percent.
+    `num_params` and `counted_gmacs` (10^9 multiply-adds an image) are counted on the model. `published_*` are the
+    authors' figures; where they differ, the model follows the authors' code. `published_top1` is ImageNet-1K validation
+    accuracy in percent.
     """
 
     width: int
@@ -107,12 +107,19 @@ def create_model(
 ) -> GCViT:
     """Create a GC ViT with initial weights, or without weights under `torch.device("meta")`.
 
-    `img_size` (one number, or height and width), `drop_path_rate` and `overrides` (width, depths, num_heads,
-    mlp_ratio, layer_scale, windows, ...: the arguments of `GCViT`) replace the variant's own; at another
-    img_size the windows scale with its shorter side, rounded up, unless given. With `pretrained` the weights are the
-    published ones, see `fetch_weights`, the bias tables resampled to the windows; for another number of classes than
-    1000 the head keeps its initial weights. A line on stderr says so. Raises UserError for an unknown name or
-    override, with the nearest valid one, and for overrides that the published weights do not fit.
+    Args:
+        img_size: One number, or height and width; by default the variant's. At another size the windows scale with the
+            shorter side, rounded up, unless they are given.
+        drop_path_rate: By default the variant's.
+        pretrained: Load the published weights, see `fetch_weights`, with bias tables resampled to the windows, and
+            print a line about them to stderr. With another number of classes than 1000 the head has its initial
+            weights.
+        overrides: Further arguments of `GCViT` (width, depths, num_heads, mlp_ratio, layer_scale, windows, ...), which
+            replace the variant's.
+
+    Raises:
+        UserError: The name or an override is unknown (the hint has the nearest valid one), or the published weights do
+            not fit the overrides.
     """
     find_variant(name)
     allowed = list(inspect.signature(GCViT).parameters)
@@ -128,10 +135,10 @@ def create_model(
 
 
 def find_variant(name: str) -> Variant:
-    """Return the row of `VARIANTS` named so.
+    """Return the row of `VARIANTS` with this name.
 
     Raises:
-        UserError: for an unknown name; the hint has the nearest one.
+        UserError: The name is unknown; the hint has the nearest one.
     """
     _check_name("unknown model", name, list(VARIANTS))
     return VARIANTS[name]
@@ -176,7 +183,7 @@ def scale_windows(row: Variant, side: int) -> list[int]:
 
 
 def _describe(row: Variant) -> dict[str, Any]:
-    """Return timm's config of a variant: how its images are prepared and where its weights are."""
+    """Return timm's config of a variant: the preparation of its images and the place of its weights."""
     map_side = row.img_size // 32
     return {
         "hf_hub_id": HUB_REPOSITORY,
@@ -207,10 +214,12 @@ for _name in VARIANTS:
 
 
 def fetch_weights(name: str) -> str:
-    """Return the path of a variant's published weights, downloaded to Hugging Face's cache if they are not there.
+    """Return the path of a variant's published weights; download them to Hugging Face's cache if they are not there.
 
-    What is in the cache is taken without asking the hub. A download shows its progress, and says under which licence
-    the weights are. Errors: UserError where the hub cannot be reached.
+    Weights in the cache are used without a request to the hub. A download shows its progress and the weights' licence.
+
+    Raises:
+        UserError: The hub cannot be reached.
     """
     file = VARIANTS[name].weights_file
     cached = try_to_load_from_cache(HUB_REPOSITORY, file)

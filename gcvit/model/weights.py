@@ -61,11 +61,16 @@ SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt")
 
 
 def convert(source: Path, target: Path, layout: str, name: str | None = None) -> str:
-    """Write a file's weights in a layout of `CONVERTERS`, and return what was found and what was written.
+    """Write a file's weights in a layout of `CONVERTERS`, and describe the source and the target.
 
-    The official layout stands under "state_dict", as published, but in safetensors, which holds bare tensors; so do
-    the other layouts. `name` is as in `read_model`. The target is complete or not there at all. Errors: UserError for
-    a source that is no GC ViT, a target that is there already or cannot be written.
+    The official layout stores the tensors under "state_dict", as published. Safetensors files and the other layouts
+    have bare tensors. The target is complete or absent.
+
+    Args:
+        name: As in `read_model`.
+
+    Raises:
+        UserError: The source is no GC ViT, or the target exists already or cannot be written.
     """
     if not target.name.endswith(SUFFIXES):
         raise UserError("unknown kind of weights file", got=target, expected=", ".join(f"*{end}" for end in SUFFIXES))
@@ -79,10 +84,17 @@ def convert(source: Path, target: Path, layout: str, name: str | None = None) ->
 
 
 def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> tuple[GCViT, str, str]:
-    """Build the model of a file with its weights, and return it, its variant and a line about what was found.
+    """Build the model of a file with its weights.
 
-    `name` is the variant, by default read from the shapes; `overrides` are of `create_model`. Errors: UserError for a
-    file that is no GC ViT, or not of one of the variants.
+    Args:
+        name: The variant; by default read from the shapes.
+        overrides: Arguments of `create_model`.
+
+    Returns:
+        The model, its variant, and a line about the file.
+
+    Raises:
+        UserError: The file is no GC ViT, or not of one of the variants.
     """
     checkpoint, container = read(path)
     arguments = identify(checkpoint, path, name) | overrides
@@ -98,9 +110,11 @@ def read_model(path: str | Path, name: str | None = None, **overrides: Any) -> t
 def identify(checkpoint: Mapping[str, Tensor], path: str | Path, name: str | None = None) -> dict[str, Any]:
     """Infer the arguments of `create_model` from the tensors of a file in any layout.
 
-    The width and the depths tell the variant unless `name` does, the bias tables the image size: windows are rounded
-    up, and of the sizes that have the same it is the largest. Errors: UserError for tensors of no GC ViT, and for one
-    that is no variant.
+    The width and the depths determine the variant unless `name` gives it. The bias tables determine the image size:
+    windows are rounded up, so several sizes have the same windows, of which the largest is returned.
+
+    Raises:
+        UserError: The tensors are of no GC ViT, or of no variant.
     """
 
     def find_shape(ours: str, num_axes: int) -> torch.Size | None:

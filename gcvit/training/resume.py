@@ -102,12 +102,17 @@ def list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 
 def load_weights(engine: Engine, source: str, reset_head: bool = False, seed: int = 0) -> str:
-    """Start from given weights (`--init-from`) and say what was found; moments, EMA and schedule start afresh.
+    """Load given weights (`--init-from`) into an engine and describe them; moments, EMA and schedule start afresh.
 
-    `source` is a file of any layout, a run folder or checkpoint of ours (its EMA where it has one), or the name of a
-    variant, whose published weights are fetched. Bias tables of other windows are resampled. With `reset_head` the
-    head keeps the seed's initial weights, so that it may have other classes. Errors: UserError for what is none of
-    these, or another model.
+    Bias tables of other windows are resampled.
+
+    Args:
+        source: A file of any layout, a run folder or checkpoint of ours (its EMA if it has one), or the name of a
+            variant, whose published weights are fetched.
+        reset_head: Keep the seed's initial weights in the head, so that it may have other classes.
+
+    Raises:
+        UserError: The source is none of these, or of another model.
     """
     module, change = engine.module, {"reset_head": reset_head, "resample": True}
     if Path(source).is_dir():

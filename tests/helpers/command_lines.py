@@ -1,4 +1,4 @@
-"""The commands of texts: found in Markdown, and read by the parser of the tool that they start, which then stops."""
+"""Find the commands of texts in Markdown, and parse them by the tool that they start, without running it."""
 
 import importlib
 import re
@@ -17,20 +17,20 @@ NEEDS = "# needs "
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a text, on one line; `needs` is the marker's text, None where a laptop will do."""
+    """Describe one command of a text, on one line; `needs` is the marker's text, None if a laptop can run it."""
 
     line: str
     needs: str | None
 
 
 def find_blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of this language."""
+    """Find the fenced blocks of this language."""
     fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
     return [body for name, body in fenced if name == language]
 
 
 def find_commands(text: str) -> list[Command]:
-    """The commands of all bash blocks, in order."""
+    """Find the commands of all bash blocks, in order."""
     commands = []
     for block in find_blocks(text, "bash"):
         needs = None
@@ -48,9 +48,10 @@ class _Parsed(Exception):
 
 
 def read_command(line: str) -> tuple[str, Namespace]:
-    """The module that a command starts, and what its own parser makes of the words; nothing else happens.
+    """Return the module that a command starts, and the arguments as its own parser reads them, without running it.
 
-    SystemExit where a word is no flag of the tool, or of the launcher.
+    Raises:
+        SystemExit: A word is no flag of the tool, or of the launcher.
     """
     launcher, *words = shlex.split(line)
     match launcher:
@@ -87,7 +88,7 @@ def _stop_after(parse):
 
 
 def _read_sbatch(words: list[str]) -> list[str]:
-    """What a script of launch/ starts."""
+    """Return the module and the words that a script of launch/ starts."""
     parser = ArgumentParser(allow_abbrev=False)
     for option in ("--nodes", "--gpus-per-node", "--time", "--array", "--cpus-per-task", "--job-name", "--dependency"):
         parser.add_argument(option)

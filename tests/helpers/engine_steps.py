@@ -1,4 +1,4 @@
-"""What workers that step engines by hand share: random micro-batches, a digest, and the frame of a worker."""
+"""Share code of workers that step engines by hand: random micro-batches, a digest, and the frame of a worker."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from gcvit.training.trainer import seed_drop_path
 def draw_micro_batches(
     config: Config, world: World, generator: torch.Generator, step: int, num_micro_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [b, 3, H, W] and soft targets [b, C] of this rank's micro-steps, drop path seeded for each."""
+    """Draw images [b, 3, H, W] and soft targets [b, C] of this rank's micro-steps, with drop path seeded for each."""
     num_images, size = config.global_batch_size // world.size, config.model.img_size
     images = torch.randn(num_images, 3, size, size, generator=generator).to(world.device)
     targets = torch.randn(num_images, config.model.num_classes, generator=generator).softmax(1).to(world.device)
@@ -29,7 +29,7 @@ def draw_micro_batches(
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of their bytes, one after the other."""
+    """Compute the SHA-256 of the tensors' bytes, one after the other."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -37,7 +37,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def report_to_file(run_all: Callable[[World], dict[str, Any]]) -> None:
-    """Join the world, run, and let rank 0 write what came out to the file that the command line names."""
+    """Join the world, run, and let rank 0 write the result to the file that the command line names."""
     torch.set_num_threads(1)
     with join_world() as world:
         report = run_all(world)

@@ -1,4 +1,4 @@
-"""Engines of a tiny model: build one, draw its batches, step it, copy its state."""
+"""Build engines of a tiny model, draw their batches, step them, and copy their state."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that fails when it is told to, and counts what it is asked for."""
+"""Serve files by HTTP on loopback, fail on request, and count the requests."""
 
 import time
 from collections import Counter, defaultdict, deque
@@ -10,7 +10,7 @@ from threading import Thread
 
 
 class FlakyServer(ThreadingHTTPServer):
-    """Serves the files of `root`, and index.json for a folder.
+    """Serve the files of `root`, and index.json for a folder.
 
     A file's GETs fail as `failures[name]` says in turn, then as `forever[name]` says.
 
@@ -34,7 +34,7 @@ class FlakyServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address) -> None:
-        """Clients that go away are what the tests are about."""
+        """Ignore errors of clients that go away: the tests cause them."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -24,13 +24,13 @@ RTOL = 1e-5  # in another environment
 
 
 def describe_environment() -> dict[str, str]:
-    """What decides about the last bits: versions, processor, and the instruction set that PyTorch chose for it."""
+    """Describe the environment that decides the last bits: versions, processor, and PyTorch's instruction set."""
     versions = {package: version(package) for package in PACKAGES}
     return {**versions, "cpu": cpu_model(), "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def cpu_model() -> str:
-    """Name, family and model number: a virtual machine may name processors of several generations alike."""
+    """Return name, family and model number: a virtual machine may name processors of several generations alike."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -40,7 +40,7 @@ def cpu_model() -> str:
 
 
 def make_runs(world_size: int, images: Path, out: Path) -> dict[str, dict]:
-    """Train with every engine on that many processes; the bits of each run, by ENGINE-CASE-WORLD_SIZE."""
+    """Train with every engine on that many processes, and return the bits of each run, by ENGINE-CASE-WORLD_SIZE."""
     runs = [
         {"tag": f"{engine}-{case}-{world_size}", "overrides": choose + overrides(case, world_size)}
         for engine, choose in ENGINES.items()
@@ -51,7 +51,7 @@ def make_runs(world_size: int, images: Path, out: Path) -> dict[str, dict]:
 
 
 def read_bits(folder: Path) -> dict:
-    """Losses and norms of a run's `metrics.jsonl`, which has a row for each step and rounds nothing; null is NaN."""
+    """Read losses and norms of a run's `metrics.jsonl`, which has a row per step and rounds nothing; null is NaN."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in train] == list(range(1, len(train) + 1)), folder
@@ -63,14 +63,14 @@ def read_bits(folder: Path) -> dict:
 
 
 def find_differences(made: dict[str, dict], wanted: dict[str, dict], *, exact: bool) -> list[str]:
-    """One line for each run that differs, with its first step that does. Not `exact`: losses and norms to RTOL."""
+    """List a line for each run that differs, with its first step that does. Without `exact`, compare to RTOL."""
     lines = [f"{tag}: only in one of the two" for tag in sorted(made.keys() ^ wanted.keys())]
     found = {tag: find_difference(made[tag], wanted[tag], exact) for tag in wanted if tag in made}
     return lines + [f"{tag}: {what}" for tag, what in found.items() if what]
 
 
 def find_difference(made: dict, wanted: dict, exact: bool) -> str | None:
-    """Say where two runs differ first, if they do."""
+    """Describe the first difference of two runs, if there is one."""
     counts = [len(run[key]) for run in (made, wanted) for key in ("losses", "grad_norms")]
     if len(set(counts)) > 1:
         return f"{counts[0]} steps instead of {counts[2]}"

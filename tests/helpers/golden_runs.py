@@ -1,4 +1,4 @@
-"""The golden runs: their images, engines and cases, and how `golden_worker.py` is started for a list of them."""
+"""Define the golden runs, their images, engines and cases, and start `golden_worker.py` for a list of them."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def overrides(case: str, world_size: int) -> list[str]:
 
 
 def train_all(runs: list[dict], world_size: int, images: Path, out: Path, **extra: str) -> None:
-    """Do the runs on that many processes; `extra` are environment variables of theirs."""
+    """Do the runs on that many processes; `extra` are additional environment variables."""
     spec = out / f"spec-{world_size}.json"
     spec.write_text(json.dumps({"config": str(CONFIG), "data": str(images), "out": str(out), "runs": runs}))
     succeed(torchrun(world_size, WORKER, spec, timeout=600, **extra))

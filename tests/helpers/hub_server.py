@@ -1,4 +1,4 @@
-"""A stand-in on loopback for the hub that publishes weights: one repository's files, and a count of what is asked."""
+"""Serve one repository's files on loopback, in place of the hub that publishes weights, and count the requests."""
 
 import hashlib
 from collections import Counter
@@ -11,7 +11,7 @@ COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `files`, by "REPOSITORY/NAME", at /REPOSITORY/resolve/main/NAME; `is_cutting` sends half of each."""
+    """Serve `files`, by "REPOSITORY/NAME", at /REPOSITORY/resolve/main/NAME; `is_cutting` sends half of each."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""A step's record without a step, for tests of what is made of one: it takes no time."""
+"""Make a step's record without a step, for tests of code that reads one; it needs no time."""
 
 from gcvit.model import GCViT
 from gcvit.planning.step_trace import ROOT, Event
@@ -8,7 +8,7 @@ BYTES = 1000
 
 
 def imagine(model: GCViT, num_images: int, kept: int = BYTES) -> list[Event]:
-    """The events of a micro-batch: each part keeps its bytes, and frees them in backward."""
+    """Make the events of a micro-batch: each part stores its bytes, and frees them in backward."""
     parts, size = model.cut_points(), num_images * kept
     names = {part: [n for n, _ in model.named_parameters() if n.startswith(f"{part}.")] for part in parts}
     of_root = [n for n, _ in model.named_parameters() if not any(n in own for own in names.values())]

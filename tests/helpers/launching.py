@@ -1,4 +1,4 @@
-"""Starting real processes from tests."""
+"""Start real processes from tests."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MAKELEVEL",
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: one thread each, and a place of its own."""
+    """Make the environment of a child: one thread each, and a place of its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
 def run(*command: object, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project's root; its output is captured and its exit code is the caller's to judge."""
+    """Run a command in the project's root, capture its output, and leave its exit code to the caller."""
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
 
@@ -29,7 +29,7 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def torchrun(num_processes: int, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """`torchrun` on this machine, on a port of its own."""
+    """Run `torchrun` on this machine, on a port of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     return python(*launcher, *arguments, **options)
 

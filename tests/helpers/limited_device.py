@@ -1,4 +1,4 @@
-"""A device with so much memory and no more, for what only a GPU knows: running out."""
+"""Simulate a device that runs out of memory, as only a GPU does."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from gcvit.planning.step_trace import Recorder
 
 
 class Limited(Recorder):
-    """While entered, PyTorch's error for a GPU without memory is raised where tensors have more than `limit` bytes."""
+    """Raise PyTorch's error for a GPU without memory after tensors exceed `limit` bytes, while entered."""
 
     def __init__(self, limit: float):
         super().__init__(set())

@@ -1,7 +1,7 @@
-"""Norms by stage of every engine in one process group: `norms_worker.py OUT.json`.
+"""Compute norms by stage of every engine in one process group: `norms_worker.py OUT.json`.
 
-Each takes the same first steps of the same random images, and reports [step, kind, norms by stage]; "truth" has what a
-plain model of the whole batch says of the same.
+Each engine takes the same first steps on the same random images, and reports [step, kind, norms by stage]. "truth" has
+the norms of a plain model on the whole batch.
 """
 
 import copy
@@ -31,14 +31,14 @@ NUM_STEPS, NUM_MICRO_STEPS = 2, 2
 
 
 class Shown(list):
-    """Stands for `MetricLogger`."""
+    """Stand in for `MetricLogger`."""
 
     def log_norms(self, step: int, kind: str, of_stages: dict[str, np.ndarray]) -> None:
         self.append((step, kind, of_stages))
 
 
 def true_norms(updated: nn.Module, twin: nn.Module) -> dict[str, dict[str, list[float]]]:
-    """Of the updated parameters, and of the gradients that a twin of the model before the update has."""
+    """Compute the norms of the updated parameters, and of the gradients of a twin of the model before the update."""
     norms: dict[str, dict[str, list[float]]] = {"parameter_norms": {}, "gradient_norms": {}}
     for (name, parameter), before in zip(updated.named_parameters(), twin.parameters(), strict=True):
         (stage,) = [stage for stage in STAGES if name.startswith(f"{stage}.")]

@@ -1,4 +1,4 @@
-"""Runs' folders as train.py and evaluate.py leave them, written by hand: no training, numbers of a formula."""
+"""Write runs' folders as train.py and evaluate.py leave them, without training: the numbers come from a formula."""
 
 import json
 import math
@@ -16,7 +16,7 @@ STAGES = ("storage", "decoding", "augmentation", "collation", "copy", "compute",
 
 
 def write_images(root: Path, classes: tuple[str, ...] = CLASSES, num: int = 4) -> None:
-    """train/ and val/ of class folders: a colour for each class."""
+    """Write train/ and val/ of class folders: a colour for each class."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for label, name in enumerate(classes):
@@ -29,7 +29,7 @@ def write_images(root: Path, classes: tuple[str, ...] = CLASSES, num: int = 4) -
 def write_run(
     folder: Path, num_rows: int = 60, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, name: str | None = None
 ) -> Path:
-    """A run that was preempted in its middle, started again on fewer devices, and finished."""
+    """Write a run that was preempted in its middle, started again on fewer devices, and finished."""
     folder.mkdir(parents=True)
     config = {
         "tag": name or folder.name,
@@ -134,7 +134,7 @@ def make_start(step: int, time: float, batch_size: int, world_size: int) -> dict
 
 
 def write_evaluation(folder: Path, data: Path, name: str = "val", num_right: tuple[int, ...] = (9, 7, 12, 3)) -> Path:
-    """An evaluation of 12 images a class, `num_right` of which are right; mistakes are images of `data`."""
+    """Write an evaluation of 12 images a class, `num_right` of which are right; mistakes are images of `data`."""
     source = open_source(data, "val")
     bins = [{"low": i / 15, "high": (i + 1) / 15, "num": 0, "confidence": None, "accuracy": None} for i in range(15)]
     for i, (num, accuracy) in {6: (5, 0.3), 9: (9, 0.55), 12: (14, 0.7), 14: (20, 0.95)}.items():
@@ -198,7 +198,7 @@ def write_evaluation(folder: Path, data: Path, name: str = "val", num_right: tup
 
 
 def write_samples(folder: Path, step: int, num: int = 8, num_columns: int = 4, side: int = 48) -> None:
-    """A grid of tiles of one colour each, and what they are."""
+    """Write a grid of tiles of one colour each, and their descriptions."""
     rng = np.random.default_rng(step)
     num_rows = -(-num // num_columns)
     pixels = np.zeros((num_rows * side, num_columns * side, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""What the tests of the stream share: a small config, some steps, and their rows by position."""
+"""Share code of the stream's tests: a small config, some steps, and their rows by position."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def make_config(global_batch_size: int = 12, num_workers: int = 0, **sections) -
 
 
 def whole_batch(images, labels, positions, erase) -> Batch:
-    """A batch of one piece."""
+    """Wrap a batch as one piece."""
     rows = torch.arange(len(images)).numpy()
     return join_pieces(positions, (Piece(rows, images, labels.numpy(), erase.numpy(), ()),))
 
@@ -48,7 +48,7 @@ def take_steps(source, config, num_steps, *, start_step=0, world_size=1, rank=0,
 
 
 def by_position(batches):
-    """{position: (image, label, erase)} of the non-empty rows, and no position twice."""
+    """Return {position: (image, label, erase)} of the non-empty rows, and check that no position comes twice."""
     rows = {}
     for batch in batches:
         assert batch.images.shape[1:] == (3, 32, 32)
@@ -66,5 +66,5 @@ def assert_equal_rows(got, expected):
 
 
 def order_epoch(first, length, **arguments) -> np.ndarray:
-    """The sample at each position of an epoch: [N]."""
+    """Compute the sample at each position of an epoch: [N]."""
     return EpochOrder(first, length, **arguments).lookup(np.arange(first[-1])).samples

@@ -1,4 +1,4 @@
-"""Trainings that tests disturb: real processes of train.py, which start quickly, and what they leave on the disk."""
+"""Start trainings that tests disturb, real processes of train.py that start quickly, and read their files."""
 
 import json
 import select
@@ -20,7 +20,7 @@ KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")
 
 
 class Trainings:
-    """Trainings from one process that has torch, and these modules, loaded."""
+    """Start trainings from one process that has torch, and these modules, loaded."""
 
     def __init__(self, data: Path, log: Path, modules: Sequence[str] = ()):
         self.data, self.log = data, log
@@ -29,7 +29,7 @@ class Trainings:
         self.worker = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
 
     def start(self, run_dir: Path, ranks: int, *overrides: str, **request: Any) -> list[int]:
-        """The ids of the processes of a training that has begun. `request`: see `kills_worker.py`."""
+        """Start a training, and return the ids of its processes once it has begun. `request`: see `kills_worker.py`."""
         words = ["--config", "tests/helpers/golden.yaml", "--data_dir", self.data, "--tag", run_dir.name]
         words += [f"output_dir={run_dir.parent}", *overrides]
         request |= {"ranks": ranks, "words": [str(word) for word in words], "log": str(self.log)}
@@ -41,7 +41,7 @@ class Trainings:
         return bool(select.select([self.worker.stdout], [], [], 0)[0])
 
     def exit_codes(self) -> list[int]:
-        """Of the last training's processes, once all have ended."""
+        """Return the exit codes of the last training's processes, after all have ended."""
         return json.loads(self.worker.stdout.readline())
 
     def end_of_log(self) -> str:
@@ -53,7 +53,7 @@ class Trainings:
 
 
 def write_noise(root: Path, *, size: int = 36, train: int = 8, val: int = 2) -> None:
-    """train/ and val/ of four classes of noise, so many images each."""
+    """Write train/ and val/ of four classes of noise, so many images each."""
     rng = np.random.default_rng(0)
     for split, per_class in (("train", train), ("val", val)):
         for label in range(4):

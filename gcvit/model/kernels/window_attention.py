@@ -51,15 +51,24 @@ def window_attention(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """Compute softmax(scale * q k^T + bias) v within the windows of a map: (B, H, W, C) in the map's dtype.
+    """Compute softmax(scale * q k^T + bias) v within the windows of a map.
 
-    Local attention: parts (B, H, W, 3C), q, k, v in this order and each (h, d); queries None. Global: parts
-    (B, H, W, 2C), k and v, and queries (B, w, w, C), shared by all windows of their image. The bias table is
-    ((2w-1)^2, h), see `expand_bias_table`. Any H and W: where windows end beyond the map, nothing exists.
-    The map may have any strides; it is copied only where its channels do not lie side by side.
+    The map may have any strides; it is copied only if its channels do not lie side by side. Its sides may have any
+    length: positions of a window beyond the map do not exist. The computation has the parts' dtype, to which the
+        queries
+    are cast. The table may have another dtype, which its gradient then has.
 
-    Computes in the parts' dtype: queries are cast to it. The table may have another, and its gradient has the
-    table's. Raises UserError where the kernels cannot run.
+    Args:
+        parts_bhwc: For local attention (B, H, W, 3C): q, k, v in this order and each (h, d). For global attention
+            (B, H, W, 2C): k and v.
+        queries_bwwc: For global attention (B, w, w, C), shared by all windows of their image; for local attention None.
+        bias_table: ((2w-1)^2, h), see `expand_bias_table`.
+
+    Returns:
+        (B, H, W, C) in the map's dtype.
+
+    Raises:
+        UserError: The kernels cannot run.
     """
     queries = None if queries_bwwc is None else queries_bwwc.to(parts_bhwc.dtype)
     out, _ = run_forward(parts_bhwc, queries, bias_table, window, num_heads, scale)

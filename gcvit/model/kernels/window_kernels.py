@@ -1,4 +1,4 @@
-"""The Triton kernels behind gcvit.model.kernels.window_attention. Load this file only where Triton is.
+"""Define the Triton kernels behind gcvit.model.kernels.window_attention. Load this file only if Triton is installed.
 
 A kernel is run by many programs at once. A program finds its share of the work by its id, loads tiles (small
 matrices, sides powers of two) from addresses it computes, works on them on chip, and stores the results; a mask
@@ -10,8 +10,8 @@ exp(-inf) = 0. Exponentials are taken to base 2, the one the hardware has: score
 are in units of log(2), hence LOG2_E. The bias is laid out for these kernels by those of bias_kernels.py.
 
 A window is named by one number, counted image by image. Where a program serves several windows, they follow
-each other ("a run"), so that what depends on the head alone stays on chip. Runs never change a sum's order from
-one launch to the next: no atomics, the same bits every time.
+each other ("a run"), so that data of the head alone stay on chip. Runs never change a sum's order from one launch
+to the next: no atomics, the same bits every time.
 """
 
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
@@ -25,7 +25,7 @@ from gcvit.model.kernels.bias_kernels import LOG2_E
 
 @triton.jit
 def find_run(run, num_images, num_windows, images_per_run, runs_per_image):
-    """The windows [first, last) of a run: of several images, or of a part of one (then images_per_run is 1)."""
+    """Find the windows [first, last) of a run: of several images, or of a part of one (then images_per_run is 1)."""
     first_image = run // runs_per_image * images_per_run
     windows_per_run = tl.cdiv(images_per_run * num_windows, runs_per_image)
     first = first_image * num_windows + run % runs_per_image * windows_per_run
@@ -39,7 +39,7 @@ IS_INTERPRETED = tl.constexpr(not any(isinstance(function, triton.JITFunction) f
 
 @triton.jit
 def multiply(a, b):
-    """The matrix product a b in fp32: on tensor cores in half precision, in full precision otherwise."""
+    """Multiply the matrices a b in fp32: on tensor cores in half precision, in full precision otherwise."""
     if IS_INTERPRETED:  # The interpreter would take the bits of bf16 for integers.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -47,7 +47,7 @@ def multiply(a, b):
 
 @triton.jit
 def find_tokens(window, first_token, height, width, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK tokens of a window of an image, from first_token on: number, position (y, x), whether it exists."""
+    """Find BLOCK tokens of a window of an image, from first_token on: number, position (y, x), whether each exists."""
     token = first_token + tl.arange(0, BLOCK)
     num_columns = tl.cdiv(width, WINDOW)
     y = window // num_columns * WINDOW + token // WINDOW
@@ -57,7 +57,7 @@ def find_tokens(window, first_token, height, width, WINDOW: tl.constexpr, BLOCK:
 
 @triton.jit
 def load_rows(pointer, offsets, exists, HEAD_DIM: tl.constexpr):
-    """One head's channels at the given offsets, (BLOCK, d); zeros where nothing exists."""
+    """Load one head's channels at the given offsets, (BLOCK, d); zeros where no token exists."""
     return tl.load(pointer + offsets[:, None] + tl.arange(0, HEAD_DIM)[None, :], mask=exists[:, None], other=0.0)
 
 
@@ -69,13 +69,13 @@ def store_rows(pointer, offsets, exists, rows, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def load_bias(bias, head, query, key, PADDED: tl.constexpr):
-    """The bias of a tile of (query, key) pairs. Its memory is padded too: it needs no mask."""
+    """Load the bias of a tile of (query, key) pairs. Its memory is padded too: it needs no mask."""
     return tl.load(bias + head * PADDED * PADDED + query[:, None] * PADDED + key[None, :]).to(tl.float32)
 
 
 @triton.jit
 def score(q, k, bias_tile, key_exists, scale, RAGGED: tl.constexpr):
-    """scale * q k^T + bias in units of log(2), fp32; -inf for keys that do not exist."""
+    """Compute scale * q k^T + bias in units of log(2), fp32; -inf for keys that do not exist."""
     scores = multiply(q, tl.trans(k)) * (scale * LOG2_E) + bias_tile
     # The bias hides a window's padding, but does not know where the map ends.
     return tl.where(key_exists[None, :], scores, float("-inf")) if RAGGED else scores
@@ -105,10 +105,10 @@ def attend_windows(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Attention of one head and one tile of queries, over the windows of a run.
+    """Compute the attention of one head and one tile of queries, over the windows of a run.
 
-    Keys come tile by tile. The softmax over them is kept as the running maximum, the sum of exponentials below
-    it and the weighted sum of values; a new maximum rescales what was summed (Milakov & Gimelshein, 2018).
+    Keys come tile by tile. The state of the softmax over them is the running maximum, the sum of exponentials below
+    it and the weighted sum of values; a new maximum rescales both sums (Milakov & Gimelshein, 2018).
     """
     NUM_TOKENS: tl.constexpr = WINDOW * WINDOW
     NUM_TILES: tl.constexpr = (NUM_TOKENS + BLOCK - 1) // BLOCK
@@ -190,10 +190,10 @@ def backward_pairs(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The bias's gradient of one head and one tile of (query, key) pairs, summed on chip over a run's windows.
+    """Compute the bias's gradient of one head and one tile of (query, key) pairs, summed on chip over a run's windows.
 
-    Where one tile holds the WHOLE window, everything else follows from the same numbers, and this
-    kernel is all of the backward pass. Otherwise backward_tiles does the rest.
+    If one tile holds the WHOLE window, the other gradients follow from the same numbers, and this kernel is all of the
+    backward pass. Otherwise backward_tiles computes the rest.
     """
     NUM_TOKENS: tl.constexpr = WINDOW * WINDOW
     NUM_TILES: tl.constexpr = (NUM_TOKENS + BLOCK - 1) // BLOCK
@@ -291,7 +291,7 @@ def backward_tiles(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of one tile of a window's tokens: as keys and values, over all queries; as queries, over all keys."""
+    """Compute gradients of one tile of a window's tokens, as keys and values and as queries, over all other tokens."""
     NUM_TOKENS: tl.constexpr = WINDOW * WINDOW
     NUM_TILES: tl.constexpr = (NUM_TOKENS + BLOCK - 1) // BLOCK
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
