@@ -8,7 +8,6 @@ SRC is what gcvit.predict takes as --checkpoint. The model maps "images" (batch,
 img_size, crop_pct, eval_resize, mean, std (of pixels in [0, 1]) and classes. Needs pip install 'gcvit[onnx]'.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,6 +20,7 @@ from torch.export import Dim
 
 from gcvit.checkpoint.weights_source import Classifier, open_classifier
 from gcvit.errors import UserError
+from gcvit.runtime.command_line import command_parser
 from gcvit.runtime.entrypoint import run_main
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -118,13 +118,7 @@ def compare(classifier: Classifier, path: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gcvit.export.onnx_export",
-        usage="%(prog)s SRC DST [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("gcvit.export.onnx_export", "SRC DST [flags]", __doc__)
     add = parser.add_argument_group("what, and where to").add_argument
     add("source", metavar="SRC", help="a run, a checkpoint, an export, a weights file or a variant")
     add("target", metavar="DST", type=Path, help="file to make")

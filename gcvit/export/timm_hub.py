@@ -8,7 +8,6 @@ are prepared. Variants that timm has need nothing else (timm 1.0.31 or newer: ol
 for the others, and with --layout own, `import gcvit.model` comes first. `evaluate.py DIR` reads it too.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from gcvit.export.model_card import read_records, write_card
 from gcvit.model import VARIANTS, layouts
 from gcvit.model.fitting import HEAD
 from gcvit.model.from_config import build_model
+from gcvit.runtime.command_line import command_parser
 
 
 def export(run: Path, out: Path | None = None, kind: str | None = None, layout: str | None = None) -> str:
@@ -161,13 +161,7 @@ def _write(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gcvit.export",
-        usage="%(prog)s RUN_OR_CHECKPOINT [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("gcvit.export", "RUN_OR_CHECKPOINT [flags]", __doc__)
     add = parser.add_argument_group("what, and where to").add_argument
     add("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="runs/TAG (its best) or a checkpoint in it")
     add("--weights", choices=["ema", "model"], help="which ones (ema where there is one)")
