@@ -5,6 +5,7 @@ memory. It also waits for the other ranks, over a process group of its own, sinc
 would mix. At most one write is under way. Its failure is raised on all ranks, at the next call.
 """
 
+import logging
 import mmap
 import os
 import shutil
@@ -30,6 +31,8 @@ from gcvit.errors import UserError
 from gcvit.parallel.engine import Fragment, Fragments
 from gcvit.runtime import heartbeat
 from gcvit.runtime.distributed import World
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,8 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._write: _Write | None = None
 
-    def begin(self, state: RunState, tensors: Mapping[str, Fragments]) -> str:
-        """Delete the files that a killed run left, and compare the size of checkpoints with the free disk space.
-
-        Returns:
-            A message about the disk space that the checkpoints of these tensors need.
+    def begin(self, state: RunState, tensors: Mapping[str, Fragments]) -> None:
+        """Delete the files that a killed run left, and log the disk space that checkpoints need.
 
         Raises:
             UserError: The folder cannot be written; raised on all ranks.
@@ -90,12 +90,12 @@ class CheckpointManager:
         here = sum(own_part(part).data.nbytes for named in tensors.values() for part in named.values())
         num_bytes = sum(self._world.gather(here))
 
-        def clear() -> str:
+        def clear() -> None:
             store.prepare(self._folder)
             store.prune(self._folder, keep=self._keep, best_step=state.best_step)
-            return self._describe_disk(num_bytes)
+            self._log_disk_space(num_bytes)
 
-        return self._world.on_rank0(clear)
+        self._world.on_rank0(clear)
 
     def save(
         self, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any], *, prunes: bool = True
@@ -190,17 +190,19 @@ class CheckpointManager:
         self._snapshot.close()
         return messages
 
-    def _describe_disk(self, num_bytes: int) -> str:
-        """Describe the disk space that checkpoints of `num_bytes` bytes each need."""
+    def _log_disk_space(self, num_bytes: int) -> None:
+        """Log the disk space that checkpoints of `num_bytes` bytes each need."""
         most = self._keep + 2  # the best, and the one that is being written
         there = len(store.list_checkpoints(self._folder))
         free = shutil.disk_usage(self._folder).free
-        fits = num_bytes * (most - there) <= free
-        return (
+        message = (
             f"checkpoints take {num_bytes / 1e9:.3g} GB each, {self._keep} kept beside the best and the next: up to "
             f"{num_bytes * most / 1e9:.3g} GB, of {free / 1e9:.3g} GB free in {self._folder}"
-            + ("" if fits else ": WARNING, THEY DO NOT FIT; lower trainer.keep_checkpoints, or set output_dir")
         )
+        if num_bytes * (most - there) <= free:
+            logger.info(message)
+        else:
+            logger.warning(f"{message}: they do not fit; lower trainer.keep_checkpoints, or set output_dir")
 
     def _run(self, write: _Write, state: RunState, tensors: Mapping[str, Fragments], info: Mapping[str, Any]) -> None:
         begin = time.perf_counter()

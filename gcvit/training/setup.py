@@ -114,7 +114,7 @@ def build_trainer(
         keep = config.trainer.keep_checkpoints
         checkpoints = CheckpointManager(folder, world, keep=keep, check_lock=lock.check)
         stack.push(lambda error, *_: end_saves(checkpoints, metrics, after_error=error is not None))
-        logger.info(checkpoints.begin(state, all_fragments(engine, ema)))
+        checkpoints.begin(state, all_fragments(engine, ema))
         metrics.log_start(state.step, {**environment, "samples": state.samples})
         stack.callback(profiler.close)
 

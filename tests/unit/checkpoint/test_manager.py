@@ -200,12 +200,15 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_training(started, tm
     assert str(tmp_path / "checkpoints") in str(caught.value)
 
 
-def test_the_disk_use_is_told(started, tmp_path, monkeypatch):
+def test_the_disk_use_is_logged(started, tmp_path, monkeypatch, caplog):
     usage = type("Usage", (), {"free": 4 * 48})
     monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: usage)
-    line = started.begin(RunState(), tensors_of(1.0))
-    assert line.startswith("checkpoints take 4.8e-08 GB each, 2 kept")
-    assert f"up to 1.92e-07 GB, of 1.92e-07 GB free in {tmp_path}" in line
-    assert "WARNING" not in line
+    caplog.set_level("INFO")
+    started.begin(RunState(), tensors_of(1.0))
     usage.free -= 1
-    assert "WARNING" in started.begin(RunState(), tensors_of(1.0))
+    started.begin(RunState(), tensors_of(1.0))
+    enough, too_little = caplog.records
+    assert enough.message.startswith("checkpoints take 4.8e-08 GB each, 2 kept")
+    assert f"up to 1.92e-07 GB, of 1.92e-07 GB free in {tmp_path}" in enough.message
+    assert (enough.levelname, too_little.levelname) == ("INFO", "WARNING")
+    assert "lower trainer.keep_checkpoints" in too_little.message
